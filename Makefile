@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Both create .venv and install on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint clean-demo
+
+demo: $(INSTALLED)
+	$(BIN)/python -m pipelines.demo --demo_dir=demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean-demo:
+	rm -rf demo
+
+# Reinstalled only when the dependencies change. The stamp is written last, so a broken install is retried.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"clsd_tf needs Python 3.10 to 3.13. Received: Python {v[0]}.{v[1]}. Choose another with: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)

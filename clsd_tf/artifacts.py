@@ -1,0 +1,202 @@
+"""The directories that couple the jobs: the dataset directory and the work directory.
+
+Each has one class that knows its file names. Both are complete only when ``_SUCCESS`` is there: a dataset directory is
+written to a temporary sibling and renamed, a work directory (which a killed run must be able to resume) gets the
+marker last. Readers refuse anything incomplete or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from clsd_tf.features import FeatureSpec
+from clsd_tf.model_inputs import ModelInputs, Statistics
+
+SPLITS = ("train", "validation", "test")
+_SUCCESS = "_SUCCESS"
+
+
+class ArtifactError(RuntimeError):
+    """A directory that is missing, incomplete, changed after it was written, or of another data set."""
+
+
+def require_absent(path: pathlib.Path) -> None:
+    """Refuses an output path that exists, so that nothing is ever overwritten."""
+    if path.exists():
+        raise FileExistsError(
+            f"an output directory must not exist yet. Received: {path}. Choose another name or remove it first"
+        )
+
+
+@contextlib.contextmanager
+def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary sibling of ``final`` that becomes ``final`` by one rename, only if the block succeeds."""
+    require_absent(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = final.with_name(f".{final.name}.incomplete-{secrets.token_hex(4)}")
+    staging.mkdir()
+    try:
+        yield staging
+        _sync(staging)
+        require_absent(final)
+        staging.rename(final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(directory: pathlib.Path) -> None:
+    """Flushes every file below ``directory`` to disk: a rename must not outlive the bytes it promises."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class DatasetLayout:
+    """File names inside a dataset directory, for its writer and its reader."""
+
+    def __init__(self, root: pathlib.Path):
+        self.root = root
+        self.spec = root / "feature_spec.json"
+        self.statistics = root / "statistics.json"
+        self.counts = root / "counts.json"
+        self.vocabularies = root / "vocabularies"
+        self.records = root / "records"
+        self.serving_sample = root / "serving_sample.parquet"
+        self.dead_letter = root / "dead_letter.jsonl"
+        self.success = root / _SUCCESS
+
+    def vocabulary(self, name: str) -> pathlib.Path:
+        return self.vocabularies / f"{name}.txt"
+
+    def shard(self, split: str, index: int, num_shards: int, compressed: bool) -> pathlib.Path:
+        suffix = ".tfrecord.gz" if compressed else ".tfrecord"
+        return self.records / f"{split}-{index:05d}-of-{num_shards:05d}{suffix}"
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that gives ids and rows their meaning."""
+        digest = hashlib.sha256()
+        for path in (self.spec, self.statistics, self.counts, *sorted(self.vocabularies.glob("*.txt"))):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def mark_complete(self, spec: FeatureSpec) -> None:
+        """Writes ``_SUCCESS``; the last thing a writer does."""
+        write_json(self.success, {"spec_fingerprint": spec.fingerprint, "dataset_fingerprint": self.fingerprint()})
+
+
+class DatasetDir:
+    """Reader of a complete dataset directory.
+
+    Raises:
+      ArtifactError: no such directory, no ``_SUCCESS``, or contents that differ from what was written.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.layout = DatasetLayout(self.path)
+        if not self.layout.success.is_file():
+            raise ArtifactError(
+                f"a dataset directory is complete when it holds {_SUCCESS}. Received: {self.path}, which "
+                f"{'has none' if self.path.is_dir() else 'does not exist'}. Run `python -m pipelines.build_dataset` first"
+            )
+        written = read_json(self.layout.success)
+        self.spec = FeatureSpec.model_validate_json(self.layout.spec.read_text(encoding="utf-8"))
+        self.fingerprint: str = written["dataset_fingerprint"]
+        self._check("feature spec", written["spec_fingerprint"], self.spec.fingerprint)
+        self._check("dataset", self.fingerprint, self.layout.fingerprint())
+        self.statistics = Statistics.from_json(self.layout.statistics.read_text(encoding="utf-8"))
+        self.inputs: ModelInputs = self.spec.model_inputs(self.statistics.vocabulary_lengths)
+
+    def _check(self, what: str, expected: str, received: str) -> None:
+        if expected != received:
+            raise ArtifactError(
+                f"{self.path}: the {what} was changed after the directory was written. Received: fingerprint "
+                f"{received}. Allowed: {expected}, as in {_SUCCESS}. Build the dataset again"
+            )
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return read_json(self.layout.counts)
+
+    def num_rows(self, split: str) -> int:
+        return self.counts["splits"][split]["rows"]
+
+    def record_files(self, split: str) -> list[str]:
+        """TFRecord shards of a split, in order."""
+        if split not in SPLITS:
+            raise ValueError(f"a split is one of {', '.join(SPLITS)}. Received: {split!r}")
+        files = sorted(str(path) for path in self.layout.records.glob(f"{split}-*.tfrecord*"))
+        if not files:
+            raise ArtifactError(f"{self.path} has no records of split {split!r}. Build the dataset again")
+        return files
+
+
+class WorkDir:
+    """What one training run leaves: config, checkpoints, TensorBoard events, history, best weights, evaluation."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
+        self.history = self.path / "history.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.best_weights = self.path / "best_weights" / "weights"
+        self.tensorboard = self.path / "tensorboard"
+        self.teacher_scores = self.path / "teacher_scores.npz"
+        self.report = self.path / "report.html"
+        self.success = self.path / _SUCCESS
+
+    def evaluation(self, split: str) -> pathlib.Path:
+        return self.path / f"evaluation_{split}.json"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.success.is_file()
+
+    def mark_complete(self) -> None:
+        write_json(self.success, {"dataset_fingerprint": self.resolved_config["dataset_fingerprint"]})
+
+    @property
+    def resolved_config(self) -> dict[str, Any]:
+        return read_json(self.config)
+
+    def require_complete(self, dataset: DatasetDir) -> None:
+        """Refuses a run that has not finished, or that was trained on another dataset.
+
+        Raises:
+          ArtifactError: names what was received and what to do.
+        """
+        if not self.is_complete:
+            raise ArtifactError(
+                f"a work directory is complete when it holds {_SUCCESS}. Received: {self.path}, which "
+                f"{'has none' if self.path.is_dir() else 'does not exist'}. Run `python -m pipelines.train` (again) first"
+            )
+        self.require_same_dataset(dataset)
+
+    def require_same_dataset(self, dataset: DatasetDir) -> None:
+        trained_on = self.resolved_config["dataset_fingerprint"]
+        if trained_on != dataset.fingerprint:
+            raise ArtifactError(
+                f"{self.path} was trained on another dataset. Received: {dataset.path} with fingerprint "
+                f"{dataset.fingerprint}. Allowed: {trained_on}"
+            )

@@ -1,0 +1,96 @@
+"""Wire formats: batches <-> serialized tf.Example, for training records and for serving requests.
+
+Whole batches are encoded with ``tf.io.encode_proto`` and decoded with ``tf.io.parse_example``; nothing handles one
+example at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from clsd_tf.model_inputs import MISSING_INT64, ModelInputs, RawInput
+
+_LISTS = {tf.int64: ("int64_list", "Int64List"), tf.float32: ("float_list", "FloatList"), tf.string: ("bytes_list", "BytesList")}
+_RAW_DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
+_MISSING = {"string": "", "int64": MISSING_INT64, "float": float("nan")}
+
+
+def encode_examples(features: Mapping[str, tf.Tensor | tf.RaggedTensor]) -> tf.Tensor:
+    """Serializes a batch of tf.Examples.
+
+    Args:
+      features: int64, float32 or string tensors: [batch], [batch, n], or ragged [batch, any].
+
+    Returns:
+      Serialized tf.train.Example, string [batch]; features in name order.
+    """
+    entries = [_encode_entry(name, features[name]) for name in sorted(features)]
+    entries = tf.stack(entries, axis=1)  # [batch, num_features]
+    packed = _encode("Features", "feature", entries)
+    return _encode("Example", "features", packed[:, tf.newaxis])
+
+
+def _encode_entry(name: str, values: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
+    """One map entry {name: Feature(values)} per row, string [batch]."""
+    field, message = _LISTS[values.dtype]
+    if isinstance(values, tf.RaggedTensor):
+        sizes = tf.cast(values.row_lengths(), tf.int32)[:, tf.newaxis]
+        values = values.to_tensor()
+    else:
+        values = values[:, tf.newaxis] if values.shape.rank == 1 else values
+        sizes = tf.fill([tf.shape(values)[0], 1], tf.shape(values)[1])
+    value_list = _encode(message, "value", values, sizes)
+    feature = _encode("Feature", field, value_list[:, tf.newaxis])
+    key = tf.fill([tf.shape(feature)[0], 1], name)
+    return tf.io.encode_proto(
+        sizes=tf.ones([tf.shape(feature)[0], 2], tf.int32),
+        values=[key, feature[:, tf.newaxis]],
+        field_names=["key", "value"],
+        message_type="tensorflow.Features.FeatureEntry",
+    )
+
+
+def _encode(message: str, field: str, values: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
+    """Encodes ``values`` [batch, n] as the repeated or single ``field`` of ``message``."""
+    if sizes is None:
+        sizes = tf.fill([tf.shape(values)[0], 1], tf.shape(values)[1])
+    return tf.io.encode_proto(sizes=sizes, values=[values], field_names=[field], message_type=f"tensorflow.{message}")
+
+
+def record_spec(inputs: ModelInputs) -> dict[str, tf.io.FixedLenFeature]:
+    """Parsing spec of a training record: the model inputs and the fields that no model may see."""
+    spec = {}
+    for entry in inputs.categorical:
+        shape = [] if entry.max_values is None else [entry.max_values]
+        spec[entry.name] = tf.io.FixedLenFeature(shape, tf.int64)
+    spec |= {name: tf.io.FixedLenFeature([], tf.float32) for name in inputs.numeric}
+    spec |= {group.name: tf.io.FixedLenFeature([], tf.int64) for group in inputs.groups}
+    spec |= {name: tf.io.FixedLenFeature([], tf.float32) for name in ("label", "intensity_label", "sample_weight")}
+    spec |= {name: tf.io.FixedLenFeature([], tf.int64) for name in ("user_hash", "row_id")}
+    return spec
+
+
+def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
+    """Parses serving requests: serialized tf.Examples of raw values, [batch] -> the transform's raw tensors.
+
+    A feature that is absent takes its missing value; a history is padded with "" to the longest in the batch.
+    """
+    spec: dict[str, tf.io.FixedLenFeature | tf.io.RaggedFeature] = {}
+    for entry in raw_inputs:
+        dtype = _RAW_DTYPES[entry.dtype]
+        if entry.is_list:
+            spec[entry.name] = tf.io.RaggedFeature(dtype)
+        else:
+            spec[entry.name] = tf.io.FixedLenFeature([], dtype, _MISSING[entry.dtype])
+    parsed = tf.io.parse_example(serialized, spec)
+    return {name: value.to_tensor("") if isinstance(value, tf.RaggedTensor) else value for name, value in parsed.items()}
+
+
+def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]:
+    """Shapes and dtypes of the raw tensors: [batch], and [batch, any] for histories."""
+    return {
+        entry.name: tf.TensorSpec([None, None] if entry.is_list else [None], _RAW_DTYPES[entry.dtype], entry.name)
+        for entry in raw_inputs
+    }

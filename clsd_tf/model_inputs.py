@@ -1,0 +1,100 @@
+"""What the transform gives a model, as plain types: sizes, names and the statistics fitted on the training split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+MISSING_ID = 0  # Id of a missing value and of padding, in every vocabulary and user group.
+MISSING_INT64 = -(2**63)  # What a missing int64 is in a raw tensor; floats use NaN, strings "".
+UNKNOWN_GROUP = "unknown"  # Label of user group 0: the profile or the value is missing.
+OTHER_GROUP = "other"
+RECORD_FIELDS = ("label", "intensity_label", "sample_weight", "user_hash", "row_id")  # Never model inputs.
+
+
+@dataclasses.dataclass(frozen=True)
+class RawInput:
+    """A raw value that a serving request carries: ``is_list`` marks histories."""
+
+    name: str
+    dtype: Literal["string", "int64", "float"]
+    is_list: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CategoricalInput:
+    """Ids in [0, vocabulary_size): shape [batch] if ``max_values`` is None, else [batch, max_values] padded with 0."""
+
+    name: str
+    vocabulary: str
+    vocabulary_size: int
+    max_values: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupInput:
+    """User-group ids, shape [batch]; ``labels[id]`` is what a report calls the group."""
+
+    name: str
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """What the transform gives a model: the only thing that backbones and AdGate know of a data set."""
+
+    categorical: tuple[CategoricalInput, ...]
+    numeric: tuple[str, ...]
+    groups: tuple[GroupInput, ...]
+
+    @property
+    def num_fields(self) -> int:
+        return len(self.categorical) + len(self.numeric)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ModelInputs:
+        return cls(
+            categorical=tuple(CategoricalInput(**entry) for entry in value["categorical"]),
+            numeric=tuple(value["numeric"]),
+            groups=tuple(GroupInput(entry["name"], tuple(entry["labels"])) for entry in value["groups"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NumericStatistics:
+    """Moments of a numeric feature over the training rows that have it, after log1p where the spec asks for it.
+
+    ``boundaries`` are the inner quantiles, only filled for ``scaling: quantile_buckets``.
+    """
+
+    count: int
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    boundaries: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Everything the transform learns from data, except the vocabulary files themselves."""
+
+    vocabulary_lengths: Mapping[str, int]
+    numeric: Mapping[str, NumericStatistics]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Statistics:
+        value = json.loads(text)
+        numeric = {
+            name: NumericStatistics(**{**entry, "boundaries": tuple(entry["boundaries"])})
+            for name, entry in value["numeric"].items()
+        }
+        return cls(value["vocabulary_lengths"], numeric)

@@ -1,0 +1,169 @@
+"""The one transform: raw column values -> ids and floats, in TensorFlow ops.
+
+The Beam job calls it on batches, TFRecords hold its output, and the exported SavedModel contains the same graph, so
+training and serving cannot disagree.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from clsd_tf.features import (
+    CategoricalFeature,
+    FeatureSpec,
+    HistoryFeature,
+    MultiValuedFeature,
+    NumericFeature,
+    UserGroup,
+)
+from clsd_tf.model_inputs import MISSING_ID, MISSING_INT64, NumericStatistics, Statistics
+
+Tensors = Mapping[str, tf.Tensor]
+
+
+class VocabularyLookup(tf.Module):
+    """Text -> id: 0 for "", then ``num_oov_indices`` hashed ids, then line number of the value in ``path``."""
+
+    def __init__(self, path: pathlib.Path, num_oov_indices: int):
+        super().__init__()
+        self._num_oov_indices = num_oov_indices
+        whole_line, line_number = tf.lookup.TextFileIndex.WHOLE_LINE, tf.lookup.TextFileIndex.LINE_NUMBER
+        initializer = tf.lookup.TextFileInitializer(str(path), tf.string, whole_line, tf.int64, line_number)
+        self._ranks = tf.lookup.StaticHashTable(initializer, default_value=-1)
+
+    def __call__(self, values: tf.Tensor) -> tf.Tensor:
+        ranks = self._ranks.lookup(values)
+        oov_ids = 1 + tf.strings.to_hash_bucket_fast(values, self._num_oov_indices)
+        ids = tf.where(ranks >= 0, 1 + self._num_oov_indices + ranks, oov_ids)
+        return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+
+
+class HashLookup(tf.Module):
+    """Text -> id: 0 for "", then 1 + FarmHash64(value) mod ``num_buckets``."""
+
+    def __init__(self, num_buckets: int):
+        super().__init__()
+        self._num_buckets = num_buckets
+
+    def __call__(self, values: tf.Tensor) -> tf.Tensor:
+        ids = 1 + tf.strings.to_hash_bucket_fast(values, self._num_buckets)
+        return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+
+
+class FeatureTransform(tf.Module):
+    """Raw columns -> model inputs.
+
+    Args:
+      spec: the feature spec.
+      statistics: fitted on the training split.
+      vocabulary_dir: holds ``<feature>.txt``, one value a line, most frequent first.
+    """
+
+    def __init__(self, spec: FeatureSpec, statistics: Statistics, vocabulary_dir: pathlib.Path):
+        super().__init__()
+        self._spec = spec
+        self._statistics = statistics
+        self._lookups = {
+            feature.name: self._lookup(feature, vocabulary_dir)
+            for feature in spec.features
+            if isinstance(feature, (CategoricalFeature, MultiValuedFeature))
+        }
+
+    def _lookup(self, feature: CategoricalFeature | MultiValuedFeature, directory: pathlib.Path) -> tf.Module:
+        rule = feature.resolved_vocabulary
+        if rule is None:
+            return HashLookup(feature.hash_buckets)
+        return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
+
+    def __call__(self, raw: Tensors) -> dict[str, tf.Tensor]:
+        """Transforms a batch.
+
+        Args:
+          raw: one tensor per ``spec.raw_inputs``: [batch], or [batch, any] padded with "" for histories. Missing is
+            "", NaN or MISSING_INT64.
+
+        Returns:
+          int64 ids [batch] or [batch, max_values], float32 numbers [batch], and int64 user-group ids [batch].
+        """
+        outputs = {}
+        for feature in self._spec.features:
+            outputs[feature.name] = self._feature(feature, raw)
+        for group in self._spec.user_groups:
+            outputs[group.name] = group_ids(group, raw[group.column])
+        return outputs
+
+    def _feature(self, feature, raw: Tensors) -> tf.Tensor:
+        match feature:
+            case CategoricalFeature():
+                return self._lookups[feature.name](as_text(raw[feature.column]))
+            case MultiValuedFeature():
+                values = tf.strings.split(as_text(raw[feature.column]), feature.separator)
+                values = first_values(values, feature.max_values)
+                return self._lookups[feature.name](values)
+            case HistoryFeature():
+                return self._lookups[feature.of](last_values(raw[feature.name], feature.max_length))
+            case NumericFeature():
+                return numeric_values(feature, self._statistics.numeric[feature.name], raw[feature.column])
+
+
+def as_text(values: tf.Tensor) -> tf.Tensor:
+    """Strings as they are; int64 in decimal, with the missing value as ""."""
+    if values.dtype == tf.string:
+        return values
+    return tf.where(values == MISSING_INT64, "", tf.strings.as_string(values))
+
+
+def first_values(values: tf.RaggedTensor, max_values: int) -> tf.Tensor:
+    """Ragged strings -> [batch, max_values], empty strings dropped, padded with ""."""
+    values = tf.ragged.boolean_mask(values, values != "")
+    return values[:, :max_values].to_tensor(default_value="", shape=[None, max_values])
+
+
+def last_values(values: tf.Tensor, max_length: int) -> tf.Tensor:
+    """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
+    values = tf.ragged.boolean_mask(values, values != "")
+    return values[:, -max_length:].to_tensor(default_value="", shape=[None, max_length])
+
+
+def as_float(values: tf.Tensor) -> tf.Tensor:
+    """Numbers as float32 with NaN for missing."""
+    if values.dtype == tf.int64:
+        return tf.where(values == MISSING_INT64, float("nan"), tf.cast(values, tf.float32))
+    return tf.cast(values, tf.float32)
+
+
+def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
+    """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
+    values = as_float(raw)
+    if feature.log1p:
+        values = tf.math.log1p(tf.maximum(values, 0.0))  # Negative values are bad rows when the dataset is built.
+    missing = tf.math.is_nan(values)
+    if feature.scaling == "quantile_buckets":
+        boundaries = tf.constant(statistics.boundaries, tf.float32)
+        buckets = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)
+        return tf.where(missing, tf.cast(MISSING_ID, tf.int64), buckets)
+    values = tf.where(missing, tf.constant(statistics.mean, tf.float32), values)
+    if feature.scaling == "standardise":
+        # A constant column carries nothing: divide by 1 instead of 0.
+        return (values - statistics.mean) / (statistics.std or 1.0)
+    if feature.scaling == "min_max":
+        return (values - statistics.minimum) / ((statistics.maximum - statistics.minimum) or 1.0)
+    return values
+
+
+def group_ids(group: UserGroup, raw: tf.Tensor) -> tf.Tensor:
+    """User-group ids [batch]: 0 unknown, then intervals or listed values, then other."""
+    unknown = tf.cast(MISSING_ID, tf.int64)
+    if group.boundaries is not None:
+        values = as_float(raw)
+        boundaries = tf.constant(group.boundaries, tf.float32)
+        ids = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)
+        return tf.where(tf.math.is_nan(values), unknown, ids)
+    # [batch, num_values], with "other" as the column that matches when none does.
+    matches = raw[:, tf.newaxis] == tf.constant(group.values)[tf.newaxis, :]
+    matches = tf.concat([matches, ~tf.reduce_any(matches, axis=1, keepdims=True)], axis=1)
+    ids = 1 + tf.argmax(tf.cast(matches, tf.int32), axis=1)
+    return tf.where(raw == "", unknown, ids)

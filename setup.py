@@ -1,0 +1,47 @@
+"""Packaging of clsd_tf. BUILD.md gives the reason for each dependency."""
+
+import pathlib
+
+from setuptools import setup
+
+RUNTIME = [
+    "absl-py",
+    "apache-beam>=2.70",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "protobuf",
+    "pyarrow",
+    "pydantic>=2.7",
+    "pyyaml",
+    "rich",
+    "tensorboard",
+    "tensorflow>=2.21,<2.22",
+    "tensorflow-datasets",
+    "tensorflow-recommenders>=0.7.7",
+    "tensorflow-serving-api",
+    "tf-keras>=2.21,<2.22",
+]
+DEVELOPMENT = ["hypothesis", "pytest", "ruff", "scikit-learn"]
+
+setup(
+    name="clsd_tf",
+    version="0.1.0",
+    description="CTR pipeline in TensorFlow/Keras with click-confidence learning (CLSD)",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    # Listed by name: tests are never installed.
+    packages=[
+        "clsd_tf",
+        "clsd_tf.backbones",
+        "clsd_tf.clsd",
+        "export",
+        "feature_specs",
+        "pipelines",
+    ],
+    package_data={"feature_specs": ["*.yaml"], "clsd_tf": ["*.html"]},
+    install_requires=RUNTIME,
+    extras_require={"dev": DEVELOPMENT},
+)
