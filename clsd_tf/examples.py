@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow as tf
 
 from clsd_tf.model_inputs import MISSING_INT64, ModelInputs, RawInput
@@ -94,3 +97,33 @@ def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]
         entry.name: tf.TensorSpec([None, None] if entry.is_list else [None], _RAW_DTYPES[entry.dtype], entry.name)
         for entry in raw_inputs
     }
+
+
+def arrow_to_tensors(table: pa.Table, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
+    """Arrow columns -> the transform's raw tensors, nulls as missing values.
+
+    Args:
+      table: one column per raw input; ``list<string>`` for histories.
+      raw_inputs: names and dtypes.
+
+    Returns:
+      Tensors of [batch], and [batch, longest] for histories.
+    """
+    return {entry.name: _column_to_tensor(table.column(entry.name), entry) for entry in raw_inputs}
+
+
+def _column_to_tensor(column: pa.ChunkedArray, entry: RawInput) -> tf.Tensor:
+    if entry.is_list:
+        lists = column.combine_chunks()
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+        flat = _text_tensor(pc.list_flatten(lists))
+        return tf.RaggedTensor.from_row_lengths(flat, lengths.astype(np.int64)).to_tensor("")
+    if entry.dtype == "string":
+        return _text_tensor(column)
+    values = pc.fill_null(column, _MISSING[entry.dtype]).to_numpy()
+    return tf.constant(values, _RAW_DTYPES[entry.dtype])
+
+
+def _text_tensor(column: pa.ChunkedArray | pa.Array) -> tf.Tensor:
+    values = pc.fill_null(column.cast(pa.binary()), b"").to_numpy(zero_copy_only=False)
+    return tf.constant(values, tf.string, shape=[len(values)])

@@ -1,0 +1,78 @@
+"""What commands share: how they start, how they report progress and tables, and how they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+# TensorFlow's C++ start-up messages (CPU features, absent CUDA) say nothing a user of these commands can act on.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+from absl import app, logging
+
+console = rich.console.Console(stderr=False, highlight=False)
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
+
+
+def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Runs a command: a user's mistake ends with its message and status 1, anything else with a traceback."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main(argv)
+        except USER_ERRORS as error:
+            rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(
+                f"[bold red]error:[/] {rich.markup.escape(str(error))}"
+            )
+            sys.exit(1)
+
+    app.run(guarded, flags_parser=flags_parser) if flags_parser else app.run(guarded)
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[Callable[[str], None]]:
+    """Shows a spinner with the elapsed time while a step runs, then one line with what it did.
+
+    Yields:
+      A function that sets the text shown behind the title in the final line.
+    """
+    details: list[str] = []
+    start = time.monotonic()
+    progress = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        progress.add_task(title)
+        yield details.append
+    seconds = time.monotonic() - start
+    console.print(f"[green]done[/] {title} [dim]{seconds:.1f} s[/] {' '.join(details)}", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> rich.table.Table:
+    """A table with its first column left-aligned and the numbers right-aligned."""
+    result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for index, name in enumerate(columns):
+        result.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(value if isinstance(value, str) else format_number(value) for value in row))
+    return result
+
+
+def format_number(value: object) -> str:
+    """Integers with thousands separators, fractions with 4 decimals, nothing for None."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

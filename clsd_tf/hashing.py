@@ -1,0 +1,24 @@
+"""Hashes that are the same on every machine, in every process and for every number of workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+_MAX_HASH = 2**63 - 1
+
+
+def hash_keys(keys: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Stable 63-bit hash (FarmHash64) of each key; what partitions users and stands for them in records."""
+    text = keys.cast(pa.string()).cast(pa.binary()).to_numpy(zero_copy_only=False)
+    return tf.strings.to_hash_bucket_fast(tf.constant(text, tf.string, shape=[len(text)]), _MAX_HASH).numpy()
+
+
+def mix_row_ids(row_ids: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64 of the row id: uniform uint64, the same on every machine and for every number of workers."""
+    with np.errstate(over="ignore"):
+        value = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Commands and the Beam graph. ``python -m pipelines.<command> --help`` explains each."""

@@ -1,0 +1,60 @@
+"""Builds a dataset directory from raw logs and profile tables with Apache Beam.
+
+Example:
+  python -m pipelines.build_dataset --spec=movielens_100k --input_dir=demo/raw --dataset_dir=demo/dataset
+
+Reads the tables that the spec declares, checks every row (bad ones go to dead_letter.jsonl with their reason), joins
+the user profile and the item table, derives histories without looking ahead, splits by time, counts vocabularies on
+the training split only, applies the one transform and writes TFRecords of tf.Example. The directory appears under its
+name only when it is complete. Flags that are not listed here go to Beam, for example --runner=FlinkRunner.
+"""
+
+import pathlib
+
+
+from clsd_tf import console  # First: it quietens TensorFlow before anything imports it.
+from absl import flags
+
+import feature_specs
+from clsd_tf.artifacts import SPLITS
+from clsd_tf.features import FeatureSpec
+from pipelines.build import BuildConfig, build_dataset
+from pipelines.overrides import override_source, override_split_rule
+
+_SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a YAML file.", required=True)
+_INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Directory to write; must not exist.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Log to read instead of the spec's: a path, or tfds:<name>.")
+_SPLIT_RULE = flags.DEFINE_enum("split_rule", None, ["time", "random"], "Overrides the spec's split rule.")
+_MAX_BAD_FRACTION = flags.DEFINE_float("max_bad_fraction", 0.01, "More bad rows than this fail the job.", 0.0, 1.0)
+_ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 250_000, "Rows per TFRecord file.", 1)
+_COMPRESS = flags.DEFINE_bool("compress", False, "GZIP the TFRecord files.")
+
+
+def resolve_spec() -> FeatureSpec:
+    spec = feature_specs.get_spec(_SPEC.value)
+    return override_split_rule(override_source(spec, _SOURCE.value), _SPLIT_RULE.value)
+
+
+def main(argv) -> None:
+    config = BuildConfig(
+        input_dir=_INPUT_DIR.value,
+        max_bad_fraction=_MAX_BAD_FRACTION.value,
+        rows_per_shard=_ROWS_PER_SHARD.value,
+        compressed=_COMPRESS.value,
+        beam_arguments=tuple(argv[1:]),
+    )
+    dataset_dir = pathlib.Path(_DATASET_DIR.value)
+    counts = build_dataset(resolve_spec(), config, dataset_dir)
+    rows = [(split, counts["splits"][split]["rows"], _click_rate(counts["splits"][split])) for split in SPLITS]
+    console.console.print(console.table("Dataset", ["split", "rows", "click rate"], rows))
+    bad = sum(sum(table["bad"].values()) for table in counts["tables"].values())
+    console.console.print(f"{bad:,} bad rows; dataset in {dataset_dir}")
+
+
+def _click_rate(entry) -> float:
+    return entry["clicks"] / entry["rows"]
+
+
+if __name__ == "__main__":
+    console.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

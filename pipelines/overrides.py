@@ -1,0 +1,30 @@
+"""Changes of a spec by flags, checked like the spec itself."""
+
+from __future__ import annotations
+
+from clsd_tf.features import FeatureSpec, parse_spec
+
+_TFDS = "tfds:"
+
+
+def override_source(spec: FeatureSpec, source: str | None) -> FeatureSpec:
+    """Reads the log from ``source``: a path in the spec's format, or ``tfds:<name>``."""
+    if source is None:
+        return spec
+    if source.startswith(_TFDS):
+        return _replaced(spec, ("tables", "log"), {"path": source.removeprefix(_TFDS), "format": "tfds"})
+    return _replaced(spec, ("tables", "log"), {"path": source})
+
+
+def override_split_rule(spec: FeatureSpec, rule: str | None) -> FeatureSpec:
+    """Splits by ``rule`` instead of the spec's."""
+    return spec if rule is None else _replaced(spec, ("split",), {"rule": rule})
+
+
+def _replaced(spec: FeatureSpec, path: tuple[str, ...], changes: dict[str, str]) -> FeatureSpec:
+    content = spec.model_dump(mode="json")
+    node = content
+    for key in path:
+        node = node[key]
+    node.update(changes)
+    return parse_spec(content, f"{spec.name} with {', '.join(f'{key}={value}' for key, value in changes.items())}")

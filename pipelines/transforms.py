@@ -1,0 +1,571 @@
+"""The Beam transforms of the build: read and check tables, join, fit statistics, encode shards.
+
+Elements are Arrow tables, never single rows. Each composite takes and gives PCollections and can be tested on rows in
+memory; functions on tables live in ``pipelines.rows``.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import tensorflow as tf
+
+from clsd_tf.artifacts import SPLITS, DatasetLayout
+from clsd_tf.examples import arrow_to_tensors, encode_examples
+from clsd_tf.features import FeatureSpec, MultiValuedFeature, NumericFeature
+from clsd_tf.hashing import hash_keys, mix_row_ids
+from clsd_tf.model_inputs import NumericStatistics, RawInput, Statistics
+from clsd_tf.transform import FeatureTransform, group_ids
+from pipelines.rows import EVENT_TIME, USER_HASH, Profiles, TimeHistogram, join_rows, parse_rows, split_indices
+from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile, read_file, tfds_batch
+
+ROWS_PER_BATCH = 8192
+SERVING_SAMPLE_ROWS = 10_000
+_BAD, _COUNTS = "bad_rows", "counts"
+_SHARD_SEED, _SAMPLE_SEED = 101, 102  # Any two different numbers: shard and sample must be independent.
+
+
+class MergeCounts(beam.CombineFn):
+    """Sums Counters."""
+
+    def create_accumulator(self):
+        return Counter()
+
+    def add_input(self, accumulator, counts):
+        accumulator.update(counts)
+        return accumulator
+
+    def merge_accumulators(self, accumulators):
+        return sum(accumulators, Counter())
+
+    def extract_output(self, accumulator):
+        return accumulator
+
+
+class MergeTimeHistograms(beam.CombineFn):
+    """Merges arrays of event times into one ``TimeHistogram``."""
+
+    def create_accumulator(self):
+        return TimeHistogram()
+
+    def add_input(self, accumulator, times):
+        return accumulator.add(times)
+
+    def merge_accumulators(self, accumulators):
+        merged = TimeHistogram()
+        for accumulator in accumulators:
+            merged = merged.merge(accumulator)
+        return merged
+
+    def extract_output(self, accumulator):
+        return accumulator
+
+
+class WriteJson(beam.PTransform):
+    """Writes the one element of a PCollection as a JSON file that the driver reads when the pipeline is done."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__()
+        self._path = str(path)
+
+    def expand(self, values):
+        return values | beam.Map(_write_json, self._path)
+
+
+def _write_json(value, path: str) -> None:
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write(json.dumps(value))
+
+
+# --- Read and check --------------------------------------------------------------------------------------------------
+
+
+class ReadTables(beam.PTransform):
+    """Files -> raw batches, one table's files after the other's in parallel."""
+
+    def __init__(self, files: list[SourceFile], spec: FeatureSpec):
+        super().__init__()
+        self._files = files
+        self._tables = dict(spec.tables.items())
+
+    def expand(self, pipeline):
+        return (
+            pipeline
+            | "ListFiles" >> beam.Create(self._files)
+            | "SpreadFiles" >> beam.Reshuffle()
+            | "ReadBatches" >> beam.FlatMap(lambda file, tables: read_file(file, tables[file.role]), self._tables)
+        )
+
+
+class ReadTfds(beam.PTransform):
+    """A TensorFlow Datasets split -> raw batches of the log, each example with its stable ``tfds_id``."""
+
+    def __init__(self, builder, split: str, spec: FeatureSpec):
+        super().__init__()
+        self._builder = builder
+        self._split = split
+        self._table = spec.tables.log
+
+    def expand(self, pipeline):
+        import tensorflow_datasets as tfds  # Slow to import, and only needed here.
+
+        config = tfds.ReadConfig(add_tfds_id=True)
+        name = self._builder.name
+        return (
+            pipeline
+            | "ReadFromTFDS" >> tfds.beam.ReadFromTFDS(self._builder, split=self._split, read_config=config)
+            | "ToNumpy" >> beam.Map(tfds.as_numpy)
+            | "Batch" >> beam.BatchElements(min_batch_size=256, max_batch_size=ROWS_PER_BATCH)
+            | "ToRawBatch" >> beam.Map(lambda examples, table: tfds_batch(name, table, examples), self._table)
+        )
+
+
+class CheckRows(beam.PTransform):
+    """Raw batches -> ``rows`` (role, typed table), ``bad_rows`` (BadRow) and ``counts`` (Counter)."""
+
+    def __init__(self, spec: FeatureSpec):
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, batches):
+        return batches | beam.ParDo(_CheckRowsFn(self._spec)).with_outputs(_BAD, _COUNTS, main="rows")
+
+
+class _CheckRowsFn(beam.DoFn):
+    def __init__(self, spec: FeatureSpec):
+        self._spec = spec
+
+    def process(self, batch: RawBatch) -> Iterator:
+        good, bad_rows = parse_rows(batch, self._spec)
+        role = batch.file.role
+        beam.metrics.Metrics.counter("build_dataset", f"{role}_rows_parsed").inc(good.num_rows)
+        counts = Counter({f"{role}/rows": good.num_rows + len(bad_rows)})
+        for bad_row in bad_rows:
+            counts[f"{role}/bad/{bad_row.reason}"] += 1
+            beam.metrics.Metrics.counter("build_dataset", f"rejected_{bad_row.reason}").inc()
+            yield beam.pvalue.TaggedOutput(_BAD, bad_row)
+        yield beam.pvalue.TaggedOutput(_COUNTS, counts)
+        if good.num_rows:
+            yield role, good
+
+
+class WriteDeadLetter(beam.PTransform):
+    """Bad rows -> one JSON-lines file (absent when there are none)."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__()
+        self._path = str(path)
+
+    def expand(self, bad_rows):
+        path = self._path
+        return (
+            bad_rows
+            | "ToJson" >> beam.Map(BadRow.to_json)
+            | "OneKey" >> beam.WithKeys(None)
+            | "Together" >> beam.GroupByKey()
+            | "WriteLines" >> beam.MapTuple(lambda _, lines: _write_lines(path, sorted(lines)))
+        )
+
+
+def _write_lines(path: str, lines: Iterable[str]) -> None:
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+# --- Join ------------------------------------------------------------------------------------------------------------
+
+
+class JoinTables(beam.PTransform):
+    """Checked rows -> joined rows, written as Parquet, one file per partition of users.
+
+    Users are partitioned by hash: a partition holds every event and the profile of its users, so that profiles and
+    histories are joined by columns, in memory bounded by the partition. The item table is sent to every partition.
+
+    Outputs: ``times`` (arrays of event times) and ``counts``.
+    """
+
+    def __init__(self, spec: FeatureSpec, directory: pathlib.Path, num_partitions: int):
+        super().__init__()
+        self._spec = spec
+        self._directory = str(directory)
+        self._num_partitions = num_partitions
+
+    def expand(self, rows):
+        key = self._spec.user_key
+        by_user = {
+            role: rows
+            | f"Only_{role}" >> beam.Filter(lambda row, role: row[0] == role, role)
+            | f"PartitionBy_user_{role}" >> beam.FlatMap(lambda row: _partition(row[1], key, self._num_partitions))
+            for role in ("log", "user")
+        }
+        items = rows | "Only_item" >> beam.Filter(lambda row: row[0] == "item") | "ItemTables" >> beam.Values()
+        return (
+            by_user
+            | "GroupUsers" >> beam.CoGroupByKey()
+            | "Join"
+            >> beam.ParDo(_JoinFn(self._spec, self._directory), items=beam.pvalue.AsList(items)).with_outputs(
+                _COUNTS, main="times"
+            )
+        )
+
+
+def _partition(table: pa.Table, key: str, num_partitions: int) -> Iterator[tuple[int, pa.Table]]:
+    return split_table(table, hash_keys(table.column(key)) % num_partitions)
+
+
+def split_table(table: pa.Table, keys: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
+    """(key, the rows with that key), for each key that occurs."""
+    order = np.argsort(keys, kind="stable")
+    present, starts = np.unique(keys[order], return_index=True)
+    for key, rows in zip(present.tolist(), np.split(order, starts[1:]), strict=True):
+        yield key, table.take(pa.array(rows))
+
+
+class _JoinFn(beam.DoFn):
+    def __init__(self, spec: FeatureSpec, directory: str):
+        self._spec = spec
+        self._directory = directory
+
+    def process(self, partition, items: list[pa.Table]) -> Iterator:
+        index, tables = partition
+        events, users = list(tables["log"]), list(tables["user"])
+        profiles = self._profiles(users, items)
+        counts = Counter()
+        for profile in profiles:
+            duplicates, places = profile.duplicate_rows()
+            # Every partition sees the whole item table: count its duplicates once.
+            if duplicates and (profile.role == "user" or index == 0):
+                counts[f"{profile.role}/duplicates/{places[0]}/{places[1]}"] += duplicates
+        if events:
+            joined, missing = join_rows(pa.concat_tables(events), profiles, self._spec)
+            pa.parquet.write_table(joined, f"{self._directory}/part-{index:05d}.parquet", row_group_size=ROWS_PER_BATCH)
+            counts.update(missing)
+            yield joined.column(EVENT_TIME).to_numpy()
+        yield beam.pvalue.TaggedOutput(_COUNTS, counts)
+
+    def _profiles(self, users: list[pa.Table], items: list[pa.Table]) -> list[Profiles]:
+        """The declared profile tables; a user table without a row for this partition is empty, not absent."""
+        tables = self._spec.tables
+        profiles = []
+        if tables.user:
+            profiles.append(Profiles("user", self._spec.user_key, _concat(users, tables.user)))
+        if tables.item:
+            profiles.append(Profiles("item", self._spec.item_key, _concat(items, tables.item)))
+        return profiles
+
+
+def _concat(parts: list[pa.Table], table) -> pa.Table:
+    types = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
+    schema = pa.schema([*((column.name, types[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
+    return pa.concat_tables([schema.empty_table(), *parts])
+
+
+# --- Fit -------------------------------------------------------------------------------------------------------------
+
+
+class ReadJoined(beam.PTransform):
+    """Parquet files of joined rows -> (split index, table)."""
+
+    def __init__(self, files: list[str], spec: FeatureSpec, cut_offs: list[int]):
+        super().__init__()
+        self._files = files
+        self._spec = spec
+        self._cut_offs = cut_offs
+
+    def expand(self, pipeline):
+        return (
+            pipeline
+            | "ListParts" >> beam.Create(self._files)
+            | "SpreadParts" >> beam.Reshuffle()
+            | "ReadParts" >> beam.FlatMap(_read_parquet)
+            | "AssignSplit" >> beam.FlatMap(_assign_split, self._spec, self._cut_offs)
+        )
+
+
+def _read_parquet(path: str) -> Iterator[pa.Table]:
+    with pa.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS_PER_BATCH):
+            yield pa.Table.from_batches([batch])
+
+
+def _assign_split(table: pa.Table, spec: FeatureSpec, cut_offs: list[int]) -> Iterator[tuple[int, pa.Table]]:
+    times, row_ids = table.column(EVENT_TIME).to_numpy(), table.column(ROW_ID).to_numpy()
+    return split_table(table, split_indices(spec.split, cut_offs, times, row_ids))
+
+
+class CountSplits(beam.PTransform):
+    """(split, table) -> one Counter: rows, clicks, intense rows, time range and user groups of each split."""
+
+    def __init__(self, spec: FeatureSpec):
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, rows):
+        spec = self._spec
+        counts = rows | "CountRows" >> beam.MapTuple(lambda split, table: _count_rows(split, table, spec))
+        return counts | "SumCounts" >> beam.CombineGlobally(MergeCounts())
+
+
+def _count_rows(split: int, table: pa.Table, spec: FeatureSpec) -> Counter:
+    name = SPLITS[split]
+    label = table.column("label").to_numpy()
+    counts = Counter({f"{name}/rows": len(label), f"{name}/clicks": int(label.sum())})
+    counts[f"{name}/intense"] = int(table.column("intensity_label").to_numpy().sum())
+    for group in spec.user_groups:
+        raw = RawInput(group.column, spec.column_types[group.column])
+        ids = group_ids(group, arrow_to_tensors(table, [raw])[group.column]).numpy()
+        for index, group_label in enumerate(group.labels):
+            counts[f"{name}/group/{group.name}/{group_label}/rows"] += int((ids == index).sum())
+            counts[f"{name}/group/{group.name}/{group_label}/clicks"] += int(label[ids == index].sum())
+    return counts
+
+
+class FitVocabularies(beam.PTransform):
+    """Training tables -> (vocabulary name, values by falling count); ties in the order of the text."""
+
+    def __init__(self, spec: FeatureSpec):
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, tables):
+        rules = self._spec.vocabularies
+        return (
+            tables
+            | "CountValues" >> beam.FlatMap(_count_values, self._spec)
+            | "SumValues" >> beam.CombinePerKey(sum)
+            | "ByVocabulary" >> beam.MapTuple(lambda key, count: (key[0], (key[1], count)))
+            | "GroupVocabulary" >> beam.GroupByKey()
+            | "Rank" >> beam.MapTuple(lambda name, counts: (name, _rank(counts, rules[name])))
+        )
+
+
+def _count_values(table: pa.Table, spec: FeatureSpec) -> Iterator[tuple[tuple[str, str], int]]:
+    for name in spec.vocabularies:
+        feature = spec.feature(name)
+        values = table.column(feature.column).cast(pa.string())
+        if isinstance(feature, MultiValuedFeature):
+            values = pa.compute.list_flatten(pa.compute.split_pattern(values, feature.separator))
+        for entry in pa.compute.value_counts(values.drop_null()).to_pylist():
+            # A vocabulary file holds one value a line, so a value with a line break stays out of vocabulary.
+            if entry["values"] and not {"\n", "\r"} & set(entry["values"]):
+                yield (name, entry["values"]), entry["counts"]
+
+
+def _rank(counts: Iterable[tuple[str, int]], rule) -> list[str]:
+    kept = [(-count, value) for value, count in counts if count >= rule.min_count]
+    return [value for _, value in sorted(kept)[: rule.max_size]]
+
+
+class FitNumeric(beam.PTransform):
+    """Training tables -> (feature name, NumericStatistics)."""
+
+    def __init__(self, features: list[NumericFeature]):
+        super().__init__()
+        self._features = features
+
+    def expand(self, tables):
+        values = tables | "NumericValues" >> beam.FlatMap(_numeric_values, self._features)
+        moments = values | "Moments" >> beam.CombinePerKey(_MomentsFn())
+        quantiles = [self._quantiles(values, feature) for feature in self._features if _is_bucketised(feature)]
+        if not quantiles:
+            return moments
+        boundaries = quantiles | "AllQuantiles" >> beam.Flatten()
+        return moments | "AddBoundaries" >> beam.Map(_with_boundaries, beam.pvalue.AsDict(boundaries))
+
+    @staticmethod
+    def _quantiles(values, feature: NumericFeature):
+        return (
+            values
+            | f"Only_{feature.name}" >> beam.Filter(lambda pair, name: pair[0] == name, feature.name)
+            | f"Lists_{feature.name}" >> beam.MapTuple(lambda _, array: array.tolist())
+            | f"Quantiles_{feature.name}"
+            >> beam.ApproximateQuantiles.Globally(feature.num_buckets + 1, input_batched=True)
+            | f"Inner_{feature.name}" >> beam.Map(lambda edges, name: (name, tuple(sorted(set(edges[1:-1])))), feature.name)
+        )
+
+
+def _is_bucketised(feature: NumericFeature) -> bool:
+    return feature.scaling == "quantile_buckets"
+
+
+def _numeric_values(table: pa.Table, features: list[NumericFeature]) -> Iterator[tuple[str, np.ndarray]]:
+    for feature in features:
+        values = table.column(feature.column).drop_null().to_numpy().astype(np.float64)
+        if len(values):
+            yield feature.name, np.log1p(values) if feature.log1p else values
+
+
+class _MomentsFn(beam.CombineFn):
+    """Count, mean, squared deviation, minimum and maximum, merged by Chan et al. (1979)."""
+
+    def create_accumulator(self):
+        return 0, 0.0, 0.0, float("inf"), float("-inf")
+
+    def add_input(self, accumulator, values):
+        mean = float(values.mean())
+        part = (len(values), mean, float(((values - mean) ** 2).sum()), float(values.min()), float(values.max()))
+        return self._merge(accumulator, part)
+
+    def merge_accumulators(self, accumulators):
+        merged = self.create_accumulator()
+        for accumulator in accumulators:
+            merged = self._merge(merged, accumulator)
+        return merged
+
+    @staticmethod
+    def _merge(left, right):
+        count = left[0] + right[0]
+        if not count:
+            return left
+        delta = right[1] - left[1]
+        mean = left[1] + delta * right[0] / count
+        deviation = left[2] + right[2] + delta**2 * left[0] * right[0] / count
+        return count, mean, deviation, min(left[3], right[3]), max(left[4], right[4])
+
+    def extract_output(self, accumulator):
+        count, mean, deviation, minimum, maximum = accumulator
+        return NumericStatistics(count, mean, (deviation / count) ** 0.5, minimum, maximum)
+
+
+def _with_boundaries(moments: tuple[str, NumericStatistics], boundaries: Mapping[str, tuple[float, ...]]):
+    name, fitted = moments
+    values = {**vars(fitted), "boundaries": boundaries.get(name, ())}
+    return name, NumericStatistics(**values)
+
+
+class WriteFitted(beam.PTransform):
+    """Vocabularies -> one text file each; numeric statistics -> one JSON file each, for the driver to collect."""
+
+    def __init__(self, spec: FeatureSpec, layout: DatasetLayout, numeric_dir: pathlib.Path):
+        super().__init__()
+        self._spec = spec
+        self._vocabularies = str(layout.vocabularies)
+        self._numeric_dir = str(numeric_dir)
+
+    def expand(self, tables):
+        features = [feature for feature in self._spec.features if isinstance(feature, NumericFeature)]
+        vocabularies, numeric_dir = self._vocabularies, self._numeric_dir
+        written = [
+            tables
+            | "FitVocabularies" >> FitVocabularies(self._spec)
+            | "WriteVocabularies"
+            >> beam.MapTuple(lambda name, values: _write_lines(f"{vocabularies}/{name}.txt", values))
+        ]
+        if features:
+            written.append(
+                tables
+                | "FitNumeric" >> FitNumeric(features)
+                | "WriteNumeric"
+                >> beam.MapTuple(lambda name, fitted: _write_json(vars(fitted), f"{numeric_dir}/{name}.json"))
+            )
+        return written | "AllWritten" >> beam.Flatten()
+
+
+# --- Encode ----------------------------------------------------------------------------------------------------------
+
+
+class EncodeShards(beam.PTransform):
+    """(split, table) -> TFRecord shards and the serving sample; gives (split, rows written) pairs.
+
+    A row's shard comes from its id; rows of a shard are sorted by event time, so reading the shards side by side
+    follows time closely and shuffling them loses nothing.
+    """
+
+    def __init__(self, spec: FeatureSpec, layout: DatasetLayout, num_shards: Mapping[str, int], compressed: bool):
+        super().__init__()
+        self._spec = spec
+        self._layout = layout
+        self._num_shards = num_shards
+        self._compressed = compressed
+
+    def expand(self, rows):
+        num_shards = self._num_shards
+        return (
+            rows
+            | "ChooseShard" >> beam.FlatMap(_choose_shard, num_shards)
+            | "GroupShard" >> beam.GroupByKey()
+            | "WriteShard" >> beam.ParDo(_WriteShardFn(self._spec, self._layout, num_shards, self._compressed))
+        )
+
+
+def _choose_shard(row: tuple[int, pa.Table], num_shards: Mapping[str, int]):
+    split, table = row
+    name = SPLITS[split]
+    shards = mix_row_ids(table.column(ROW_ID).to_numpy(), _SHARD_SEED) % np.uint64(num_shards[name])
+    for shard, part in split_table(table, shards):
+        yield (name, shard), part
+
+
+class _WriteShardFn(beam.DoFn):
+    def __init__(self, spec: FeatureSpec, layout: DatasetLayout, num_shards: Mapping[str, int], compressed: bool):
+        self._spec = spec
+        self._layout = layout
+        self._num_shards = num_shards
+        self._compressed = compressed
+
+    def setup(self):
+        statistics = Statistics.from_json(self._layout.statistics.read_text(encoding="utf-8"))
+        transform = FeatureTransform(self._spec, statistics, self._layout.vocabularies)
+        self._encode = tf.function(lambda raw, record: encode_examples({**transform(raw), **record}), reduce_retracing=True)
+
+    def process(self, shard) -> Iterator[tuple[str, int]]:
+        (split, index), parts = shard
+        table = pa.concat_tables(parts)
+        table = table.sort_by([(EVENT_TIME, "ascending"), (ROW_ID, "ascending")])
+        path = self._layout.shard(split, index, self._num_shards[split], self._compressed)
+        self._write(table, path)
+        yield split, table.num_rows
+
+    def _write(self, table: pa.Table, path: pathlib.Path) -> None:
+        options = tf.io.TFRecordOptions(compression_type="GZIP" if self._compressed else "")
+        # A retried bundle starts over: the shard appears under its name only when it is whole.
+        temporary = f"{path}.incomplete"
+        with tf.io.TFRecordWriter(temporary, options) as writer:
+            for start in range(0, table.num_rows, ROWS_PER_BATCH):
+                for example in self._encode(*self._tensors(table.slice(start, ROWS_PER_BATCH))).numpy():
+                    writer.write(example)
+        tf.io.gfile.rename(temporary, str(path), overwrite=True)
+
+    def _tensors(self, table: pa.Table) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+        record = {
+            "label": tf.constant(table.column("label").to_numpy()),
+            "intensity_label": tf.constant(table.column("intensity_label").to_numpy()),
+            "sample_weight": tf.constant(table.column("sample_weight").to_numpy()),
+            "user_hash": tf.constant(table.column(USER_HASH).to_numpy()),
+            "row_id": tf.constant(table.column(ROW_ID).to_numpy()),
+        }
+        return arrow_to_tensors(table, self._spec.raw_inputs), record
+
+
+class WriteServingSample(beam.PTransform):
+    """Raw inputs of about 10,000 test rows -> one Parquet file: what export verifies, warms up and shows with."""
+
+    def __init__(self, spec: FeatureSpec, path: pathlib.Path, num_test_rows: int):
+        super().__init__()
+        self._columns = [ROW_ID, "label", *(entry.name for entry in spec.raw_inputs)]
+        self._path = str(path)
+        self._fraction = min(1.0, SERVING_SAMPLE_ROWS / max(num_test_rows, 1))
+
+    def expand(self, rows):
+        return (
+            rows
+            | "OnlyTest" >> beam.Filter(lambda row: SPLITS[row[0]] == "test")
+            | "Sample" >> beam.MapTuple(lambda _, table: self._sample(table))
+            | "OneSample" >> beam.WithKeys(None)
+            | "SampleTogether" >> beam.GroupByKey()
+            | "WriteSample" >> beam.MapTuple(lambda _, parts: self._write(parts))
+        )
+
+    def _sample(self, table: pa.Table) -> pa.Table:
+        uniform = mix_row_ids(table.column(ROW_ID).to_numpy(), _SAMPLE_SEED) / 2.0**64
+        return table.select(self._columns).filter(pa.array(uniform < self._fraction))
+
+    def _write(self, parts: Iterable[pa.Table]) -> None:
+        pa.parquet.write_table(pa.concat_tables(parts).sort_by(ROW_ID), self._path)
