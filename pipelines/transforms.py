@@ -513,7 +513,9 @@ class _WriteShardFn(beam.DoFn):
     def setup(self):
         statistics = Statistics.from_json(self._layout.statistics.read_text(encoding="utf-8"))
         transform = FeatureTransform(self._spec, statistics, self._layout.vocabularies)
-        self._encode = tf.function(lambda raw, record: encode_examples({**transform(raw), **record}), reduce_retracing=True)
+        self._encode = tf.function(
+            lambda raw, record: encode_examples({**transform(raw), **record}), reduce_retracing=True, autograph=False
+        )
 
     def process(self, shard) -> Iterator[tuple[str, int]]:
         (split, index), parts = shard

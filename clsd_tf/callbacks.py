@@ -1,0 +1,171 @@
+"""Keras callbacks of the training job: validation AUC, checkpoints with early stopping, NaN stop, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import rich.progress
+import tensorflow as tf
+
+from clsd_tf import metrics
+from clsd_tf.artifacts import WorkDir, read_json, write_json
+from clsd_tf.console import console
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not a finite number."""
+
+
+class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
+    """Ends training at the first loss that is NaN or infinite, naming the step."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        if not math.isfinite(logs["loss"]):
+            step = int(self.model.optimizer.iterations)
+            raise TrainingDivergedError(
+                f"the loss must be finite. Received: loss={logs['loss']} at step {step}. "
+                "Lower learning_rate, or look at the inputs of this step for extreme values"
+            )
+
+
+class ValidationAuc(tf.keras.callbacks.Callback):
+    """Adds the exact validation AUC and log loss to the logs of each epoch, for the callbacks behind it.
+
+    Args:
+      batches: (features, labels, sample_weight), in a fixed order.
+      labels: their labels, [num_rows].
+      sample_weight: their weights, [num_rows].
+    """
+
+    def __init__(self, batches: tf.data.Dataset, labels: np.ndarray, sample_weight: np.ndarray):
+        super().__init__()
+        self._batches = batches
+        self._labels = labels
+        self._sample_weight = sample_weight
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        pctr = self.model.predict(self._batches, verbose=0)
+        logs["val_auc"] = metrics.auc(self._labels, pctr, self._sample_weight)
+        logs["val_log_loss"] = metrics.log_loss(self._labels, pctr, self._sample_weight)
+
+
+class CheckpointAndStop(tf.keras.callbacks.Callback):
+    """Keeps the best weights by ``val_auc``, stops when they get no better, and checkpoints each epoch for a resume.
+
+    Epochs that end within loss warm-up do not compete: their weights are those of plain BCE.
+
+    Args:
+      work_dir: where checkpoints, history and best weights go.
+      patience_epochs: stop after this many epochs without a better AUC.
+      first_counted_step: optimizer steps before an epoch may count as best.
+    """
+
+    def __init__(self, work_dir: WorkDir, *, patience_epochs: int, first_counted_step: int):
+        super().__init__()
+        self._work_dir = work_dir
+        self._patience_epochs = patience_epochs
+        self._first_counted_step = first_counted_step
+        self._next_epoch = tf.Variable(0, dtype=tf.int64)
+        self._best_auc = tf.Variable(-1.0, dtype=tf.float64)
+        self._epochs_without_gain = tf.Variable(0, dtype=tf.int64)
+        self.history: list[dict[str, Any]] = []
+
+    def resume(self, model: tf.keras.Model) -> int:
+        """Restores the newest checkpoint into ``model``, if there is one, and returns the epoch to start with."""
+        state = tf.train.Checkpoint(
+            model=model,
+            next_epoch=self._next_epoch,
+            best_auc=self._best_auc,
+            epochs_without_gain=self._epochs_without_gain,
+        )
+        self._manager = tf.train.CheckpointManager(state, str(self._work_dir.checkpoints), max_to_keep=2)
+        if self._manager.restore_or_initialize():
+            next_epoch = int(self._next_epoch)
+            self.history = read_json(self._work_dir.history)[:next_epoch]
+            return next_epoch
+        return 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether patience had run out when the run was last checkpointed."""
+        return int(self._epochs_without_gain) >= self._patience_epochs
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if int(self.model.optimizer.iterations) > self._first_counted_step:
+            self._compete(logs["val_auc"])
+        self.history.append({"epoch": epoch, **{name: _json_number(value) for name, value in logs.items()}})
+        write_json(self._work_dir.history, self.history)
+        self._next_epoch.assign(epoch + 1)
+        self._manager.save()
+        if self.is_exhausted:
+            self.model.stop_training = True
+
+    def _compete(self, val_auc: float) -> None:
+        if val_auc > float(self._best_auc):
+            self._best_auc.assign(val_auc)
+            self._epochs_without_gain.assign(0)
+            best_weights(self.model).write(str(self._work_dir.best_weights))
+        else:
+            self._epochs_without_gain.assign_add(1)
+
+
+def best_weights(model: tf.keras.Model) -> tf.train.Checkpoint:
+    """What is kept of the best epoch: backbone and AdGate, without optimizers."""
+    parts = {"backbone": model.backbone}
+    if model.ad_gate is not None:
+        parts["ad_gate"] = model.ad_gate
+    return tf.train.Checkpoint(**parts)
+
+
+def _json_number(value: Any) -> float | None:
+    """NaN has no place in JSON: a group without a click has no mean."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class ProgressBar(tf.keras.callbacks.Callback):
+    """A live bar with loss, examples/s and the time left in the epoch, then one line per epoch.
+
+    Args:
+      title: what is being trained.
+      steps_per_epoch: optimizer steps of an epoch.
+      batch_size: examples per step.
+    """
+
+    def __init__(self, title: str, *, steps_per_epoch: int, batch_size: int):
+        super().__init__()
+        self._title = title
+        self._steps = steps_per_epoch
+        self._batch_size = batch_size
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._start = time.monotonic()
+        self._bar = rich.progress.Progress(
+            *rich.progress.Progress.get_default_columns(),
+            rich.progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} examples/s"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(f"{self._title} epoch {epoch + 1}", total=self._steps, loss=0.0, rate=0.0)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._bar.update(self._task, completed=batch + 1, loss=logs["loss"], rate=self._rate(batch + 1))
+
+    def _rate(self, steps: int) -> float:
+        return steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._bar.stop()
+        console.print(
+            f"{self._title} epoch {epoch + 1}: loss {logs['loss']:.4f}, validation AUC {logs['val_auc']:.4f}, "
+            f"{self._rate(self._steps):,.0f} examples/s",
+            soft_wrap=True,
+        )
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._bar.stop()

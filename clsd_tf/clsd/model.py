@@ -1,0 +1,195 @@
+"""ClsdModel: a backbone trained with click confidence, for ``model.compile`` / ``model.fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+from clsd_tf.backbones.base import Features
+from clsd_tf.clsd.ad_gate import AdGate, ad_gate_loss
+from clsd_tf.clsd.confidence import ClsdConfig, global_confidence, local_confidence, mixed_confidence
+from clsd_tf.clsd.monitors import Extremum, MeanPerGroup
+from clsd_tf.losses import bce_from_logits, weighted_mean
+
+
+class ClsdModel(tfrs.Model):
+    """A CTR model whose clicks are weighted by confidence.
+
+    For step < loss_warmup_steps the loss is BCE. From then on
+
+      loss = weighted_mean(click_confidence * bce_from_logits(labels, logits), sample_weight)
+
+    with click_confidence from ``mixed_confidence`` of the teacher's scores. The teacher is the model itself in the
+    same forward pass, behind a stop-gradient (which is the model as the previous batch left it), or
+    ``features["teacher_score"]``. AdGate learns from its own loss, with its own optimizer, from the first step on.
+
+    Source: arXiv 2309.16322; the equations are this package's reading of its abstract.
+
+    Args:
+      backbone: any ``tf.keras.Model`` from a feature dict to logits, float32 [batch].
+      ad_gate: the local correction; None needs mu = 0.
+      config: how clicks are weighted.
+
+    Returns:
+      ``call`` maps the feature dict to pctr, float32 [batch].
+    """
+
+    def __init__(self, backbone: tf.keras.Model, ad_gate: AdGate | None = None, config: ClsdConfig | None = None):
+        super().__init__()
+        config = config or ClsdConfig(teacher="self", mu=0.5 if ad_gate else 0.0)
+        if ad_gate is None and config.mu > 0:
+            raise ValueError(f"mu > 0 needs an AdGate. Received: mu={config.mu:g}, ad_gate=None. Give one or set mu=0")
+        self.backbone = backbone
+        self.ad_gate = ad_gate
+        self.config = config
+        self._means = {
+            name: tf.keras.metrics.Mean(name=name) for name in ("loss", "bce", "ad_gate_loss", "mean_pctr")
+        }
+        self._extrema = [
+            Extremum("min_click_confidence", largest=False),
+            Extremum("max_click_confidence", largest=True),
+        ]
+        groups = ad_gate.groups if ad_gate else ()
+        self._confidence_per_group = [MeanPerGroup("click_confidence", group) for group in groups]
+        self._correction_per_group = [MeanPerGroup("ad_gate", group) for group in groups]
+
+    def compile(
+        self,
+        optimizer: Any = "adam",
+        *,
+        ad_gate_optimizer: Any = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As ``tf.keras.Model.compile``; the loss is the model's own.
+
+        Args:
+          optimizer: trains the backbone.
+          ad_gate_optimizer: trains AdGate; Adam with learning rate 1e-3 by default.
+          metrics: Keras metrics on (labels, pctr).
+
+        Raises:
+          ValueError: a loss was given.
+        """
+        if kwargs.get("loss") is not None:
+            raise ValueError(
+                f"ClsdModel brings its own loss. Received: loss={kwargs['loss']!r}. Leave it out; "
+                "ClsdConfig(lambda_=0, mu=0) trains with plain BCE"
+            )
+        super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
+        self.ad_gate_optimizer = tf.keras.optimizers.get(ad_gate_optimizer or tf.keras.optimizers.Adam(1e-3))
+
+    def call(self, features: Features, training: bool = False) -> tf.Tensor:
+        return tf.sigmoid(self.backbone(features, training=training))
+
+    def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
+        """Logit, the self teacher's score and AdGate's correction, each float32 [batch]."""
+        logits = self.backbone(features, training=False)
+        correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
+        return {"logit": logits, "teacher_score": tf.sigmoid(logits), "ad_gate_correction": correction}
+
+    def click_confidence(
+        self, features: Features, labels: tf.Tensor, logits: tf.Tensor, sample_weight: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        """Weights of the loss at optimizer step ``step``: 1 during loss warm-up and for rows without a click.
+
+        Args:
+          features: the feature dict; needs ``teacher_score`` when the teacher is cross_fit.
+          labels: float [batch].
+          logits: float [batch].
+          sample_weight: float [batch].
+          step: integer scalar.
+
+        Returns:
+          float32 [batch], without gradient.
+        """
+        teacher_score = self._teacher_score(features, logits)
+        click_weight = labels * sample_weight
+        # Arithmetic on the step tensor: a Python condition would be frozen when the step is traced.
+        is_on = tf.cast(step >= self.config.loss_warmup_steps, tf.float32)
+        correction = tf.stop_gradient(self.ad_gate(features)) if self.ad_gate else tf.zeros_like(teacher_score)
+        return mixed_confidence(
+            labels,
+            global_confidence(teacher_score, click_weight, self.config),
+            local_confidence(teacher_score, correction, click_weight, self.config),
+            is_on * self.config.lambda_,
+            is_on * self.config.mu,
+        )
+
+    def _teacher_score(self, features: Features, logits: tf.Tensor) -> tf.Tensor:
+        if self.config.teacher == "self":
+            return tf.stop_gradient(tf.sigmoid(logits))
+        if "teacher_score" not in features:
+            raise ValueError(
+                f"teacher={self.config.teacher!r} needs features['teacher_score']. Received: {sorted(features)}. "
+                "Add the scores with input_pipeline.with_teacher_scores, or use teacher='self'"
+            )
+        return features["teacher_score"]
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        features, labels, sample_weight = _unpack(data)
+        step = self.optimizer.iterations
+        with tf.GradientTape() as tape:
+            logits = self.backbone(features, training=True)
+            confidence = self.click_confidence(features, labels, logits, sample_weight, step)
+            bce = bce_from_logits(labels, logits)
+            loss = weighted_mean(confidence * bce, sample_weight)
+            total_loss = loss + tf.add_n([tf.zeros([]), *self.backbone.losses])
+        variables = self.backbone.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(total_loss, variables), variables, strict=True))
+        self._train_ad_gate(features, labels, logits, sample_weight)
+
+        self._means["loss"].update_state(total_loss)
+        self._watch(features, labels, logits, confidence, sample_weight)
+        self._means["bce"].update_state(bce, sample_weight)
+        return self._updated_metrics(labels, logits, sample_weight)
+
+    def _train_ad_gate(
+        self, features: Features, labels: tf.Tensor, logits: tf.Tensor, sample_weight: tf.Tensor
+    ) -> None:
+        if self.ad_gate is None:
+            return
+        click_weight = labels * sample_weight
+        with tf.GradientTape() as tape:
+            correction = self.ad_gate(features)
+            loss = ad_gate_loss(correction, self._teacher_score(features, logits), click_weight)
+        variables = self.ad_gate.trainable_variables
+        self.ad_gate_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        self._means["ad_gate_loss"].update_state(loss)
+        for metric, group in zip(self._correction_per_group, self.ad_gate.groups, strict=True):
+            metric.update_state(features[group.name], correction, click_weight)
+
+    def _watch(self, features, labels, logits, confidence, sample_weight) -> None:
+        click_weight = labels * sample_weight
+        self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)
+        for metric in self._extrema:
+            metric.update_state(confidence, click_weight)
+        groups = self.ad_gate.groups if self.ad_gate else ()
+        for metric, group in zip(self._confidence_per_group, groups, strict=True):
+            metric.update_state(features[group.name], confidence, click_weight)
+
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """Evaluates with plain BCE: the loss of different confidences would not be comparable."""
+        features, labels, sample_weight = _unpack(data)
+        logits = self.backbone(features, training=False)
+        bce = bce_from_logits(labels, logits)
+        self._means["loss"].update_state(bce, sample_weight)
+        self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)
+        metrics = self._updated_metrics(labels, logits, sample_weight)
+        watched_in_training = {"bce", "ad_gate_loss", *(metric.name for metric in self._extrema)}
+        return {name: value for name, value in metrics.items() if name not in watched_in_training and "/" not in name}
+
+    def _updated_metrics(self, labels, logits, sample_weight) -> dict[str, tf.Tensor]:
+        self.compiled_metrics.update_state(labels, tf.sigmoid(logits), sample_weight)
+        return self.get_metrics_result()
+
+
+def _unpack(data: Any) -> tuple[Features, tf.Tensor, tf.Tensor]:
+    """(features, labels[, sample_weight]) -> float32 [batch] labels and weights (1 where not given)."""
+    features, labels, sample_weight = tf.keras.utils.unpack_x_y_sample_weight(data)
+    labels = tf.reshape(tf.cast(labels, tf.float32), [-1])
+    if sample_weight is None:
+        return features, labels, tf.ones_like(labels)
+    return features, labels, tf.reshape(tf.cast(sample_weight, tf.float32), [-1])

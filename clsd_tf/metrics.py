@@ -1,0 +1,114 @@
+"""Exact offline metrics in NumPy, float64. Weights are the rows' sample weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def auc(labels: Array, scores: Array, weights: Array | None = None) -> float | None:
+    """Area under the ROC curve: P(score of a click > score of a non-click) + P(tie) / 2, exact.
+
+    Args:
+      labels: 0/1, [num_rows].
+      scores: any ranking, [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
+    Returns:
+      In [0, 1], or None when there are no clicks or no non-clicks.
+    """
+    weights = _weights(weights, labels)
+    order = np.argsort(scores, kind="stable")
+    scores, labels, weights = np.asarray(scores)[order], np.asarray(labels, np.float64)[order], weights[order]
+    starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1])[: len(scores)])  # First row of each tie.
+    if not len(starts):
+        return None
+    clicks = np.add.reduceat(weights * labels, starts)
+    others = np.add.reduceat(weights * (1 - labels), starts)
+    pairs = clicks.sum() * others.sum()
+    if pairs == 0:
+        return None
+    others_below = np.cumsum(others) - others
+    return float((clicks * (others_below + others / 2)).sum() / pairs)
+
+
+def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = None) -> tuple[float | None, float]:
+    """AUC within each user, averaged by the user's number of impressions (sum of weights).
+
+    Users whose labels are all equal have no AUC and are left out. This is FuxiCTR's definition; others average users
+    equally or by clicks.
+
+    Returns:
+      (gauc or None if no user has both labels, share of impressions that entered).
+    """
+    weights = _weights(weights, labels)
+    order = np.argsort(users, kind="stable")
+    labels, scores, users, weights = (np.asarray(x)[order] for x in (labels, scores, users, weights))
+    borders = np.flatnonzero(users[1:] != users[:-1]) + 1
+    total, mass = 0.0, 0.0
+    for rows in np.split(np.arange(len(users)), borders):
+        value = auc(labels[rows], scores[rows], weights[rows]) if len(rows) > 1 else None
+        if value is not None:
+            mass += weights[rows].sum()
+            total += value * weights[rows].sum()
+    return (total / mass if mass else None), float(mass / weights.sum()) if len(weights) else 0.0
+
+
+def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:
+    """Weighted mean of -labels * log(pctr) - (1 - labels) * log(1 - pctr); pctr clipped to [1e-7, 1 - 1e-7]."""
+    weights = _weights(weights, labels)
+    pctr = np.clip(np.asarray(pctr, np.float64), 1e-7, 1 - 1e-7)
+    losses = -(labels * np.log(pctr) + (1 - np.asarray(labels)) * np.log1p(-pctr))
+    return float(np.average(losses, weights=weights))
+
+
+def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
+    """log_loss / log loss of always predicting the click rate; below 1 beats the constant.
+
+    Source: He et al. (2014), "Practical Lessons from Predicting Clicks on Ads at Facebook", section 2.
+    """
+    rate = np.average(labels, weights=_weights(weights, labels))
+    if rate in (0.0, 1.0):
+        return None
+    return log_loss(labels, pctr, weights) / float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+
+
+def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
+    """Calibration: mean pctr / click rate ("predicted clicks over clicks"); 1 is calibrated, above 1 predicts too much."""
+    weights = _weights(weights, labels)
+    rate = np.average(labels, weights=weights)
+    return float(np.average(np.asarray(pctr, np.float64), weights=weights) / rate) if rate else None
+
+
+def calibration_bins(labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20) -> list[dict[str, float]]:
+    """Rows sorted by pctr and cut into ``num_bins`` bins of equal mass.
+
+    Returns:
+      Per non-empty bin: mean ``pctr``, ``click_rate`` and ``weight``.
+    """
+    weights = _weights(weights, labels)
+    order = np.argsort(pctr, kind="stable")
+    labels, pctr, weights = np.asarray(labels)[order], np.asarray(pctr, np.float64)[order], weights[order]
+    middle = (np.cumsum(weights) - weights / 2) / weights.sum()  # Place of each row's mass in (0, 1).
+    bins = np.minimum((middle * num_bins).astype(int), num_bins - 1)
+    result = []
+    for index in np.unique(bins):
+        rows = bins == index
+        result.append({
+            "pctr": float(np.average(pctr[rows], weights=weights[rows])),
+            "click_rate": float(np.average(labels[rows], weights=weights[rows])),
+            "weight": float(weights[rows].sum()),
+        })
+    return result
+
+
+def ece(labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20) -> float:
+    """Expected calibration error: mean over equal-mass bins, by weight, of |mean pctr - click rate|."""
+    bins = calibration_bins(labels, pctr, weights, num_bins)
+    total = sum(entry["weight"] for entry in bins)
+    return sum(entry["weight"] * abs(entry["pctr"] - entry["click_rate"]) for entry in bins) / total
+
+
+def _weights(weights: Array | None, like: Array) -> Array:
+    return np.ones(len(like)) if weights is None else np.asarray(weights, np.float64)
