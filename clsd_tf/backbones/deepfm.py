@@ -33,15 +33,15 @@ class DeepFm(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"])
-        self._first_order = FieldEmbeddings(inputs, 1, name="first_order")
+        # One lookup for both: the last column of each table is the first-order weight.
+        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
-        embeddings = self._embeddings(features)
+        looked_up = self._embeddings(features)
+        embeddings, weights = looked_up[:, :, :-1], looked_up[:, :, -1]
         flat = concat_fields(embeddings)
         deep = tf.squeeze(self._logits(self._mlp(flat, training=training)), axis=1)
-        first_order = tf.reduce_sum(self._first_order(features), axis=[1, 2])
-        shallow = first_order + pairwise_interactions(embeddings)
+        shallow = tf.reduce_sum(weights, axis=1) + pairwise_interactions(embeddings)
         return deep + tf.cast(shallow, tf.float32)

@@ -51,9 +51,10 @@ class ClsdModel(tfrs.Model):
             Extremum("min_click_confidence", largest=False),
             Extremum("max_click_confidence", largest=True),
         ]
-        groups = ad_gate.groups if ad_gate else ()
-        self._confidence_per_group = [MeanPerGroup("click_confidence", group) for group in groups]
-        self._correction_per_group = [MeanPerGroup("ad_gate", group) for group in groups]
+        self._per_group = [
+            (group, MeanPerGroup("click_confidence", group), MeanPerGroup("ad_gate", group))
+            for group in (ad_gate.groups if ad_gate else ())
+        ]
 
     def compile(
         self,
@@ -91,25 +92,28 @@ class ClsdModel(tfrs.Model):
         return {"logit": logits, "teacher_score": tf.sigmoid(logits), "ad_gate_correction": correction}
 
     def click_confidence(
-        self, features: Features, labels: tf.Tensor, logits: tf.Tensor, sample_weight: tf.Tensor, step: tf.Tensor
+        self,
+        labels: tf.Tensor,
+        teacher_score: tf.Tensor,
+        correction: tf.Tensor,
+        sample_weight: tf.Tensor,
+        step: tf.Tensor,
     ) -> tf.Tensor:
         """Weights of the loss at optimizer step ``step``: 1 during loss warm-up and for rows without a click.
 
         Args:
-          features: the feature dict; needs ``teacher_score`` when the teacher is cross_fit.
           labels: float [batch].
-          logits: float [batch].
+          teacher_score: estimated click probability, float [batch].
+          correction: AdGate's output, float [batch].
           sample_weight: float [batch].
           step: integer scalar.
 
         Returns:
           float32 [batch], without gradient.
         """
-        teacher_score = self._teacher_score(features, logits)
         click_weight = labels * sample_weight
         # Arithmetic on the step tensor: a Python condition would be frozen when the step is traced.
         is_on = tf.cast(step >= self.config.loss_warmup_steps, tf.float32)
-        correction = tf.stop_gradient(self.ad_gate(features)) if self.ad_gate else tf.zeros_like(teacher_score)
         return mixed_confidence(
             labels,
             global_confidence(teacher_score, click_weight, self.config),
@@ -133,42 +137,42 @@ class ClsdModel(tfrs.Model):
         step = self.optimizer.iterations
         with tf.GradientTape() as tape:
             logits = self.backbone(features, training=True)
-            confidence = self.click_confidence(features, labels, logits, sample_weight, step)
+            teacher_score = self._teacher_score(features, logits)
+            with tape.stop_recording():
+                correction = self._train_ad_gate(features, labels, teacher_score, sample_weight)
+            confidence = self.click_confidence(labels, teacher_score, correction, sample_weight, step)
             bce = bce_from_logits(labels, logits)
-            loss = weighted_mean(confidence * bce, sample_weight)
-            total_loss = loss + tf.add_n([tf.zeros([]), *self.backbone.losses])
+            loss = weighted_mean(confidence * bce, sample_weight) + tf.add_n([0.0, *self.backbone.losses])
         variables = self.backbone.trainable_variables
-        self.optimizer.apply_gradients(zip(tape.gradient(total_loss, variables), variables, strict=True))
-        self._train_ad_gate(features, labels, logits, sample_weight)
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
-        self._means["loss"].update_state(total_loss)
-        self._watch(features, labels, logits, confidence, sample_weight)
+        self._means["loss"].update_state(loss)
         self._means["bce"].update_state(bce, sample_weight)
+        self._watch(features, labels, logits, confidence, correction, sample_weight)
         return self._updated_metrics(labels, logits, sample_weight)
 
     def _train_ad_gate(
-        self, features: Features, labels: tf.Tensor, logits: tf.Tensor, sample_weight: tf.Tensor
-    ) -> None:
+        self, features: Features, labels: tf.Tensor, teacher_score: tf.Tensor, sample_weight: tf.Tensor
+    ) -> tf.Tensor:
+        """One step of AdGate on its own loss; returns the correction from before the step, float32 [batch]."""
         if self.ad_gate is None:
-            return
-        click_weight = labels * sample_weight
+            return tf.zeros_like(teacher_score)
         with tf.GradientTape() as tape:
             correction = self.ad_gate(features)
-            loss = ad_gate_loss(correction, self._teacher_score(features, logits), click_weight)
+            loss = ad_gate_loss(correction, teacher_score, labels * sample_weight)
         variables = self.ad_gate.trainable_variables
         self.ad_gate_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         self._means["ad_gate_loss"].update_state(loss)
-        for metric, group in zip(self._correction_per_group, self.ad_gate.groups, strict=True):
-            metric.update_state(features[group.name], correction, click_weight)
+        return tf.stop_gradient(correction)
 
-    def _watch(self, features, labels, logits, confidence, sample_weight) -> None:
+    def _watch(self, features, labels, logits, confidence, correction, sample_weight) -> None:
         click_weight = labels * sample_weight
         self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)
         for metric in self._extrema:
             metric.update_state(confidence, click_weight)
-        groups = self.ad_gate.groups if self.ad_gate else ()
-        for metric, group in zip(self._confidence_per_group, groups, strict=True):
-            metric.update_state(features[group.name], confidence, click_weight)
+        for group, of_confidence, of_correction in self._per_group:
+            of_confidence.update_state(features[group.name], confidence, click_weight)
+            of_correction.update_state(features[group.name], correction, click_weight)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates with plain BCE: the loss of different confidences would not be comparable."""

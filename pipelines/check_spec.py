@@ -1,0 +1,74 @@
+"""Checks a feature spec against data and prints what it found, without writing a dataset.
+
+Example:
+  python -m pipelines.check_spec --spec=movielens_100k --input_dir=demo/raw
+  python -m pipelines.check_spec --print_json_schema > feature_spec.schema.json   # for completion in editors
+"""
+
+import json
+import pathlib
+import tempfile
+
+from absl import flags
+
+import feature_specs
+from clsd_tf import console
+from clsd_tf.artifacts import SPLITS
+from clsd_tf.features import FeatureSpec
+from pipelines.build import BuildConfig, inspect_data
+from pipelines.overrides import override_source
+
+_SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a YAML file.")
+_INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")
+_SOURCE = flags.DEFINE_string("source", None, "Log to read instead of the spec's: a path, or tfds:<name>.")
+_MAX_BAD_FRACTION = flags.DEFINE_float("max_bad_fraction", 0.01, "More bad rows than this fail the check.", 0.0, 1.0)
+_PRINT_JSON_SCHEMA = flags.DEFINE_bool("print_json_schema", False, "Print the spec format's JSON Schema and stop.")
+
+
+def main(argv) -> None:
+    if _PRINT_JSON_SCHEMA.value:
+        print(json.dumps(FeatureSpec.model_json_schema(), indent=1))
+        return
+    if _SPEC.value is None:
+        raise ValueError(f"--spec is required. Received: none. Known names: {', '.join(feature_specs.spec_names())}")
+    spec = override_source(feature_specs.get_spec(_SPEC.value), _SOURCE.value)
+    config = BuildConfig(_INPUT_DIR.value, max_bad_fraction=_MAX_BAD_FRACTION.value, beam_arguments=tuple(argv[1:]))
+    with tempfile.TemporaryDirectory() as scratch:
+        counts, statistics = inspect_data(spec, config, pathlib.Path(scratch))
+    _print_tables(spec, counts)
+    _print_features(spec, statistics)
+    console.console.print(f"[green]ok[/] {spec.name}, fingerprint {spec.fingerprint}")
+
+
+def _print_tables(spec: FeatureSpec, counts) -> None:
+    rows = [
+        (role, entry["rows"], sum(entry["bad"].values()), counts.get(f"{role}_profile_missing"))
+        for role, entry in counts["tables"].items()
+    ]
+    console.console.print(console.table("Tables", ["table", "rows", "bad rows", "log rows without profile"], rows))
+    rows = [
+        (split, entry["rows"], entry["clicks"] / entry["rows"], entry["intense"] / entry["rows"])
+        for split, entry in ((split, counts["splits"][split]) for split in SPLITS)
+    ]
+    label = f"Splits by {counts['split_rule']}; click: {spec.label}; intense: {spec.intensity_label or 'not declared'}"
+    console.console.print(console.table(label, ["split", "rows", "click rate", "intense rate"], rows))
+    for group in spec.user_groups:
+        found = counts["splits"]["train"]["groups"][group.name]
+        rows = [
+            (label, entry["rows"], entry["clicks"] / entry["rows"] if entry["rows"] else None)
+            for label, entry in found.items()
+        ]
+        console.console.print(console.table(f"User group {group.name} (train)", ["group", "rows", "click rate"], rows))
+
+
+def _print_features(spec: FeatureSpec, statistics) -> None:
+    inputs = spec.model_inputs(statistics.vocabulary_lengths)
+    rows = [(entry.name, entry.vocabulary_size, entry.max_values or 1) for entry in inputs.categorical]
+    console.console.print(console.table("Ids", ["feature", "vocabulary size", "values"], rows))
+    rows = [(name, entry.mean, entry.std, entry.minimum, entry.maximum) for name, entry in statistics.numeric.items()]
+    if rows:
+        console.console.print(console.table("Numbers (train)", ["feature", "mean", "std", "min", "max"], rows))
+
+
+if __name__ == "__main__":
+    console.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
