@@ -22,11 +22,14 @@ class TrainingDivergedError(RuntimeError):
 class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
     """Ends training at the first loss that is NaN or infinite, naming the step."""
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if not math.isfinite(logs["loss"]):
+    _supports_tf_logs = True  # Keras then hands over tensors: only the loss is copied to Python at each step.
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor] | None = None) -> None:
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
             step = int(self.model.optimizer.iterations)
             raise TrainingDivergedError(
-                f"the loss must be finite. Received: loss={logs['loss']} at step {step}. "
+                f"the loss must be finite. Received: loss={loss} at step {step}. "
                 "Lower learning_rate, or look at the inputs of this step for extreme values"
             )
 
@@ -135,6 +138,8 @@ class ProgressBar(tf.keras.callbacks.Callback):
       batch_size: examples per step.
     """
 
+    _supports_tf_logs = True
+
     def __init__(self, title: str, *, steps_per_epoch: int, batch_size: int):
         super().__init__()
         self._title = title
@@ -154,7 +159,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         self._task = self._bar.add_task(f"{self._title} epoch {epoch + 1}", total=self._steps, loss=0.0, rate=0.0)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._bar.update(self._task, completed=batch + 1, loss=logs["loss"], rate=self._rate(batch + 1))
+        self._bar.update(self._task, completed=batch + 1, loss=float(logs["loss"]), rate=self._rate(batch + 1))
 
     def _rate(self, steps: int) -> float:
         return steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)

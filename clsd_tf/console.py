@@ -5,19 +5,42 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-# TensorFlow's C++ start-up messages (CPU features, absent CUDA) say nothing a user of these commands can act on.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import rich.box
 import rich.console
 import rich.markup
+import rich.measure
 import rich.progress
 import rich.table
 from absl import app, logging
 
+
+
+def _import_tensorflow_quietly() -> None:
+    """Imports TensorFlow without its C++ start-up messages (CPU features, absent CUDA), which help nobody here.
+
+    They are written to file descriptor 2 before any log level applies, so that is what is turned away meanwhile.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            captured.seek(0)
+            os.write(original, captured.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+_import_tensorflow_quietly()
 console = rich.console.Console(stderr=False, highlight=False)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
 
@@ -53,6 +76,7 @@ def step(title: str) -> Iterator[Callable[[str], None]]:
         rich.progress.TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with progress:
         progress.add_task(title)
@@ -61,14 +85,16 @@ def step(title: str) -> Iterator[Callable[[str], None]]:
     console.print(f"[green]done[/] {title} [dim]{seconds:.1f} s[/] {' '.join(details)}", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> rich.table.Table:
-    """A table with its first column left-aligned and the numbers right-aligned."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a table at its full width: first column left-aligned, numbers right-aligned, nothing cut off."""
     result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, name in enumerate(columns):
-        result.add_column(name, justify="left" if index == 0 else "right")
+        result.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         result.add_row(*(value if isinstance(value, str) else format_number(value) for value in row))
-    return result
+    wide = console.options.update(max_width=10_000)
+    width = rich.measure.Measurement.get(console, wide, result).maximum
+    rich.console.Console(file=console.file, width=max(width, len(title)), highlight=False).print(result)
 
 
 def format_number(value: object) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pydantic
 import tensorflow as tf
 import yaml
+from absl import logging
 
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
@@ -96,6 +97,11 @@ def parse_config(content: dict[str, Any], source: str) -> TrainConfig:
         raise SpecError(explain_validation_error(error, TrainConfig, source)) from error
 
 
+def make_deterministic() -> None:
+    """Makes TensorFlow's ops give the same bits on every run of this process; call it before anything is built."""
+    tf.config.experimental.enable_op_determinism()
+
+
 def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
     """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
     tf.keras.utils.set_random_seed(config.seed)
@@ -175,6 +181,12 @@ def train(
       TrainingDivergedError: the loss is not finite.
     """
     _claim(work_dir, config, dataset)
+    if config.method == "clsd" and config.clsd.teacher == "self" and config.max_epochs > 1:
+        logging.warning(
+            "teacher=self judges clicks it was trained on from the second epoch on, and is overconfident there. "
+            "Received: max_epochs=%d. Use clsd.teacher=cross_fit, or max_epochs=1",
+            config.max_epochs,
+        )
     keeper = CheckpointAndStop(
         work_dir, patience_epochs=config.patience_epochs, first_counted_step=_loss_warmup_steps(config, dataset)
     )

@@ -47,7 +47,7 @@ def main(argv) -> None:
     dataset_dir = pathlib.Path(_DATASET_DIR.value)
     counts = build_dataset(resolve_spec(), config, dataset_dir)
     rows = [(split, counts["splits"][split]["rows"], _click_rate(counts["splits"][split])) for split in SPLITS]
-    console.console.print(console.table("Dataset", ["split", "rows", "click rate"], rows))
+    console.print_table("Dataset", ["split", "rows", "click rate"], rows)
     bad = sum(sum(table["bad"].values()) for table in counts["tables"].values())
     console.console.print(f"{bad:,} bad rows; dataset in {dataset_dir}")
 

@@ -45,29 +45,29 @@ def _print_tables(spec: FeatureSpec, counts) -> None:
         (role, entry["rows"], sum(entry["bad"].values()), counts.get(f"{role}_profile_missing"))
         for role, entry in counts["tables"].items()
     ]
-    console.console.print(console.table("Tables", ["table", "rows", "bad rows", "log rows without profile"], rows))
+    console.print_table("Tables", ["table", "rows", "bad rows", "log rows without profile"], rows)
     rows = [
         (split, entry["rows"], entry["clicks"] / entry["rows"], entry["intense"] / entry["rows"])
         for split, entry in ((split, counts["splits"][split]) for split in SPLITS)
     ]
     label = f"Splits by {counts['split_rule']}; click: {spec.label}; intense: {spec.intensity_label or 'not declared'}"
-    console.console.print(console.table(label, ["split", "rows", "click rate", "intense rate"], rows))
+    console.print_table(label, ["split", "rows", "click rate", "intense rate"], rows)
     for group in spec.user_groups:
         found = counts["splits"]["train"]["groups"][group.name]
         rows = [
             (label, entry["rows"], entry["clicks"] / entry["rows"] if entry["rows"] else None)
             for label, entry in found.items()
         ]
-        console.console.print(console.table(f"User group {group.name} (train)", ["group", "rows", "click rate"], rows))
+        console.print_table(f"User group {group.name} (train)", ["group", "rows", "click rate"], rows)
 
 
 def _print_features(spec: FeatureSpec, statistics) -> None:
     inputs = spec.model_inputs(statistics.vocabulary_lengths)
     rows = [(entry.name, entry.vocabulary_size, entry.max_values or 1) for entry in inputs.categorical]
-    console.console.print(console.table("Ids", ["feature", "vocabulary size", "values"], rows))
+    console.print_table("Ids", ["feature", "vocabulary size", "values"], rows)
     rows = [(name, entry.mean, entry.std, entry.minimum, entry.maximum) for name, entry in statistics.numeric.items()]
     if rows:
-        console.console.print(console.table("Numbers (train)", ["feature", "mean", "std", "min", "max"], rows))
+        console.print_table("Numbers (train)", ["feature", "mean", "std", "min", "max"], rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Evaluation of a model on a split: overall and per user group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from clsd_tf import input_pipeline, metrics
+from clsd_tf.artifacts import DatasetDir
+from clsd_tf.clsd import ClsdModel
+from clsd_tf.training import predict
+
+# The metrics of a table, in order: key in the report, heading.
+HEADLINES = (
+    ("rows", "rows"),
+    ("click_rate", "click rate"),
+    ("auc", "AUC"),
+    ("gauc", "GAUC"),
+    ("log_loss", "log loss"),
+    ("normalized_entropy", "NE"),
+    ("pcoc", "PCOC"),
+    ("ece", "ECE"),
+    ("intensity_auc", "intensity AUC"),
+    ("intensity_auc_among_clicks", "among clicks"),
+)
+
+
+def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any]:
+    """Scores a split and measures it.
+
+    Args:
+      model: maps features to pctr.
+      dataset: a complete dataset directory.
+      split: train, validation or test.
+
+    Returns:
+      ``overall`` and ``groups`` (user group -> label -> metrics), ready for JSON. Groups without rows are left out;
+      a metric that is not defined on its rows is None.
+    """
+    names = [group.name for group in dataset.inputs.groups]
+    record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
+    columns = input_pipeline.read_columns(dataset, split, [*record_fields, *names])
+    columns["pctr"] = predict(model, dataset, split)
+    if dataset.spec.intensity_label is None:
+        columns["intensity_label"] = None
+    groups = {
+        group.name: {
+            label: measure(_rows(columns, columns[group.name] == index))
+            for index, label in enumerate(group.labels)
+            if (columns[group.name] == index).any()
+        }
+        for group in dataset.inputs.groups
+    }
+    return {
+        "split": split,
+        "dataset_fingerprint": dataset.fingerprint,
+        "label": dataset.spec.label,
+        "intensity_label": dataset.spec.intensity_label,
+        "overall": measure(columns),
+        "groups": groups,
+    }
+
+
+def _rows(columns: dict[str, np.ndarray | None], mask: np.ndarray) -> dict[str, np.ndarray | None]:
+    return {name: None if values is None else values[mask] for name, values in columns.items()}
+
+
+def measure(columns: dict[str, np.ndarray | None]) -> dict[str, Any]:
+    """All metrics of some rows.
+
+    Args:
+      columns: ``label``, ``pctr``, ``sample_weight``, ``user_hash``, and ``intensity_label`` (None if not declared);
+        each [num_rows], num_rows >= 1.
+    """
+    labels, pctr, weights = columns["label"], columns["pctr"], columns["sample_weight"]
+    gauc, gauc_share = metrics.gauc(labels, pctr, columns["user_hash"], weights)
+    return {
+        "rows": len(labels),
+        "clicks": int(labels.sum()),
+        "click_rate": float(np.average(labels, weights=weights)),
+        "mean_pctr": float(np.average(pctr, weights=weights)),
+        "auc": metrics.auc(labels, pctr, weights),
+        "gauc": gauc,
+        "gauc_share_of_rows": gauc_share,
+        "log_loss": metrics.log_loss(labels, pctr, weights),
+        "normalized_entropy": metrics.normalized_entropy(labels, pctr, weights),
+        "pcoc": metrics.pcoc(labels, pctr, weights),
+        "ece": metrics.ece(labels, pctr, weights),
+        "calibration_bins": metrics.calibration_bins(labels, pctr, weights, num_bins=10),
+        **_intensity(columns),
+    }
+
+
+def _intensity(columns: dict[str, np.ndarray | None]) -> dict[str, float | None]:
+    """AUC of the held-out intensity label, over all rows and among clicks only."""
+    intensity = columns["intensity_label"]
+    if intensity is None:
+        return {"intensity_auc": None, "intensity_auc_among_clicks": None}
+    clicked = columns["label"] > 0.5
+    scores, weights = columns["pctr"], columns["sample_weight"]
+    return {
+        "intensity_auc": metrics.auc(intensity, scores, weights),
+        "intensity_auc_among_clicks": metrics.auc(intensity[clicked], scores[clicked], weights[clicked]),
+    }
+
+
+def table_rows(evaluation: dict[str, Any]) -> list[list[Any]]:
+    """Rows of a table with the headlines: overall first, then each group."""
+    rows = [["overall", *(evaluation["overall"][key] for key, _ in HEADLINES)]]
+    for name, labels in evaluation["groups"].items():
+        rows += [[f"{name} {label}", *(entry[key] for key, _ in HEADLINES)] for label, entry in labels.items()]
+    return rows

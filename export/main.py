@@ -1,0 +1,45 @@
+"""Exports a finished run as a TF Serving servable.
+
+Example:
+  python -m export.main --dataset_dir=demo/dataset --work_dir=demo/clsd --servable_dir=demo/servable --name=movielens
+
+Writes <servable_dir>/<name>/<version>/ with the transform inside and five signatures, warm-up requests and a
+manifest; checks it in a fresh process against the training model; publishes it by one rename; and adds the model to
+<servable_dir>/models.config. A published version is never rewritten.
+"""
+
+import pathlib
+
+from absl import flags
+
+from clsd_tf import console
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from export.saved_model import export_servable
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)
+_SERVABLE_DIR = flags.DEFINE_string("servable_dir", None, "Directory that holds one directory per model.", required=True)
+_NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
+_VERSION = flags.DEFINE_integer("version", None, "Version number; seconds since 1970 by default.")
+_SERVING_BASE_PATH = flags.DEFINE_string("serving_base_path", "/models", "Where the server will see --servable_dir.")
+
+
+def main(argv) -> None:
+    with console.step("export and verify in a fresh process"):
+        servable = export_servable(
+            DatasetDir(_DATASET_DIR.value),
+            WorkDir(_WORK_DIR.value),
+            pathlib.Path(_SERVABLE_DIR.value),
+            _NAME.value,
+            version=_VERSION.value,
+            serving_base_path=_SERVING_BASE_PATH.value,
+        )
+    found = servable.verification
+    rows = [(key, f"{value:.1e}") for key, value in found["max_difference"].items()]
+    title = f"Largest difference to the training model, {found['rows']:,} rows"
+    console.print_table(title, ["signature/output", "difference"], rows)
+    console.console.print(f"{found['warmup_records']} warm-up requests replayed; published {servable.path}")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,75 @@
+"""Warm-up requests: what TF Serving replays before a version takes traffic."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, prediction_log_pb2
+
+# tf_serving_warmup_requests: the name and place TF Serving looks for (saved_model_warmup.cc).
+WARMUP_FILE = pathlib.PurePosixPath("assets.extra") / "tf_serving_warmup_requests"
+BATCH_SIZES = (1, 16, 64)
+
+
+def write_warmup_requests(
+    servable: pathlib.Path, model_name: str, examples: Sequence[bytes], raw: Mapping[str, np.ndarray]
+) -> int:
+    """Writes PredictionLogs for every batch size and for serving_default, predict_raw, classify and regress.
+
+    Args:
+      servable: the version's directory.
+      model_name: as the server will know the model.
+      examples: serialized tf.Examples of raw values.
+      raw: the same rows as named arrays.
+
+    Returns:
+      Number of records; TF Serving takes at most 1000.
+    """
+    logs = []
+    for batch_size in BATCH_SIZES:
+        rows = examples[:batch_size]
+        logs += [
+            _predict_log(model_name, "serving_default", {"examples": np.array(rows, object)}),
+            _predict_log(model_name, "predict_raw", {name: values[:batch_size] for name, values in raw.items()}),
+            _classify_log(model_name, rows),
+            _regress_log(model_name, rows),
+        ]
+    path = servable / WARMUP_FILE
+    path.parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for log in logs:
+            writer.write(log.SerializeToString())
+    return len(logs)
+
+
+def _model_spec(model_name: str, signature_name: str) -> model_pb2.ModelSpec:
+    return model_pb2.ModelSpec(name=model_name, signature_name=signature_name)
+
+
+def _predict_log(model_name: str, signature: str, inputs: Mapping[str, np.ndarray]) -> prediction_log_pb2.PredictionLog:
+    request = predict_pb2.PredictRequest(model_spec=_model_spec(model_name, signature))
+    for name, values in inputs.items():
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(values))
+    return prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+
+
+def _example_input(examples: Sequence[bytes]) -> input_pb2.Input:
+    parsed = [tf.train.Example.FromString(example) for example in examples]
+    return input_pb2.Input(example_list=input_pb2.ExampleList(examples=parsed))
+
+
+def _classify_log(model_name: str, examples: Sequence[bytes]) -> prediction_log_pb2.PredictionLog:
+    log = prediction_log_pb2.PredictionLog()
+    log.classify_log.request.model_spec.CopyFrom(_model_spec(model_name, "classify"))
+    log.classify_log.request.input.CopyFrom(_example_input(examples))
+    return log
+
+
+def _regress_log(model_name: str, examples: Sequence[bytes]) -> prediction_log_pb2.PredictionLog:
+    log = prediction_log_pb2.PredictionLog()
+    log.regress_log.request.model_spec.CopyFrom(_model_spec(model_name, "regress"))
+    log.regress_log.request.input.CopyFrom(_example_input(examples))
+    return log

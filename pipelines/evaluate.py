@@ -1,0 +1,35 @@
+"""Evaluates a trained run on a split, overall and per user group, and writes an HTML report with plots.
+
+Example:
+  python -m pipelines.evaluate --dataset_dir=demo/dataset --work_dir=demo/clsd --split=test
+
+Prints a table; leaves evaluation_<split>.json and report.html in the work directory.
+"""
+
+from absl import flags
+
+from clsd_tf import console
+from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, read_json, write_json
+from clsd_tf.evaluation import HEADLINES, evaluate, table_rows
+from clsd_tf.report import render_report
+from clsd_tf.training import load_model
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Split to evaluate.")
+
+
+def main(argv) -> None:
+    dataset, work_dir = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value)
+    with console.step(f"evaluate {_SPLIT.value}"):
+        evaluation = evaluate(load_model(work_dir, dataset), dataset, _SPLIT.value)
+        write_json(work_dir.evaluation(_SPLIT.value), evaluation)
+        history = read_json(work_dir.history)
+        work_dir.report.write_text(render_report(evaluation, history, work_dir.resolved_config), encoding="utf-8")
+    columns = ["", *(heading for _, heading in HEADLINES)]
+    console.print_table(f"{work_dir.path} on {_SPLIT.value}", columns, table_rows(evaluation))
+    console.console.print(f"{work_dir.evaluation(_SPLIT.value)} and {work_dir.report}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,48 @@
+"""Trains a CTR model on a dataset directory: loss warm-up with BCE, then clicks weighted by confidence (CLSD).
+
+Example:
+  python -m pipelines.train --dataset_dir=demo/dataset --work_dir=demo/clsd --set clsd.mu=0.5
+  tensorboard --logdir demo/clsd/tensorboard
+
+A killed run resumes at the epoch it had reached: start the same command again. Defaults are printed with
+--print_config; every one can be set in a YAML file (--config) or by --set key=value, for example --set method=bce,
+--set backbone=dcnv2, --set clsd.teacher=self, --set clsd.loss_warmup_steps=500.
+"""
+
+import json
+
+from absl import flags
+
+from clsd_tf import console
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from clsd_tf.training import load_config, make_deterministic, train
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")
+_CONFIG = flags.DEFINE_string("config", None, "YAML file with settings; the rest keeps its default.")
+_SET = flags.DEFINE_multi_string("set", [], "key=value, applied on top of --config; may be repeated.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config and stop.")
+
+
+def main(argv) -> None:
+    config = load_config(_CONFIG.value, _SET.value)
+    if _PRINT_CONFIG.value:
+        print(json.dumps(config.to_dict(), indent=1))
+        return
+    if not (_DATASET_DIR.value and _WORK_DIR.value):
+        raise ValueError(
+            "--dataset_dir and --work_dir are required. "
+            f"Received: dataset_dir={_DATASET_DIR.value}, work_dir={_WORK_DIR.value}"
+        )
+    make_deterministic()
+    work_dir = WorkDir(_WORK_DIR.value)
+    history = train(DatasetDir(_DATASET_DIR.value), config, work_dir)
+    best = max(history, key=lambda entry: entry["val_auc"])
+    console.console.print(
+        f"best validation AUC {best['val_auc']:.4f} in epoch {best['epoch'] + 1}; run in {work_dir.path}",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    console.run(main)
