@@ -86,10 +86,12 @@ def step(title: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table at its full width: first column left-aligned, numbers right-aligned, nothing cut off."""
+    """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off."""
+    rows = [list(row) for row in rows]
     result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for index, name in enumerate(columns):
-        result.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        is_text = all(isinstance(row[index], str) for row in rows)
+        result.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
         result.add_row(*(value if isinstance(value, str) else format_number(value) for value in row))
     wide = console.options.update(max_width=10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -44,8 +45,8 @@ def render_report(evaluation: dict[str, Any], history: list[dict[str, Any]], con
         or {"all rows": _svg(_calibration_curves(evaluation, None))},
         monitors={
             name: _svg(figure)
-            for name in evaluation["groups"]
-            if (figure := _group_monitors(history, name)) is not None
+            for name, labels in evaluation["groups"].items()
+            if (figure := _group_monitors(history, name, list(labels))) is not None
         },
     )
 
@@ -102,20 +103,17 @@ def _calibration_curves(evaluation: dict[str, Any], group: str | None) -> Figure
     return figure
 
 
-def _group_monitors(history: list[dict[str, Any]], group: str) -> Figure | None:
+def _group_monitors(history: list[dict[str, Any]], group: str, labels: list[str]) -> Figure | None:
     """Mean click confidence and mean AdGate output of each user group, by epoch; None if the run had no AdGate."""
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     epochs = [entry["epoch"] + 1 for entry in history]
     panels = (("click_confidence", "Mean click confidence by group"), ("ad_gate", "Mean AdGate output by group"))
     for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        prefix = f"{name}/{group}/"
-        labels = [key for key in history[0] if key.startswith(prefix)]
-        if not labels:
+        keys = {label: f"{name}/{group}/{label}" for label in labels if f"{name}/{group}/{label}" in history[0]}
+        if not keys:
             return None
-        for key, colour in zip(labels, _COLOURS * 9, strict=False):
-            values = [entry[key] for entry in history]
-            if any(value is not None for value in values):
-                axes.plot(epochs, values, label=key.removeprefix(prefix), color=colour, **_STYLE)
+        for (label, key), colour in zip(keys.items(), itertools.cycle(_COLOURS), strict=False):
+            axes.plot(epochs, [entry[key] for entry in history], label=label, color=colour, **_STYLE)
         axes.set_xticks(epochs)
         _tidy(axes, title, "epoch", "")
     figure.axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")

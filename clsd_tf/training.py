@@ -11,7 +11,6 @@ import numpy as np
 import pydantic
 import tensorflow as tf
 import yaml
-from absl import logging
 
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
@@ -160,7 +159,7 @@ def train(
     config: TrainConfig,
     work_dir: WorkDir,
     *,
-    title: str = "train",
+    title: str | None = "train",
     row_weights: RowValues | None = None,
 ) -> list[dict[str, Any]]:
     """Runs or resumes a training run; a finished one is left as it is.
@@ -169,7 +168,7 @@ def train(
       dataset: what to train on.
       config: the run.
       work_dir: gets config, checkpoints, history, best weights, TensorBoard events and, last, ``_SUCCESS``.
-      title: what progress lines call the run.
+      title: what progress lines call the run; None for no progress lines.
       row_weights: weight per training row, multiplied with its sample weight.
 
     Returns:
@@ -181,12 +180,6 @@ def train(
       TrainingDivergedError: the loss is not finite.
     """
     _claim(work_dir, config, dataset)
-    if config.method == "clsd" and config.clsd.teacher == "self" and config.max_epochs > 1:
-        logging.warning(
-            "teacher=self judges clicks it was trained on from the second epoch on, and is overconfident there. "
-            "Received: max_epochs=%d. Use clsd.teacher=cross_fit, or max_epochs=1",
-            config.max_epochs,
-        )
     keeper = CheckpointAndStop(
         work_dir, patience_epochs=config.patience_epochs, first_counted_step=_loss_warmup_steps(config, dataset)
     )
@@ -195,21 +188,18 @@ def train(
     if work_dir.is_complete:
         return keeper.history
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
-        batches = _training_batches(dataset, config, work_dir, first_epoch, row_weights)
+        batches = _training_batches(dataset, config, work_dir, first_epoch, row_weights, title)
         steps = steps_per_epoch(dataset, config)
+        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), _tensorboard(work_dir), keeper]
+        if title is not None:
+            callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
         model.fit(
             batches,
             initial_epoch=first_epoch,
             epochs=config.max_epochs,
             steps_per_epoch=steps,
             verbose=0,
-            callbacks=[
-                StopOnNonFiniteLoss(),
-                _validation_auc(dataset),
-                tf.keras.callbacks.TensorBoard(str(work_dir.tensorboard), write_graph=False, profile_batch=0),
-                keeper,
-                ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size),
-            ],
+            callbacks=callbacks,
         )
     work_dir.mark_complete()
     return keeper.history
@@ -249,7 +239,12 @@ def _loss_warmup_steps(config: TrainConfig, dataset: DatasetDir) -> int:
 
 
 def _training_batches(
-    dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir, first_epoch: int, row_weights: RowValues | None
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    first_epoch: int,
+    row_weights: RowValues | None,
+    title: str | None,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
@@ -261,8 +256,12 @@ def _training_batches(
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)
     if config.uses_cross_fit:
-        batches = input_pipeline.with_teacher_scores(batches, cross_fit_scores(dataset, config, work_dir))
+        batches = input_pipeline.with_teacher_scores(batches, cross_fit_scores(dataset, config, work_dir, title))
     return batches
+
+
+def _tensorboard(work_dir: WorkDir) -> tf.keras.callbacks.Callback:
+    return tf.keras.callbacks.TensorBoard(str(work_dir.tensorboard), write_graph=False, profile_batch=0)
 
 
 def _validation_auc(dataset: DatasetDir) -> ValidationAuc:
@@ -277,7 +276,9 @@ def predict(model: ClsdModel, dataset: DatasetDir, split: str) -> np.ndarray:
     return model.predict(batches, verbose=0)
 
 
-def cross_fit_scores(dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir) -> RowValues:
+def cross_fit_scores(
+    dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir, title: str | None = "train"
+) -> RowValues:
     """Out-of-fold scores: each training row is scored by a BCE model that never saw it.
 
     Rows are assigned to ``num_folds`` folds by a seeded hash of their id. The fold models are runs of their own in
@@ -295,7 +296,8 @@ def cross_fit_scores(dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir
         fold_dir = WorkDir(work_dir.path / "cross_fit" / f"fold_{fold}")
         fold_config = config.model_copy(update={"method": "bce", "seed": config.seed + (fold + 1) * _FOLD_SEED_STEP})
         weights = RowValues(row_ids, (~held_out).astype(np.float32))
-        train(dataset, fold_config, fold_dir, title=f"teacher fold {fold + 1}/{num_folds}", row_weights=weights)
+        fold_title = title and f"{title}: teacher fold {fold + 1}/{num_folds}"
+        train(dataset, fold_config, fold_dir, title=fold_title, row_weights=weights)
         scores[held_out] = predict(load_model(fold_dir, dataset), dataset, "train")[held_out]
     temporary = work_dir.teacher_scores.with_suffix(".incomplete.npz")
     np.savez(temporary, row_ids=row_ids, values=scores)

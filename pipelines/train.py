@@ -15,7 +15,7 @@ from absl import flags
 
 from clsd_tf import console
 from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.training import load_config, make_deterministic, train
+from clsd_tf.training import TrainConfig, load_config, make_deterministic, train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")
@@ -34,6 +34,7 @@ def main(argv) -> None:
             "--dataset_dir and --work_dir are required. "
             f"Received: dataset_dir={_DATASET_DIR.value}, work_dir={_WORK_DIR.value}"
         )
+    _warn_of_overconfident_teacher(config)
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
     history = train(DatasetDir(_DATASET_DIR.value), config, work_dir)
@@ -42,6 +43,15 @@ def main(argv) -> None:
         f"best validation AUC {best['val_auc']:.4f} in epoch {best['epoch'] + 1}; run in {work_dir.path}",
         soft_wrap=True,
     )
+
+
+def _warn_of_overconfident_teacher(config: TrainConfig) -> None:
+    if config.method == "clsd" and config.clsd.teacher == "self" and config.max_epochs > 1:
+        console.console.print(
+            "[yellow]warning:[/] teacher=self judges clicks it was trained on from the second epoch on, and is "
+            f"overconfident there. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""The whole job on MovieLens-100k, from raw files to a served model: what `make demo` runs.
+
+Example:
+  python -m pipelines.demo --demo_dir=demo
+
+Each step is an ordinary command, printed before it runs. A step whose result is there already is kept, so a second
+run is fast; `make clean-demo` starts over. Without network the simulated feed takes the place of MovieLens.
+"""
+
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from clsd_tf import console
+from clsd_tf.artifacts import DatasetDir, read_json
+from clsd_tf.study import table_rows
+
+_DEMO_DIR = flags.DEFINE_string("demo_dir", "demo", "Directory for everything the demo writes.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Number of paired seeds.", 1)
+
+_SERVED = "study/clsd_cross_fit/seed_1"  # The run that is reported, exported and queried.
+_HEADLINES = ("auc", "gauc", "pcoc", "intensity_auc_among_clicks")
+
+
+class CommandFailedError(RuntimeError):
+    """A step of the demo ended with an error; its message stands above."""
+
+
+def run_step(title: str, result: pathlib.Path, *arguments: str) -> None:
+    """Runs ``python -m <arguments>`` unless ``result`` is there.
+
+    Raises:
+      CommandFailedError: the command failed.
+    """
+    console.console.rule(f"[bold]{title}", align="left")
+    if result.exists():
+        console.console.print(f"kept {result}")
+        return
+    console.console.print(f"$ python -m {shlex.join(arguments)}", style="dim", soft_wrap=True)
+    done = subprocess.run([sys.executable, "-m", *arguments], check=False)
+    if done.returncode:
+        raise CommandFailedError(f"{title} failed with status {done.returncode}; its message stands above")
+
+
+def fetch_tables(demo: pathlib.Path) -> tuple[str, pathlib.Path]:
+    """(spec name, directory of its tables): MovieLens if it can be fetched, else the simulated feed."""
+    movielens, feed = demo / "movielens_100k", demo / "simulated_feed"
+    if not feed.exists():
+        try:
+            run_step("Fetch MovieLens-100k", movielens, "pipelines.fetch_movielens", f"--raw_dir={movielens}")
+            return "movielens_100k", movielens
+        except CommandFailedError:
+            console.console.print("[yellow]MovieLens-100k is out of reach: going on with the simulated feed[/]")
+    run_step("Simulate a feed", feed, "pipelines.simulate_feed", f"--raw_dir={feed}", "--num_rows=100000")
+    return "simulated_feed", feed
+
+
+def run_job(demo: pathlib.Path) -> str:
+    """Runs every step and returns the spec's name."""
+    spec, tables = fetch_tables(demo)
+    dataset, random_dataset = demo / "dataset", demo / "dataset_random_split"
+    build = ("pipelines.build_dataset", f"--spec={spec}", f"--input_dir={tables}")
+    run_step("Build the dataset, split by time", dataset, *build, f"--dataset_dir={dataset}")
+    run_step(
+        "Build it again with a random split, for comparison only",
+        random_dataset,
+        *build,
+        "--split_rule=random",
+        f"--dataset_dir={random_dataset}",
+    )
+    _run_studies(demo, dataset, random_dataset)
+    run, servables = demo / _SERVED, demo / "servable"
+    on_run = (f"--dataset_dir={dataset}", f"--work_dir={run}")
+    run_step("Evaluate one run by age group", run / "report.html", "pipelines.evaluate", *on_run)
+    run_step(
+        "Export it for TF Serving",
+        servables / "models.config",
+        "export.main",
+        *on_run,
+        f"--servable_dir={servables}",
+        f"--name={spec}",
+    )
+    scores = demo / "scores.csv"
+    run_step(
+        "Query the servable",
+        scores,
+        "export.predict",
+        f"--servable={servables / spec}",
+        f"--input={dataset / 'serving_sample.parquet'}",
+        f"--output={scores}",
+    )
+    return spec
+
+
+def _run_studies(demo: pathlib.Path, dataset: pathlib.Path, random_dataset: pathlib.Path) -> None:
+    run_step(
+        "Train with BCE and with click confidence, paired seeds",
+        demo / "study" / "results.json",
+        "pipelines.study",
+        f"--dataset_dir={dataset}",
+        f"--study_dir={demo / 'study'}",
+        "--methods=bce,clsd_self,clsd_cross_fit",
+        f"--seeds={_SEEDS.value}",
+    )
+    run_step(
+        "Train the baseline on the random split",
+        demo / "study_random_split" / "results.json",
+        "pipelines.study",
+        f"--dataset_dir={random_dataset}",
+        f"--study_dir={demo / 'study_random_split'}",
+        "--methods=bce",
+        f"--seeds={_SEEDS.value}",
+    )
+
+
+def print_summary(demo: pathlib.Path, spec: str) -> None:
+    console.console.rule("[bold]Summary", align="left")
+    rows = []
+    for split, study in (("time", "study"), ("random", "study_random_split")):
+        methods = read_json(demo / study / "results.json")["methods"]
+        rows += [[f"{split} split: {row[0]}", *row[1:]] for row in table_rows(methods, _HEADLINES)]
+    title = f"{spec}, test split, {_SEEDS.value} paired seeds: mean (std); difference to bce +- standard error"
+    console.print_table(title, ["", *_HEADLINES], rows)
+    version = max((demo / "servable" / spec).iterdir(), key=lambda path: path.name)
+    verified = read_json(version / "assets.extra" / "manifest.json")["verification"]
+    worst = max(verified["max_difference"].values())
+    console.console.print(
+        f"Train/serve equality: {verified['rows']:,} rows through every signature differ by at most {worst:.1e}"
+    )
+    bad = sum(sum(table["bad"].values()) for table in DatasetDir(demo / "dataset").counts["tables"].values())
+    artefacts = [
+        ("dataset", f"{demo / 'dataset'} ({bad:,} bad rows)"),
+        ("runs, TensorBoard", f"{demo / 'study'} (tensorboard --logdir {demo / 'study'})"),
+        ("report", str(demo / _SERVED / "report.html")),
+        ("servable", str(version)),
+        ("scores", str(demo / "scores.csv")),
+    ]
+    console.print_table("Where everything lies", ["artefact", "path"], artefacts)
+
+
+def main(argv) -> None:
+    start = time.monotonic()
+    demo = pathlib.Path(_DEMO_DIR.value)
+    spec = run_job(demo)
+    print_summary(demo, spec)
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    console.console.print(f"Finished in {minutes} min {seconds} s")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,236 @@
+"""Servables: signatures, verification, publication and embedded scoring, on real SavedModels."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import tensorflow as tf
+from google.protobuf import text_format
+from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from clsd_tf.artifacts import WorkDir
+from clsd_tf.input_pipeline import read_columns
+from clsd_tf.training import load_config, load_model, predict, train
+from export import saved_model
+from export.saved_model import ExportError, export_servable
+from export.scoring import LocalServable, score_file
+
+TINY = ["embedding_dim=4", "hidden_units=[8]", "max_epochs=1", "batch_size=256", "clsd.teacher=self"]
+
+
+@pytest.fixture(scope="module")
+def run(feed_dataset, tmp_path_factory):
+    work_dir = WorkDir(tmp_path_factory.mktemp("run") / "work")
+    train(feed_dataset, load_config(None, [*TINY, "clsd.loss_warmup_steps=2"]), work_dir, title=None)
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def published(feed_dataset, run, tmp_path_factory):
+    return export_servable(feed_dataset, run, tmp_path_factory.mktemp("servables"), "feed", version=7)
+
+
+@pytest.fixture(scope="module")
+def signatures(published):
+    loaded = tf.saved_model.load(str(published.path))
+    return {"loaded": loaded, **loaded.signatures}
+
+
+@pytest.fixture(scope="module")
+def sample(feed_dataset):
+    return pa.parquet.read_table(feed_dataset.layout.serving_sample)
+
+
+def example(**features):
+    message = tf.train.Example()
+    for name, values in features.items():
+        entry = message.features.feature[name]
+        if isinstance(values[0], str):
+            entry.bytes_list.value.extend(value.encode() for value in values)
+        elif isinstance(values[0], int):
+            entry.int64_list.value.extend(values)
+        else:
+            entry.float_list.value.extend(values)
+    return message.SerializeToString()
+
+
+def test_raw_values_through_the_servable_equal_records_through_the_model(feed_dataset, run, published, sample):
+    pctr = predict(load_model(run, feed_dataset), feed_dataset, "test")
+    by_row = dict(zip(read_columns(feed_dataset, "test", ["row_id"])["row_id"].tolist(), pctr, strict=True))
+    expected = np.array([by_row[row_id] for row_id in sample.column("row_id").to_pylist()])
+    received = LocalServable(published.path).score(sample)
+    assert len(received) == feed_dataset.num_rows("test")
+    np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+
+
+def test_verification_in_a_fresh_process_covers_every_signature(published, feed_dataset):
+    differences = published.verification["max_difference"]
+    assert set(differences) == {
+        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr",
+        "debug/logit", "debug/teacher_score", "debug/ad_gate_correction",
+    }  # fmt: skip
+    assert max(differences.values()) <= 1e-6
+    # Edge rows: unknown ids, each of 9 raw inputs missing, all missing.
+    assert published.verification["rows"] == feed_dataset.num_rows("test") + 11
+
+
+def test_signatures_have_the_names_types_and_shapes_that_tf_serving_accepts(signatures):
+    default, classify, regress = signatures["serving_default"], signatures["classify"], signatures["regress"]
+    assert default.structured_input_signature[1] == {"examples": tf.TensorSpec([None], tf.string, "examples")}
+    assert list(default.structured_outputs) == ["ctr"]
+    assert default.structured_outputs["ctr"].shape.as_list() == [None]
+    for signature in (classify, regress):
+        assert signature.structured_input_signature[1] == {"inputs": tf.TensorSpec([None], tf.string, "inputs")}
+    assert {name: spec.dtype for name, spec in classify.structured_outputs.items()} == {
+        "classes": tf.string, "scores": tf.float32,
+    }  # fmt: skip
+    found = classify(inputs=tf.constant([example(user_id=["u1"])] * 3))
+    assert found["scores"].shape == found["classes"].shape == [3, 2]
+    np.testing.assert_allclose(tf.reduce_sum(found["scores"], axis=1), 1.0, rtol=1e-6)
+    assert found["classes"].numpy().tolist() == [[b"no_click", b"click"]] * 3
+    assert list(regress.structured_outputs) == ["outputs"]
+    assert regress(inputs=tf.constant([example(user_id=["u1"])] * 3))["outputs"].shape == [3, 1]
+    raw = signatures["predict_raw"].structured_input_signature[1]
+    assert raw["age"] == tf.TensorSpec([None], tf.int64, "age")
+    assert raw["duration_seconds"] == tf.TensorSpec([None], tf.float32, "duration_seconds")
+    assert raw["recent_items"] == tf.TensorSpec([None, None], tf.string, "recent_items")
+
+
+def test_unknown_missing_empty_and_single_requests_all_answer(signatures):
+    requests = {
+        "unknown id": example(user_id=["nobody"], item_id=["nothing"], recent_items=["never", "seen"]),
+        "missing features": example(user_id=["u1"]),
+        "nothing at all": tf.train.Example().SerializeToString(),
+        "empty history": example(user_id=["u1"], item_id=["i1"], age=[30], gender=["F"]),
+        "long history": example(user_id=["u1"], recent_items=[f"i{n}" for n in range(100)]),
+    }
+    for name, request in requests.items():
+        ctr = signatures["serving_default"](examples=tf.constant([request]))["ctr"].numpy()
+        assert ctr.shape == (1,), name
+        assert 0 < ctr[0] < 1, name
+    assert signatures["serving_default"](examples=tf.constant([], tf.string))["ctr"].shape == [0]
+
+
+def test_a_row_scores_the_same_alone_and_in_a_batch(signatures, sample):
+    requests = [example(user_id=[row["user_id"]], item_id=[row["item_id"]], age=[row["age"]]) for row in sample.slice(0, 20).to_pylist()]
+    together = signatures["serving_default"](examples=tf.constant(requests))["ctr"].numpy()
+    alone = [signatures["serving_default"](examples=tf.constant([request]))["ctr"].numpy()[0] for request in requests]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+
+
+def test_the_servable_holds_no_training_state(published):
+    names = [name for name, _ in tf.train.list_variables(str(published.path / "variables" / "variables"))]
+    assert not [name for name in names if "optimizer" in name.lower() or "total" in name]
+
+
+def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(published):
+    path = published.path / "assets.extra" / "tf_serving_warmup_requests"
+    logs = [prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(path))]
+    assert len(logs) == published.verification["warmup_records"] <= 1000
+    assert {log.WhichOneof("log_type") for log in logs} == {"predict_log", "classify_log", "regress_log"}
+    assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
+
+
+def test_the_version_directory_is_an_integer_and_alone(published):
+    assert published.path.name == "7"
+    assert [child.name for child in published.path.parent.iterdir()] == ["7"]
+    assert (published.path / "fingerprint.pb").exists()
+
+
+def test_models_config_parses_and_keeps_other_models(feed_dataset, run, published):
+    base = published.path.parent.parent
+    export_servable(feed_dataset, run, base, "other", version=1, serving_base_path="/srv/")
+    config = text_format.Parse((base / "models.config").read_text(), model_server_config_pb2.ModelServerConfig())
+    entries = {entry.name: entry.base_path for entry in config.model_config_list.config}
+    assert entries == {"feed": "/models/feed", "other": "/srv/other"}
+
+
+def test_a_published_version_is_never_rewritten(feed_dataset, run, published):
+    before = (published.path / "saved_model.pb").read_bytes()
+    with pytest.raises(FileExistsError, match=r"must not exist yet. Received: .*feed/7"):
+        export_servable(feed_dataset, run, published.path.parent.parent, "feed", version=7)
+    assert (published.path / "saved_model.pb").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "version"), [("../up", 1), ("", 1), ("feed", 0), ("a/b", 1)])
+def test_names_and_versions_that_are_not_one_path_component_are_refused(feed_dataset, run, tmp_path, name, version):
+    with pytest.raises(ValueError, match="Received"):
+        export_servable(feed_dataset, run, tmp_path, name, version=version)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_servable_that_disagrees_with_the_model_is_not_published(feed_dataset, run, tmp_path, monkeypatch):
+    honest = saved_model.verification_sample
+
+    def shifted(*arguments):
+        table = honest(*arguments)
+        moved = pa.array(table.column("expected_ctr").to_numpy() + np.float32(2e-6))
+        return table.set_column(table.column_names.index("expected_ctr"), "expected_ctr", moved)
+
+    monkeypatch.setattr(saved_model, "verification_sample", shifted)
+    with pytest.raises(ExportError, match=r"not published.*Received: .*instead of"):
+        export_servable(feed_dataset, run, tmp_path, "feed", version=1)
+    assert list((tmp_path / "feed").iterdir()) == []
+    assert not (tmp_path / "models.config").exists()
+
+
+def test_a_broken_warmup_record_is_found_by_the_verifier(published, tmp_path):
+    broken = tmp_path / "8"
+    shutil.copytree(published.path, broken)
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.model_spec.signature_name = "serving_default"
+    log.predict_log.request.inputs["wrong_name"].CopyFrom(tf.make_tensor_proto(["x"]))
+    with tf.io.TFRecordWriter(str(broken / "assets.extra" / "tf_serving_warmup_requests")) as writer:
+        writer.write(log.SerializeToString())
+    rows = pa.table({"example": [b""], "expected_ctr": np.zeros(1, np.float32)})
+    pa.parquet.write_table(rows, tmp_path / "sample.parquet")
+    command = [sys.executable, "-m", "export.verify", f"--servable={broken}", f"--sample={tmp_path / 'sample.parquet'}"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_file_format_gets_the_same_scores(published, sample, tmp_path, suffix):
+    servable = LocalServable(published.path.parent)  # The model's directory: takes its newest version.
+    source = tmp_path / f"rows{suffix}"
+    rows = sample.slice(0, 200)
+    if suffix == ".parquet":
+        pa.parquet.write_table(rows, source)
+    elif suffix == ".jsonl":
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()))
+    else:
+        position = rows.column_names.index("recent_items")
+        joined = pa.compute.binary_join(rows.column("recent_items"), "|")
+        pa.csv.write_csv(rows.set_column(position, "recent_items", joined), source)
+    output = tmp_path / f"scores{suffix}"
+    assert score_file(servable, source, output) == 200
+    if suffix == ".parquet":
+        received = pa.parquet.read_table(output).column("ctr").to_numpy()
+    elif suffix == ".jsonl":
+        received = np.array([json.loads(line)["ctr"] for line in output.read_text().splitlines()])
+    else:
+        received = pa.csv.read_csv(output).column("ctr").to_numpy()
+    np.testing.assert_allclose(received, servable.score(rows), rtol=0, atol=1e-6)
+
+
+def test_scoring_errors_name_what_was_received_and_lose_nothing(published, sample, tmp_path):
+    servable = LocalServable(published.path)
+    with pytest.raises(ValueError, match=r"Received: row_id.*Missing: age"):
+        servable.score(sample.drop_columns(["age"]))
+    source = tmp_path / "rows.csv"
+    source.write_text("user_id,age\nu1,old\n")
+    with pytest.raises(ValueError, match=r"rows\.csv cannot be read.*'old'"):
+        score_file(servable, source, tmp_path / "scores.csv")
+    with pytest.raises(ValueError, match=r"files end in .*Received: .*rows\.txt"):
+        score_file(servable, tmp_path / "rows.txt", tmp_path / "scores.csv")
+    with pytest.raises(FileExistsError, match="Received"):
+        score_file(servable, source, source)
+    assert [child.name for child in tmp_path.iterdir()] == ["rows.csv"]
+    with pytest.raises(FileNotFoundError, match="saved_model.pb"):
+        LocalServable(tmp_path)

@@ -1,0 +1,103 @@
+"""Imports go down only, and heavy or command-only libraries stay in their rooms."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
+
+# Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
+LEVELS = [
+    {"model_inputs"},
+    {"features"},
+    {"artifacts", "hashing", "console"},
+    {"transform", "examples"},
+    {"input_pipeline", "embeddings", "losses", "metrics", "significance"},
+    {"backbones"},
+    {"clsd"},
+    {"callbacks"},
+    {"training"},
+    {"evaluation"},
+    {"report", "study"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+COMMANDS = {
+    "pipelines.build_dataset", "pipelines.check_spec", "pipelines.demo", "pipelines.evaluate",
+    "pipelines.fetch_movielens", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
+    "export.main", "export.predict", "export.verify",
+}  # fmt: skip
+
+
+def modules():
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+MODULES = dict(modules())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name):
+    """clsd_tf.backbones.dnn.Dnn -> backbones."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "clsd_tf" and len(parts) > 1 and parts[1] in LEVEL else None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_rooms_import_only_rooms_below_them(name):
+    own = room(name)
+    if own is None:
+        assert not name.startswith("clsd_tf.") or name == "clsd_tf", f"{name} has no level: add it to LEVELS"
+        return
+    wrong = [other for other in imported(MODULES[name]) if room(other) not in (None, own) and LEVEL[room(other)] >= LEVEL[own]]
+    assert not wrong
+    assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("pipelines", "export", "feature_specs")]
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("apache_beam", ("pipelines.",)),
+        ("absl.flags", tuple(COMMANDS)),
+        ("tensorflow_serving", ("export.",)),
+        ("tensorflow_datasets", ("pipelines.",)),
+        ("matplotlib", ("clsd_tf.report",)),
+        ("pickle", ()),
+        ("keras", ()),
+    ],
+)
+def test_libraries_stay_in_their_rooms(library, allowed):
+    users = [name for name, tree in MODULES.items() if any(f"{other}.".startswith(f"{library}.") for other in imported(tree))]
+    assert [name for name in users if not name.startswith(allowed)] == []
+
+
+def test_pipelines_and_export_do_not_know_each_other():
+    for name, tree in MODULES.items():
+        for other in imported(tree):
+            assert not (name.startswith("pipelines") and other.startswith("export"))
+            assert not (name.startswith("export") and other.startswith(("pipelines", "feature_specs")))
+
+
+def test_no_command_is_imported_by_anything():
+    for name, tree in MODULES.items():
+        assert not [other for other in imported(tree) if any(other.startswith(f"{command}.") for command in COMMANDS)], name
+
+
+def test_the_verifier_of_servables_does_not_import_clsd_tf():
+    assert not [other for name in ("export", "export.verify") for other in imported(MODULES[name]) if other.startswith("clsd_tf")]
+
+
+def test_the_spec_types_need_no_tensorflow():
+    for name in ("clsd_tf", "clsd_tf.model_inputs", "clsd_tf.features", "clsd_tf.artifacts", "feature_specs"):
+        assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("tensorflow", "apache_beam")]
