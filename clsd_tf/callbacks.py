@@ -129,6 +129,24 @@ def _json_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+class EpochScalars(tf.keras.callbacks.Callback):
+    """Writes the logs of each epoch as TensorBoard scalars under their own names, by optimizer step.
+
+    Keras' TensorBoard callback walks through all logs at every step, even when it writes per epoch: with a mean per
+    user group that took a third of a small model's step.
+    """
+
+    def __init__(self, work_dir: WorkDir):
+        super().__init__()
+        self._writer = tf.summary.create_file_writer(str(work_dir.tensorboard))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        with self._writer.as_default(step=int(self.model.optimizer.iterations)):
+            for name, value in logs.items():
+                tf.summary.scalar(name, value)
+        self._writer.flush()
+
+
 class ProgressBar(tf.keras.callbacks.Callback):
     """A live bar with loss, examples/s and the time left in the epoch, then one line per epoch.
 

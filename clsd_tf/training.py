@@ -15,7 +15,14 @@ import yaml
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
 from clsd_tf.backbones import build_backbone
-from clsd_tf.callbacks import CheckpointAndStop, ProgressBar, StopOnNonFiniteLoss, ValidationAuc, best_weights
+from clsd_tf.callbacks import (
+    CheckpointAndStop,
+    EpochScalars,
+    ProgressBar,
+    StopOnNonFiniteLoss,
+    ValidationAuc,
+    best_weights,
+)
 from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
 from clsd_tf.features import SpecError, explain_validation_error
 from clsd_tf.hashing import mix_row_ids
@@ -190,7 +197,7 @@ def train(
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
         batches = _training_batches(dataset, config, work_dir, first_epoch, row_weights, title)
         steps = steps_per_epoch(dataset, config)
-        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), _tensorboard(work_dir), keeper]
+        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
         if title is not None:
             callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
         model.fit(
@@ -258,10 +265,6 @@ def _training_batches(
     if config.uses_cross_fit:
         batches = input_pipeline.with_teacher_scores(batches, cross_fit_scores(dataset, config, work_dir, title))
     return batches
-
-
-def _tensorboard(work_dir: WorkDir) -> tf.keras.callbacks.Callback:
-    return tf.keras.callbacks.TensorBoard(str(work_dir.tensorboard), write_graph=False, profile_batch=0)
 
 
 def _validation_auc(dataset: DatasetDir) -> ValidationAuc:

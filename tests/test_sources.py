@@ -351,3 +351,12 @@ def test_tfds_examples_become_text_with_ids_of_shard_and_position():
     assert batch.file == SourceFile("log", 0, "films")
     [row] = batch.table.to_pylist()
     assert row == {"user": "Zoë", "rating": "4", "genres": "4|7", "gender": "true", ROW_ID: (3 << 40) + 17}
+
+
+def test_tfds_examples_of_two_splits_have_different_row_ids():
+    columns = (Column(name="user", type="string"),)
+    examples = [
+        {"tfds_id": f"films-{split}.tfrecord-00000-of-00001__0".encode(), "user": b"u"} for split in ("train", "test")
+    ]
+    row_ids = tfds_batch("films", table_of("films", "tfds", columns), examples).table.column(ROW_ID).to_pylist()
+    assert row_ids[0] != row_ids[1]

@@ -97,9 +97,8 @@ def test_hash_buckets_give_ids_from_one_to_the_number_of_buckets(transform):
 
 
 def test_hash_is_farmhash_so_that_it_is_the_same_everywhere():
-    # FarmHash64 fingerprints by TensorFlow's documented op; 1 + fingerprint mod 10.
-    expected = 1 + int(tf.strings.to_hash_bucket_fast("u1", 10))
-    assert HashLookup(10)(tf.constant(["u1", ""])).numpy().tolist() == [expected, 0]
+    # TensorFlow documents to_hash_bucket_fast(["Hello", "TensorFlow", "2.x"], 3) as [0, 2, 2]; missing shifts it by 1.
+    assert HashLookup(3)(tf.constant(["Hello", "TensorFlow", "2.x", ""])).numpy().tolist() == [1, 3, 3, 0]
 
 
 def test_vocabulary_lookup_of_integers_goes_by_their_decimal_text(tmp_path):
@@ -276,7 +275,7 @@ def encoded(batch):
 
 
 @given(example_batches())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_encoded_examples_are_read_back_by_tf_train_example(batch):
     for row, serialized in enumerate(encoded(batch)):
         assert example_values(serialized) == {
@@ -289,7 +288,7 @@ def test_encoded_examples_are_read_back_by_tf_train_example(batch):
 
 
 @given(example_batches())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_encoded_examples_are_read_back_by_parse_example(batch):
     spec = {
         "number": tf.io.FixedLenFeature([], tf.float32),
@@ -357,7 +356,8 @@ def test_raw_examples_give_the_same_ids_as_raw_columns(transform, shop_spec):
         "recent_items": pa.array([["i1", "i7"], [], None], pa.list_(pa.string())),
     })
     by_column = transform(arrow_to_tensors(table, shop_spec.raw_inputs))
-    by_example = transform(parse_raw_examples(tf.constant([request(row) for row in table.to_pylist()]), shop_spec.raw_inputs))
+    requests = tf.constant([request(row) for row in table.to_pylist()])
+    by_example = transform(parse_raw_examples(requests, shop_spec.raw_inputs))
     for name, expected in by_column.items():
         assert by_example[name].numpy().tolist() == expected.numpy().tolist(), name
     assert by_column["recent_items"].numpy().tolist() == [[4, 3, 0], [0, 0, 0], [0, 0, 0]]

@@ -1,0 +1,248 @@
+"""The directories that couple the jobs: complete or refused, and changed contents are noticed."""
+
+import json
+import shutil
+
+import pytest
+
+from clsd_tf.artifacts import (
+    ArtifactError,
+    DatasetDir,
+    DatasetLayout,
+    WorkDir,
+    read_json,
+    require_absent,
+    staged_directory,
+    write_json,
+)
+from clsd_tf.features import FeatureSpec
+from pipelines.build import BuildConfig, build_dataset
+
+
+@pytest.fixture
+def copied(feed_dataset, tmp_path):
+    """A copy of the dataset that a test may damage."""
+    path = tmp_path / "copy"
+    shutil.copytree(feed_dataset.path, path)
+    return path
+
+
+def refusal(path):
+    """The message with which a dataset directory is refused."""
+    with pytest.raises(ArtifactError) as caught:
+        DatasetDir(path)
+    return str(caught.value)
+
+
+# --- DatasetDir ------------------------------------------------------------------------------------------------------
+
+
+def test_complete_dataset_is_accepted_wherever_it_is_moved(copied, feed_dataset):
+    dataset = DatasetDir(copied)
+    assert dataset.fingerprint == feed_dataset.fingerprint
+    assert dataset.spec == feed_dataset.spec
+    assert dataset.inputs == feed_dataset.inputs
+
+
+def test_absent_dataset_is_refused_with_its_path_and_the_remedy(tmp_path):
+    message = refusal(tmp_path / "nothing")
+    assert f"Received: {tmp_path / 'nothing'}, which does not exist" in message
+    assert "Run `python -m pipelines.build_dataset` first" in message
+
+
+def test_dataset_without_success_marker_is_refused(copied):
+    (copied / "_SUCCESS").unlink()
+    message = refusal(copied)
+    assert "a dataset directory is complete when it holds _SUCCESS" in message
+    assert f"Received: {copied}, which has none" in message
+
+
+def test_spec_changed_after_writing_is_refused_with_both_fingerprints(copied, feed_dataset):
+    path = DatasetLayout(copied).spec
+    content = read_json(path)
+    content["label"] = "click != 0"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    message = refusal(copied)
+    assert "the feature spec was changed after the directory was written" in message
+    changed = FeatureSpec.model_validate_json(json.dumps(content)).fingerprint
+    assert f"Received: fingerprint {changed}. Allowed: {feed_dataset.spec.fingerprint}" in message
+    assert "Build the dataset again" in message
+
+
+def test_statistics_changed_after_writing_are_refused_with_both_fingerprints(copied, feed_dataset):
+    path = DatasetLayout(copied).statistics
+    content = read_json(path)
+    content["numeric"]["item_duration"]["mean"] += 1
+    path.write_text(json.dumps(content), encoding="utf-8")
+    message = refusal(copied)
+    assert "the dataset was changed after the directory was written" in message
+    received = DatasetLayout(copied).fingerprint()
+    assert received != feed_dataset.fingerprint
+    assert f"Received: fingerprint {received}. Allowed: {feed_dataset.fingerprint}" in message
+
+
+@pytest.mark.parametrize("change", ["swap", "remove", "add"])
+def test_changed_vocabularies_are_refused(copied, change):
+    path = DatasetLayout(copied).vocabulary("item")
+    if change == "swap":
+        first, second, *rest = path.read_text().splitlines()
+        path.write_text("".join(f"{line}\n" for line in (second, first, *rest)))
+    elif change == "remove":
+        path.unlink()
+    else:
+        (path.parent / "extra.txt").write_text("a\n")
+    assert "the dataset was changed" in refusal(copied)
+
+
+def test_changed_counts_are_refused(copied):
+    path = DatasetLayout(copied).counts
+    counts = read_json(path)
+    counts["splits"]["train"]["rows"] += 1
+    write_json(path, counts)
+    assert "the dataset was changed" in refusal(copied)
+
+
+def test_spec_that_is_no_longer_valid_is_refused_as_an_artifact(copied):
+    path = DatasetLayout(copied).spec
+    path.write_text(path.read_text().replace('"label"', '"lable"'), encoding="utf-8")
+    assert str(copied) in refusal(copied)
+
+
+@pytest.mark.parametrize("name", ["feature_spec.json", "statistics.json", "counts.json"])
+def test_absent_file_is_refused_as_an_artifact(copied, name):
+    (copied / name).unlink()
+    assert name in refusal(copied)
+
+
+def test_missing_shard_is_refused(feed_dir, feed_dataset, tmp_path):
+    # 3,200 training rows in shards of 1,000: four files, of which one goes away.
+    path = tmp_path / "sharded"
+    build_dataset(feed_dataset.spec, BuildConfig(input_dir=str(feed_dir), rows_per_shard=1000), path)
+    assert len(DatasetDir(path).record_files("train")) == 4
+    next((path / "records").glob("train-00002-*")).unlink()
+    with pytest.raises(ArtifactError, match="train"):
+        DatasetDir(path).record_files("train")
+
+
+def test_split_without_records_is_refused(copied):
+    for path in (copied / "records").glob("test-*"):
+        path.unlink()
+    with pytest.raises(ArtifactError, match="test"):
+        DatasetDir(copied).record_files("test")
+
+
+def test_unknown_split_names_the_known_ones(feed_dataset):
+    with pytest.raises(ValueError, match=r"train, validation, test\. Received: 'dev'"):
+        feed_dataset.record_files("dev")
+
+
+# --- Staging ---------------------------------------------------------------------------------------------------------
+
+
+def test_staged_directory_appears_under_its_name_only_at_the_end(tmp_path):
+    final = tmp_path / "deep" / "final"
+    with staged_directory(final) as staging:
+        (staging / "file").write_text("x")
+        assert not final.exists()
+        assert staging.parent == final.parent
+    assert (final / "file").read_text() == "x"
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_exception_in_a_staged_directory_leaves_nothing(tmp_path, error):
+    def fail():
+        with staged_directory(tmp_path / "final") as staging:
+            (staging / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_before_anything_is_written(tmp_path):
+    final = tmp_path / "final"
+    final.mkdir()
+    with (
+        pytest.raises(FileExistsError, match=r"must not exist yet\. Received: .*final\. Choose another name"),
+        staged_directory(final),
+    ):
+        pytest.fail("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    final = tmp_path / "final"
+
+    def race():
+        with staged_directory(final) as staging:
+            (staging / "file").write_text("mine")
+            final.mkdir()
+            (final / "file").write_text("theirs")
+
+    with pytest.raises(FileExistsError):
+        race()
+    assert (final / "file").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_file_in_place_of_an_output_directory_is_refused(tmp_path):
+    (tmp_path / "final").touch()
+    with pytest.raises(FileExistsError, match="Received: "):
+        require_absent(tmp_path / "final")
+
+
+# --- WorkDir ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work_dir(feed_dataset, tmp_path):
+    """A finished run on ``feed_dataset``, as far as its marker goes."""
+    work = WorkDir(tmp_path / "run")
+    work.path.mkdir()
+    write_json(work.config, {"dataset_fingerprint": feed_dataset.fingerprint})
+    work.mark_complete()
+    return work
+
+
+def test_finished_run_on_the_dataset_is_accepted(work_dir, feed_dataset):
+    assert work_dir.is_complete
+    work_dir.require_complete(feed_dataset)
+    work_dir.require_same_dataset(feed_dataset)
+
+
+def test_unfinished_run_is_refused_with_the_remedy(work_dir, feed_dataset):
+    work_dir.success.unlink()
+    assert not work_dir.is_complete
+    with pytest.raises(ArtifactError) as caught:
+        work_dir.require_complete(feed_dataset)
+    message = str(caught.value)
+    assert "a work directory is complete when it holds _SUCCESS" in message
+    assert f"Received: {work_dir.path}, which has none" in message
+    assert "Run `python -m pipelines.train` (again) first" in message
+
+
+def test_absent_run_is_refused(tmp_path, feed_dataset):
+    with pytest.raises(ArtifactError, match=r"Received: .*nowhere, which does not exist"):
+        WorkDir(tmp_path / "nowhere").require_complete(feed_dataset)
+
+
+@pytest.mark.parametrize("check", ["require_complete", "require_same_dataset"])
+def test_run_on_another_dataset_is_refused_with_both_fingerprints(work_dir, feed_dataset, check):
+    write_json(work_dir.config, {"dataset_fingerprint": "0123456789abcdef"})
+    with pytest.raises(ArtifactError) as caught:
+        getattr(work_dir, check)(feed_dataset)
+    message = str(caught.value)
+    assert f"{work_dir.path} was trained on another dataset" in message
+    assert f"Received: {feed_dataset.path} with fingerprint {feed_dataset.fingerprint}" in message
+    assert "Allowed: 0123456789abcdef" in message
+
+
+def test_json_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
