@@ -28,6 +28,13 @@ class ArtifactError(RuntimeError):
     """A directory that is missing, incomplete, changed after it was written, or of another data set."""
 
 
+def _incomplete(kind: str, path: pathlib.Path, remedy: str) -> ArtifactError:
+    state = "has none" if path.is_dir() else "does not exist"
+    return ArtifactError(
+        f"a {kind} directory is complete when it holds {_SUCCESS}. Received: {path}, which {state}. {remedy}"
+    )
+
+
 def require_absent(path: pathlib.Path) -> None:
     """Refuses an output path that exists, so that nothing is ever overwritten."""
     if path.exists():
@@ -116,10 +123,7 @@ class DatasetDir:
         self.path = pathlib.Path(path)
         self.layout = DatasetLayout(self.path)
         if not self.layout.success.is_file():
-            raise ArtifactError(
-                f"a dataset directory is complete when it holds {_SUCCESS}. Received: {self.path}, which "
-                f"{'has none' if self.path.is_dir() else 'does not exist'}. Run `python -m pipelines.build_dataset` first"
-            )
+            raise _incomplete("dataset", self.path, "Run `python -m pipelines.build_dataset` first")
         written = read_json(self.layout.success)
         self.spec = FeatureSpec.model_validate_json(self.layout.spec.read_text(encoding="utf-8"))
         self.fingerprint: str = written["dataset_fingerprint"]
@@ -187,10 +191,7 @@ class WorkDir:
           ArtifactError: names what was received and what to do.
         """
         if not self.is_complete:
-            raise ArtifactError(
-                f"a work directory is complete when it holds {_SUCCESS}. Received: {self.path}, which "
-                f"{'has none' if self.path.is_dir() else 'does not exist'}. Run `python -m pipelines.train` (again) first"
-            )
+            raise _incomplete("work", self.path, "Run `python -m pipelines.train` (again) first")
         self.require_same_dataset(dataset)
 
     def require_same_dataset(self, dataset: DatasetDir) -> None:

@@ -18,7 +18,6 @@ import rich.table
 from absl import app, logging
 
 
-
 def _import_tensorflow_quietly() -> None:
     """Imports TensorFlow without its C++ start-up messages (CPU features, absent CUDA), which help nobody here.
 

@@ -15,7 +15,11 @@ import tensorflow as tf
 
 from clsd_tf.model_inputs import MISSING_INT64, ModelInputs, RawInput
 
-_LISTS = {tf.int64: ("int64_list", "Int64List"), tf.float32: ("float_list", "FloatList"), tf.string: ("bytes_list", "BytesList")}
+_LISTS = {
+    tf.int64: ("int64_list", "Int64List"),
+    tf.float32: ("float_list", "FloatList"),
+    tf.string: ("bytes_list", "BytesList"),
+}
 _RAW_DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
 _MISSING = {"string": "", "int64": MISSING_INT64, "float": float("nan")}
 
@@ -88,7 +92,9 @@ def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) ->
         else:
             spec[entry.name] = tf.io.FixedLenFeature([], dtype, _MISSING[entry.dtype])
     parsed = tf.io.parse_example(serialized, spec)
-    return {name: value.to_tensor("") if isinstance(value, tf.RaggedTensor) else value for name, value in parsed.items()}
+    return {
+        name: value.to_tensor("") if isinstance(value, tf.RaggedTensor) else value for name, value in parsed.items()
+    }
 
 
 def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]:

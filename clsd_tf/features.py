@@ -6,12 +6,10 @@ they cannot become a model input. ``FeatureSpec.model_inputs`` is what a backbon
 
 from __future__ import annotations
 
-import dataclasses
-import datetime as dt
 import hashlib
+import itertools
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -27,133 +25,11 @@ from clsd_tf.model_inputs import (
     ModelInputs,
     RawInput,
 )
-
-Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-_COMPARISON = re.compile(r"^\s*([A-Za-z]\w*)\s*(>=|<=|==|!=|>|<)\s*(-?\d+(?:\.\d+)?|'[^']*')\s*$")
-
-
-class SpecError(ValueError):
-    """A feature spec that breaks a rule; the message names the key, what was received and what is allowed."""
+from clsd_tf.tables import Comparison, EventTime, Name, Split, Table, Tables
+from clsd_tf.validation import SpecError, StrictModel, explain_validation_error
 
 
-class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
-
-
-class Column(_Model):
-    """One column of a source table.
-
-    Attributes:
-      name: the name used in the rest of the spec and in serving requests.
-      type: how the text is read. Unparsable values make the row a bad row.
-      source_name: the column's name in the file, when it differs.
-    """
-
-    name: Name
-    type: Literal["string", "int64", "float"]
-    source_name: str | None = None
-
-    @property
-    def name_in_file(self) -> str:
-        return self.source_name or self.name
-
-
-class Table(_Model):
-    """A source table: ``path`` is relative to the input directory and may be a glob pattern.
-
-    ``key`` is the unique key that joins a user or item table to the log; the log has none.
-    """
-
-    path: str
-    format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
-    columns: tuple[Column, ...] = pydantic.Field(min_length=1)
-    key: Name | None = None
-
-    @property
-    def column_names(self) -> list[str]:
-        return [column.name for column in self.columns]
-
-    def column(self, name: str) -> Column:
-        return next(column for column in self.columns if column.name == name)
-
-
-class Tables(_Model):
-    log: Table
-    user: Table | None = None
-    item: Table | None = None
-
-    def items(self) -> list[tuple[str, Table]]:
-        """The declared tables as (role, table)."""
-        roles = (("log", self.log), ("user", self.user), ("item", self.item))
-        return [(role, table) for role, table in roles if table is not None]
-
-
-class EventTime(_Model):
-    """Where an event's time stands. Rows outside [earliest, latest) are bad rows: mostly a wrong ``unit``."""
-
-    column: Name
-    unit: Literal["seconds", "milliseconds", "microseconds"]
-    earliest: dt.date = dt.date(1990, 1, 1)
-    latest: dt.date = dt.date(2100, 1, 1)
-
-    @property
-    def microseconds_per_unit(self) -> int:
-        return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """``column operator value``, for example ``rating >= 4``."""
-
-    column: str
-    operator: str
-    value: float | str
-
-    @classmethod
-    def parse(cls, expression: str) -> Comparison:
-        match = _COMPARISON.match(expression)
-        if match is None:
-            raise ValueError(
-                f"a label is `column operator value`. Received: {expression!r}. Allowed operators: >= <= == != > <; "
-                "allowed values: a number or 'text' in single quotes, for example `rating >= 4`"
-            )
-        column, operator, value = match.groups()
-        return cls(column, operator, value[1:-1] if value.startswith("'") else float(value))
-
-
-class Split(_Model):
-    """How rows become train, validation and test.
-
-    ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
-    the given dates; a row never trains a model that is tested on an earlier one. ``rule: random`` draws each row
-    independently; it flatters every model (the future leaks into training) and exists for comparison only.
-    """
-
-    rule: Literal["time", "random"] = "time"
-    train: float = pydantic.Field(0.8, gt=0, lt=1)
-    validation: float = pydantic.Field(0.1, gt=0, lt=1)
-    test: float = pydantic.Field(0.1, gt=0, lt=1)
-    validation_from: dt.datetime | None = None
-    test_from: dt.datetime | None = None
-    seed: int = pydantic.Field(0, ge=0)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Split:
-        total = self.train + self.validation + self.test
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"train + validation + test must be 1. Received: {total:g}")
-        if (self.validation_from is None) != (self.test_from is None):
-            raise ValueError("validation_from and test_from go together. Received: one of them")
-        if self.validation_from and self.rule == "random":
-            raise ValueError("cut-off dates need rule: time. Received: rule: random")
-        if self.validation_from and self.test_from <= self.validation_from:
-            raise ValueError(
-                f"test_from must be after validation_from. Received: {self.test_from} <= {self.validation_from}"
-            )
-        return self
-
-
-class Vocabulary(_Model):
+class Vocabulary(StrictModel):
     """Ids by frequency in the training split: 0 missing, then ``num_oov_indices`` ids, then values by count.
 
     Attributes:
@@ -167,7 +43,7 @@ class Vocabulary(_Model):
     num_oov_indices: int = pydantic.Field(1, ge=1)
 
 
-class _Categorical(_Model):
+class _Categorical(StrictModel):
     name: Name
     column: Name
     vocabulary: Vocabulary | None = None
@@ -199,7 +75,7 @@ class MultiValuedFeature(_Categorical):
     max_values: int = pydantic.Field(8, ge=1)
 
 
-class NumericFeature(_Model):
+class NumericFeature(StrictModel):
     """A number: ``log1p`` first, then ``scaling`` by statistics of the training split; missing = training mean.
 
     ``quantile_buckets`` turns the number into an id (0 = missing) with ``num_buckets`` buckets of equal mass.
@@ -213,7 +89,7 @@ class NumericFeature(_Model):
     num_buckets: int = pydantic.Field(10, ge=2)
 
 
-class HistoryFeature(_Model):
+class HistoryFeature(StrictModel):
     """The user's last ``max_length`` values of the categorical feature ``of`` strictly before the event, oldest first.
 
     Shares the vocabulary (and so the embedding table) of ``of``. In a serving request it is a list of values.
@@ -230,7 +106,7 @@ Feature = Annotated[
 ]
 
 
-class UserGroup(_Model):
+class UserGroup(StrictModel):
     """A user-profile attribute that AdGate reads and every report is sliced by.
 
     Ids: 0 unknown; then one id per interval of ``boundaries`` ([b0, b1), ...) or per entry of ``values``, then other.
@@ -257,11 +133,11 @@ class UserGroup(_Model):
         if self.values is not None:
             return (UNKNOWN_GROUP, *self.values, OTHER_GROUP)
         edges = [f"{edge:g}" for edge in self.boundaries]
-        between = [f"{low}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
+        between = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
         return (UNKNOWN_GROUP, f"<{edges[0]}", *between, f">={edges[-1]}")
 
 
-class FeatureSpec(_Model):
+class FeatureSpec(StrictModel):
     """A data set: its tables, its label, its split, its features and its user groups.
 
     Attributes:
@@ -286,8 +162,8 @@ class FeatureSpec(_Model):
     @pydantic.model_validator(mode="after")
     def _check(self) -> FeatureSpec:
         self._check_columns()
-        self._check_names()
         self._check_uses()
+        self._check_names()
         self._check_groups()
         return self
 
@@ -297,7 +173,9 @@ class FeatureSpec(_Model):
             self._check_key(role, table)
             for name in table.column_names:
                 if name in seen and not (role != "log" and name == table.key and seen[name] == "log"):
-                    raise ValueError(f"column names must be unique across tables. Received: {name!r} in {seen[name]} and {role}")
+                    raise ValueError(
+                        f"column names must be unique across tables. Received: {name!r} in {seen[name]} and {role}"
+                    )
                 seen.setdefault(name, role)
         for key in ("user_key", "item_key"):
             if getattr(self, key) not in self.tables.log.column_names:
@@ -319,13 +197,25 @@ class FeatureSpec(_Model):
                 raise ValueError(f"feature and user group names must be unique. Received: {name!r} twice")
             if name in RECORD_FIELDS:
                 raise ValueError(f"{', '.join(RECORD_FIELDS)} are reserved. Received: a feature named {name!r}")
+        # Raw inputs stand beside the record's fields while rows are joined, and histories beside columns.
+        for entry in self.raw_inputs:
+            if entry.name in (*RECORD_FIELDS, "event_time"):
+                raise ValueError(
+                    f"a feature's column may not be called {entry.name!r}. Give it another name (source_name)"
+                )
+            if entry.is_list and entry.name in self.column_types:
+                raise ValueError(f"a history may not have the name of a column. Received: {entry.name!r}")
 
     def _check_uses(self) -> None:
         columns = list(self.column_types)
         for what, name in self._column_uses():
             if name not in columns:
                 raise ValueError(_not_a_column(what, name, columns))
-        held_out = {use: name for use, name in self._column_uses() if use in ("label", "intensity_label", "sample_weight", "event_time")}
+        held_out = {
+            use: name
+            for use, name in self._column_uses()
+            if use in ("label", "intensity_label", "sample_weight", "event_time")
+        }
         for feature in (*self.features, *self.user_groups):
             for use, name in held_out.items():
                 if getattr(feature, "column", None) == name:
@@ -367,7 +257,8 @@ class FeatureSpec(_Model):
         ]
         if history.of not in choices:
             raise ValueError(
-                f"history {history.name!r} needs a categorical feature of the log. Received: of={history.of!r}. Allowed: {choices}"
+                f"history {history.name!r} needs a categorical feature of the log. "
+                f"Received: of={history.of!r}. Allowed: {choices}"
             )
 
     def _check_groups(self) -> None:
@@ -376,7 +267,8 @@ class FeatureSpec(_Model):
         for group in self.user_groups:
             if group.column not in allowed:
                 raise ValueError(
-                    f"user group {group.name!r} must be a user-profile column. Received: {group.column!r}. Allowed: {allowed}"
+                    f"user group {group.name!r} must be a user-profile column. "
+                    f"Received: {group.column!r}. Allowed: {allowed}"
                 )
             is_text = self.column_types[group.column] == "string"
             if is_text != (group.values is not None):
@@ -481,48 +373,6 @@ def load_spec(path: str | pathlib.Path) -> FeatureSpec:
     if not isinstance(content, dict):
         raise SpecError(f"{path}: a feature spec is a mapping of keys. Received: {type(content).__name__}")
     return parse_spec(content, str(path))
-
-
-def explain_validation_error(error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str) -> str:
-    """One line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed."""
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"]) or "(whole spec)"
-        if problem["type"] == "extra_forbidden":
-            allowed = ", ".join(_allowed_keys(model, problem["loc"][:-1]))
-            lines.append(f"{path}: unknown key. Received: {problem['loc'][-1]!r}. Allowed: {allowed}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            received = "" if "Received" in message or isinstance(problem["input"], dict) else f". Received: {problem['input']!r}"
-            lines.append(f"{path}: {message}{received}")
-    return f"{source} is not valid:\n  " + "\n  ".join(lines)
-
-
-def _allowed_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at ``location``, found by walking the JSON schema."""
-    schema = model.model_json_schema(by_alias=True)
-    definitions = schema.get("$defs", {})
-
-    def resolve(node: dict[str, Any]) -> dict[str, Any]:
-        while True:
-            if "$ref" in node:
-                node = definitions[node["$ref"].rsplit("/", 1)[-1]]
-            elif "anyOf" in node:
-                node = next(option for option in node["anyOf"] if option.get("type") != "null")
-            elif "allOf" in node:
-                node = node["allOf"][0]
-            else:
-                return node
-
-    node = resolve(schema)
-    for part in location:
-        if isinstance(part, int):
-            node = resolve(node["items"])
-        elif part in node.get("properties", {}):
-            node = resolve(node["properties"][part])
-        else:  # The tag of a discriminated union stands in the path behind the list index.
-            node = resolve({"$ref": node["discriminator"]["mapping"][part]})
-    return sorted(node["properties"])
 
 
 def _not_a_column(what: str, name: str, allowed: list[str]) -> str:

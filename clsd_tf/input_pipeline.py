@@ -34,9 +34,7 @@ class RowValues:
         return tf.lookup.StaticHashTable(initializer, default_value=float("nan"))
 
 
-def batches(
-    dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: int | None = None
-) -> tf.data.Dataset:
+def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
     """One pass over a split, for ``model.fit`` and ``model.evaluate``.
 
     Args:

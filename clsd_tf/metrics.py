@@ -75,13 +75,15 @@ def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None)
 
 
 def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
-    """Calibration: mean pctr / click rate ("predicted clicks over clicks"); 1 is calibrated, above 1 predicts too much."""
+    """Predicted clicks over clicks: mean pctr / click rate. 1 is calibrated, above 1 predicts too much."""
     weights = _weights(weights, labels)
     rate = np.average(labels, weights=weights)
     return float(np.average(np.asarray(pctr, np.float64), weights=weights) / rate) if rate else None
 
 
-def calibration_bins(labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20) -> list[dict[str, float]]:
+def calibration_bins(
+    labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20
+) -> list[dict[str, float]]:
     """Rows sorted by pctr and cut into ``num_bins`` bins of equal mass.
 
     Returns:
@@ -95,11 +97,13 @@ def calibration_bins(labels: Array, pctr: Array, weights: Array | None = None, n
     result = []
     for index in np.unique(bins):
         rows = bins == index
-        result.append({
-            "pctr": float(np.average(pctr[rows], weights=weights[rows])),
-            "click_rate": float(np.average(labels[rows], weights=weights[rows])),
-            "weight": float(weights[rows].sum()),
-        })
+        result.append(
+            {
+                "pctr": float(np.average(pctr[rows], weights=weights[rows])),
+                "click_rate": float(np.average(labels[rows], weights=weights[rows])),
+                "weight": float(weights[rows].sum()),
+            }
+        )
     return result
 
 

@@ -24,16 +24,16 @@ from clsd_tf.callbacks import (
     best_weights,
 )
 from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
-from clsd_tf.features import SpecError, explain_validation_error
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.validation import SpecError, StrictModel, explain_validation_error
 
 _EVALUATION_BATCH_SIZE = 4096
 _FOLD_SEED_STEP = 1000  # Fold models must not share the seed of the model they teach, nor of other seeds' folds.
 
 
-class TrainConfig(pydantic.BaseModel):
+class TrainConfig(StrictModel):
     """A training run, complete: written to the work directory as it was resolved.
 
     Attributes:
@@ -50,8 +50,6 @@ class TrainConfig(pydantic.BaseModel):
       seed: of initial weights, row order and folds.
       clsd: how clicks are weighted.
     """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
 
     method: Literal["bce", "clsd"] = "clsd"
     backbone: str = "deepfm"
@@ -229,7 +227,7 @@ def _claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
     if changed:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run with another config. Received: {changed}. "
-            f"Allowed: {({key: there.get(key) for key in changed})}. Choose another --work_dir"
+            f"Allowed: { ({key: there.get(key) for key in changed}) }. Choose another --work_dir"
         )
 
 

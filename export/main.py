@@ -18,7 +18,9 @@ from export.saved_model import export_servable
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)
-_SERVABLE_DIR = flags.DEFINE_string("servable_dir", None, "Directory that holds one directory per model.", required=True)
+_SERVABLE_DIR = flags.DEFINE_string(
+    "servable_dir", None, "Directory that holds one directory per model.", required=True
+)
 _NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
 _VERSION = flags.DEFINE_integer("version", None, "Version number; seconds since 1970 by default.")
 _SERVING_BASE_PATH = flags.DEFINE_string("serving_base_path", "/models", "Where the server will see --servable_dir.")

@@ -25,7 +25,9 @@ _HELP_INPUTS = flags.DEFINE_bool("help_inputs", False, "List the model's raw inp
 def main(argv) -> None:
     servable = LocalServable(pathlib.Path(_SERVABLE.value))
     if _HELP_INPUTS.value:
-        rows = [(entry.name, f"list of {entry.dtype}" if entry.is_list else entry.dtype) for entry in servable.raw_inputs]
+        rows = [
+            (entry.name, f"list of {entry.dtype}" if entry.is_list else entry.dtype) for entry in servable.raw_inputs
+        ]
         console.print_table(f"Raw inputs of {servable.path}", ["name", "type"], rows)
         return
     if not (_INPUT.value and _OUTPUT.value):

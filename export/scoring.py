@@ -86,7 +86,9 @@ def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: p
     try:
         for rows in _read(input_path, servable.raw_inputs):
             if "ctr" in rows.column_names:
-                raise ValueError(f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first")
+                raise ValueError(
+                    f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first"
+                )
             scored.append(rows.append_column("ctr", pa.array(servable.score(rows))))
             num_rows += rows.num_rows
     except pa.ArrowInvalid as error:

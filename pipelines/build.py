@@ -27,7 +27,7 @@ from clsd_tf.artifacts import SPLITS, DatasetLayout, read_json, staged_directory
 from clsd_tf.console import step
 from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import NumericStatistics, Statistics
-from pipelines import sources, transforms
+from pipelines import fitting, results, sources, transforms
 from pipelines.rows import TimeHistogram, split_cut_offs
 
 _BYTES_PER_PARTITION = 64 << 20
@@ -81,7 +81,9 @@ def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Pa
     return counts
 
 
-def inspect_data(spec: FeatureSpec, config: BuildConfig, scratch_dir: pathlib.Path) -> tuple[dict[str, Any], Statistics]:
+def inspect_data(
+    spec: FeatureSpec, config: BuildConfig, scratch_dir: pathlib.Path
+) -> tuple[dict[str, Any], Statistics]:
     """Joins and fits without writing a dataset: what a build would find.
 
     Raises:
@@ -149,14 +151,14 @@ class _Build:
             _ = checked.bad_rows | "DeadLetter" >> transforms.WriteDeadLetter(self.layout.dead_letter)
             _ = (
                 counts
-                | "SumCounts" >> beam.CombineGlobally(transforms.MergeCounts())
-                | "WriteCounts" >> transforms.WriteJson(result)
+                | "SumCounts" >> beam.CombineGlobally(results.MergeCounts())
+                | "WriteCounts" >> results.WriteJson(result)
             )
             _ = (
                 joined.times
                 | "Times" >> beam.CombineGlobally(transforms.MergeTimeHistograms())
                 | "TimesToJson" >> beam.Map(TimeHistogram.to_dict)
-                | "WriteTimes" >> transforms.WriteJson(histogram)
+                | "WriteTimes" >> results.WriteJson(histogram)
             )
         found = _nest_join_counts(read_json(result), [role for role, _ in self.spec.tables.items()])
         self._check_tables(found, read_json(result))
@@ -196,10 +198,10 @@ class _Build:
                     f"Allowed: max_bad_fraction={self.config.max_bad_fraction:g}"
                 )
         for name, count in raw_counts.items():
-            role, kind, *places = name.split("/")
-            if kind == "duplicates" if places else False:
+            if "/duplicates/" in name:
+                role, _, first, second = name.split("/")
                 raise BadInputError(
-                    f"a key of tables.{role} must be unique. Received: rows {places[0]} and {places[1]} with the same "
+                    f"a key of tables.{role} must be unique. Received: rows {first} and {second} with the same "
                     f"{dict(self.spec.tables.items())[role].key} ({count:,} such row(s)). Remove the duplicates"
                 )
 
@@ -212,8 +214,8 @@ class _Build:
         with self._pipeline() as pipeline:
             rows = pipeline | "ReadJoined" >> transforms.ReadJoined(self._joined_files(), self.spec, cut_offs)
             train = rows | "OnlyTrain" >> beam.Filter(lambda row: row[0] == 0) | "TrainTables" >> beam.Values()
-            _ = rows | "CountSplits" >> transforms.CountSplits(self.spec) | "WriteCounts" >> transforms.WriteJson(path)
-            _ = train | "WriteFitted" >> transforms.WriteFitted(self.spec, self.layout, self._numeric)
+            _ = rows | "CountSplits" >> fitting.CountSplits(self.spec) | "WriteCounts" >> results.WriteJson(path)
+            _ = train | "WriteFitted" >> fitting.WriteFitted(self.spec, self.layout, self._numeric)
         splits = _nest_split_counts(read_json(path), self.spec)
         self._check_splits(splits, cut_offs)
         self._write_statistics()
@@ -234,8 +236,8 @@ class _Build:
                 )
             if entry["clicks"] in (0, entry["rows"]):
                 raise BadInputError(
-                    f"the label must not be constant. Received: {entry['clicks']:,} clicks in {entry['rows']:,} rows of "
-                    f"{name}, by label `{self.spec.label}`. Allowed: both values in every split"
+                    f"the label must not be constant. Received: {entry['clicks']:,} clicks in {entry['rows']:,} rows "
+                    f"of {name}, by label `{self.spec.label}`. Allowed: both values in every split"
                 )
 
     def _write_statistics(self) -> None:
@@ -274,7 +276,7 @@ class _Build:
                 | "EncodeShards" >> transforms.EncodeShards(self.spec, self.layout, num_shards, self.config.compressed)
                 | "SumRows" >> beam.CombinePerKey(sum)
                 | "RowsToDict" >> beam.combiners.ToDict()
-                | "WriteRows" >> transforms.WriteJson(written)
+                | "WriteRows" >> results.WriteJson(written)
             )
             _ = rows | "ServingSample" >> transforms.WriteServingSample(
                 self.spec, self.layout.serving_sample, num_rows["test"]
@@ -310,7 +312,9 @@ def _nest_split_counts(counts: Mapping[str, int], spec: FeatureSpec) -> dict[str
         rows, clicks = counts.get(f"{split}/rows", 0), counts.get(f"{split}/clicks", 0)
         groups = {
             group.name: {
-                label: {kind: counts.get(f"{split}/group/{group.name}/{label}/{kind}", 0) for kind in ("rows", "clicks")}
+                label: {
+                    kind: counts.get(f"{split}/group/{group.name}/{label}/{kind}", 0) for kind in ("rows", "clicks")
+                }
                 for label in group.labels
             }
             for group in spec.user_groups

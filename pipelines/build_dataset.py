@@ -11,11 +11,10 @@ name only when it is complete. Flags that are not listed here go to Beam, for ex
 
 import pathlib
 
-
-from clsd_tf import console  # First: it quietens TensorFlow before anything imports it.
 from absl import flags
 
 import feature_specs
+from clsd_tf import console  # First: it quietens TensorFlow before anything imports it.
 from clsd_tf.artifacts import SPLITS
 from clsd_tf.features import FeatureSpec
 from pipelines.build import BuildConfig, build_dataset

@@ -42,7 +42,12 @@ def main(argv) -> None:
 
 def _print_tables(spec: FeatureSpec, counts) -> None:
     rows = [
-        (role, entry["rows"], sum(entry["bad"].values()), None if role == "log" else counts.get(f"{role}_profile_missing", 0))
+        (
+            role,
+            entry["rows"],
+            sum(entry["bad"].values()),
+            None if role == "log" else counts.get(f"{role}_profile_missing", 0),
+        )
         for role, entry in counts["tables"].items()
     ]
     console.print_table("Tables", ["table", "rows", "bad rows", "log rows without profile"], rows)

@@ -60,14 +60,16 @@ def simulate_feed(config: FeedConfig, raw_dir: pathlib.Path) -> None:
                 writer.write_table(chunk)
 
 
-_LOG_SCHEMA = pa.schema({
-    "user_id": pa.string(),
-    "item_id": pa.string(),
-    "time_ms": pa.int64(),
-    "device": pa.string(),
-    "click": pa.int64(),
-    "read_seconds": pa.float64(),
-})
+_LOG_SCHEMA = pa.schema(
+    {
+        "user_id": pa.string(),
+        "item_id": pa.string(),
+        "time_ms": pa.int64(),
+        "device": pa.string(),
+        "click": pa.int64(),
+        "read_seconds": pa.float64(),
+    }
+)
 
 
 class _World:
@@ -84,23 +86,25 @@ class _World:
 
     def users(self) -> pa.Table:
         count = self._config.num_users
-        return pa.table({
-            "user_id": [f"u{user}" for user in range(count)],
-            "age": self._ages,
-            "gender": self._random.choice(_GENDERS, count, p=[0.48, 0.48, 0.04]),
-        })
+        return pa.table(
+            {
+                "user_id": [f"u{user}" for user in range(count)],
+                "age": self._ages,
+                "gender": self._random.choice(_GENDERS, count, p=[0.48, 0.48, 0.04]),
+            }
+        )
 
     def items(self) -> pa.Table:
         count = self._config.num_items
-        tags = [
-            "|".join(self._random.choice(_TAGS, self._random.integers(1, 4), replace=False)) for _ in range(count)
-        ]
-        return pa.table({
-            "item_id": [f"i{item}" for item in range(count)],
-            "category": self._random.choice(_CATEGORIES, count),
-            "tags": tags,
-            "duration_seconds": np.round(self._random.lognormal(3.5, 1.0, count), 1),
-        })
+        tags = ["|".join(self._random.choice(_TAGS, self._random.integers(1, 4), replace=False)) for _ in range(count)]
+        return pa.table(
+            {
+                "item_id": [f"i{item}" for item in range(count)],
+                "category": self._random.choice(_CATEGORIES, count),
+                "tags": tags,
+                "duration_seconds": np.round(self._random.lognormal(3.5, 1.0, count), 1),
+            }
+        )
 
     def log(self) -> Iterator[pa.Table]:
         num_rows, span = self._config.num_rows, _DAYS * 86_400_000

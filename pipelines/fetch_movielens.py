@@ -15,9 +15,9 @@ import sys
 import tempfile
 import zipfile
 
-from clsd_tf import console
 from absl import flags
 
+from clsd_tf import console
 from clsd_tf.artifacts import staged_directory
 
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory to write; must not exist.", required=True)

@@ -13,13 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.features import Column, Comparison, FeatureSpec, HistoryFeature, NumericFeature, Split
+from clsd_tf.features import FeatureSpec, HistoryFeature, NumericFeature
 from clsd_tf.hashing import hash_keys, mix_row_ids
+from clsd_tf.tables import Column, Comparison, Split
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 EVENT_TIME = "event_time"  # int64 microseconds since 1970 (UTC).
 USER_HASH = "user_hash"
-_OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
+_OPERATORS = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 _ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
 # At most 18 digits, so that a cast to int64 cannot overflow. No inf, no nan.
 _PATTERNS = {"int64": r"^[+-]?\d{1,18}$", "float": r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"}
@@ -174,9 +182,7 @@ class Profiles:
         return {name: taken.column(name) for name in columns}, rows.null_count
 
 
-def join_rows(
-    events: pa.Table, profiles: Sequence[Profiles], spec: FeatureSpec
-) -> tuple[pa.Table, Counter]:
+def join_rows(events: pa.Table, profiles: Sequence[Profiles], spec: FeatureSpec) -> tuple[pa.Table, Counter]:
     """Joins all events of some users with profiles and histories.
 
     Args:

@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from apache_beam.io.filesystems import FileSystems
 
-from clsd_tf.features import Table
+from clsd_tf.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 16_384
@@ -260,7 +260,7 @@ def _read_parquet(file: SourceFile, table: Table) -> Iterator[RawBatch]:
 
 
 def tfds_batch(name: str, table: Table, examples: Iterable[dict[str, Any]]) -> RawBatch:
-    """TFDS examples (NumPy, with ``tfds_id``) -> a batch. The id holds shard and position: ``...-00003-of-00010__17``."""
+    """TFDS examples (NumPy, with ``tfds_id``) -> a batch. The id holds shard and place: ``...-00003-of-00010__17``."""
     file = SourceFile("log", 0, name)
     records = []
     for example in examples:

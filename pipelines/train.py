@@ -48,8 +48,8 @@ def main(argv) -> None:
 def _warn_of_overconfident_teacher(config: TrainConfig) -> None:
     if config.method == "clsd" and config.clsd.teacher == "self" and config.max_epochs > 1:
         console.console.print(
-            "[yellow]warning:[/] teacher=self judges clicks it was trained on from the second epoch on, and is "
-            f"overconfident there. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1",
+            "[yellow]warning:[/] from the second epoch on, teacher=self judges clicks that it was trained on, and is "
+            f"overconfident. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1",
             soft_wrap=True,
         )
 

@@ -1,4 +1,4 @@
-"""The Beam transforms of the build: read and check tables, join, fit statistics, encode shards.
+"""The Beam transforms of the build: read and check tables, join, split, encode shards.
 
 Elements are Arrow tables, never single rows. Each composite takes and gives PCollections and can be tested on rows in
 memory; functions on tables live in ``pipelines.rows``.
@@ -6,7 +6,6 @@ memory; functions on tables live in ``pipelines.rows``.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +18,11 @@ import tensorflow as tf
 
 from clsd_tf.artifacts import SPLITS, DatasetLayout
 from clsd_tf.examples import arrow_to_tensors, encode_examples
-from clsd_tf.features import FeatureSpec, MultiValuedFeature, NumericFeature
+from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys, mix_row_ids
-from clsd_tf.model_inputs import NumericStatistics, RawInput, Statistics
-from clsd_tf.transform import FeatureTransform, group_ids
+from clsd_tf.model_inputs import Statistics
+from clsd_tf.transform import FeatureTransform
+from pipelines.results import write_lines
 from pipelines.rows import EVENT_TIME, USER_HASH, Profiles, TimeHistogram, join_rows, parse_rows, split_indices
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile, read_file, tfds_batch
 
@@ -30,23 +30,6 @@ ROWS_PER_BATCH = 8192
 SERVING_SAMPLE_ROWS = 10_000
 _BAD, _COUNTS = "bad_rows", "counts"
 _SHARD_SEED, _SAMPLE_SEED = 101, 102  # Any two different numbers: shard and sample must be independent.
-
-
-class MergeCounts(beam.CombineFn):
-    """Sums Counters."""
-
-    def create_accumulator(self):
-        return Counter()
-
-    def add_input(self, accumulator, counts):
-        accumulator.update(counts)
-        return accumulator
-
-    def merge_accumulators(self, accumulators):
-        return sum(accumulators, Counter())
-
-    def extract_output(self, accumulator):
-        return accumulator
 
 
 class MergeTimeHistograms(beam.CombineFn):
@@ -66,22 +49,6 @@ class MergeTimeHistograms(beam.CombineFn):
 
     def extract_output(self, accumulator):
         return accumulator
-
-
-class WriteJson(beam.PTransform):
-    """Writes the one element of a PCollection as a JSON file that the driver reads when the pipeline is done."""
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__()
-        self._path = str(path)
-
-    def expand(self, values):
-        return values | beam.Map(_write_json, self._path)
-
-
-def _write_json(value, path: str) -> None:
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write(json.dumps(value))
 
 
 # --- Read and check --------------------------------------------------------------------------------------------------
@@ -170,13 +137,8 @@ class WriteDeadLetter(beam.PTransform):
             | "ToJson" >> beam.Map(BadRow.to_json)
             | "OneKey" >> beam.WithKeys(None)
             | "Together" >> beam.GroupByKey()
-            | "WriteLines" >> beam.MapTuple(lambda _, lines: _write_lines(path, sorted(lines)))
+            | "WriteLines" >> beam.MapTuple(lambda _, lines: write_lines(path, sorted(lines)))
         )
-
-
-def _write_lines(path: str, lines: Iterable[str]) -> None:
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write("".join(f"{line}\n" for line in lines))
 
 
 # --- Join ------------------------------------------------------------------------------------------------------------
@@ -267,7 +229,7 @@ def _concat(parts: list[pa.Table], table) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *parts])
 
 
-# --- Fit -------------------------------------------------------------------------------------------------------------
+# --- Split -----------------------------------------------------------------------------------------------------------
 
 
 class ReadJoined(beam.PTransform):
@@ -298,174 +260,6 @@ def _read_parquet(path: str) -> Iterator[pa.Table]:
 def _assign_split(table: pa.Table, spec: FeatureSpec, cut_offs: list[int]) -> Iterator[tuple[int, pa.Table]]:
     times, row_ids = table.column(EVENT_TIME).to_numpy(), table.column(ROW_ID).to_numpy()
     return split_table(table, split_indices(spec.split, cut_offs, times, row_ids))
-
-
-class CountSplits(beam.PTransform):
-    """(split, table) -> one Counter: rows, clicks, intense rows, time range and user groups of each split."""
-
-    def __init__(self, spec: FeatureSpec):
-        super().__init__()
-        self._spec = spec
-
-    def expand(self, rows):
-        spec = self._spec
-        counts = rows | "CountRows" >> beam.MapTuple(lambda split, table: _count_rows(split, table, spec))
-        return counts | "SumCounts" >> beam.CombineGlobally(MergeCounts())
-
-
-def _count_rows(split: int, table: pa.Table, spec: FeatureSpec) -> Counter:
-    name = SPLITS[split]
-    label = table.column("label").to_numpy()
-    counts = Counter({f"{name}/rows": len(label), f"{name}/clicks": int(label.sum())})
-    counts[f"{name}/intense"] = int(table.column("intensity_label").to_numpy().sum())
-    for group in spec.user_groups:
-        raw = RawInput(group.column, spec.column_types[group.column])
-        ids = group_ids(group, arrow_to_tensors(table, [raw])[group.column]).numpy()
-        for index, group_label in enumerate(group.labels):
-            counts[f"{name}/group/{group.name}/{group_label}/rows"] += int((ids == index).sum())
-            counts[f"{name}/group/{group.name}/{group_label}/clicks"] += int(label[ids == index].sum())
-    return counts
-
-
-class FitVocabularies(beam.PTransform):
-    """Training tables -> (vocabulary name, values by falling count); ties in the order of the text."""
-
-    def __init__(self, spec: FeatureSpec):
-        super().__init__()
-        self._spec = spec
-
-    def expand(self, tables):
-        rules = self._spec.vocabularies
-        return (
-            tables
-            | "CountValues" >> beam.FlatMap(_count_values, self._spec)
-            | "SumValues" >> beam.CombinePerKey(sum)
-            | "ByVocabulary" >> beam.MapTuple(lambda key, count: (key[0], (key[1], count)))
-            | "GroupVocabulary" >> beam.GroupByKey()
-            | "Rank" >> beam.MapTuple(lambda name, counts: (name, _rank(counts, rules[name])))
-        )
-
-
-def _count_values(table: pa.Table, spec: FeatureSpec) -> Iterator[tuple[tuple[str, str], int]]:
-    for name in spec.vocabularies:
-        feature = spec.feature(name)
-        values = table.column(feature.column).cast(pa.string())
-        if isinstance(feature, MultiValuedFeature):
-            values = pa.compute.list_flatten(pa.compute.split_pattern(values, feature.separator))
-        for entry in pa.compute.value_counts(values.drop_null()).to_pylist():
-            # A vocabulary file holds one value a line, so a value with a line break stays out of vocabulary.
-            if entry["values"] and not {"\n", "\r"} & set(entry["values"]):
-                yield (name, entry["values"]), entry["counts"]
-
-
-def _rank(counts: Iterable[tuple[str, int]], rule) -> list[str]:
-    kept = [(-count, value) for value, count in counts if count >= rule.min_count]
-    return [value for _, value in sorted(kept)[: rule.max_size]]
-
-
-class FitNumeric(beam.PTransform):
-    """Training tables -> (feature name, NumericStatistics)."""
-
-    def __init__(self, features: list[NumericFeature]):
-        super().__init__()
-        self._features = features
-
-    def expand(self, tables):
-        values = tables | "NumericValues" >> beam.FlatMap(_numeric_values, self._features)
-        moments = values | "Moments" >> beam.CombinePerKey(_MomentsFn())
-        quantiles = [self._quantiles(values, feature) for feature in self._features if _is_bucketised(feature)]
-        if not quantiles:
-            return moments
-        boundaries = quantiles | "AllQuantiles" >> beam.Flatten()
-        return moments | "AddBoundaries" >> beam.Map(_with_boundaries, beam.pvalue.AsDict(boundaries))
-
-    @staticmethod
-    def _quantiles(values, feature: NumericFeature):
-        return (
-            values
-            | f"Only_{feature.name}" >> beam.Filter(lambda pair, name: pair[0] == name, feature.name)
-            | f"Lists_{feature.name}" >> beam.MapTuple(lambda _, array: array.tolist())
-            | f"Quantiles_{feature.name}"
-            >> beam.ApproximateQuantiles.Globally(feature.num_buckets + 1, input_batched=True)
-            | f"Inner_{feature.name}" >> beam.Map(lambda edges, name: (name, tuple(sorted(set(edges[1:-1])))), feature.name)
-        )
-
-
-def _is_bucketised(feature: NumericFeature) -> bool:
-    return feature.scaling == "quantile_buckets"
-
-
-def _numeric_values(table: pa.Table, features: list[NumericFeature]) -> Iterator[tuple[str, np.ndarray]]:
-    for feature in features:
-        values = table.column(feature.column).drop_null().to_numpy().astype(np.float64)
-        if len(values):
-            yield feature.name, np.log1p(values) if feature.log1p else values
-
-
-class _MomentsFn(beam.CombineFn):
-    """Count, mean, squared deviation, minimum and maximum, merged by Chan et al. (1979)."""
-
-    def create_accumulator(self):
-        return 0, 0.0, 0.0, float("inf"), float("-inf")
-
-    def add_input(self, accumulator, values):
-        mean = float(values.mean())
-        part = (len(values), mean, float(((values - mean) ** 2).sum()), float(values.min()), float(values.max()))
-        return self._merge(accumulator, part)
-
-    def merge_accumulators(self, accumulators):
-        merged = self.create_accumulator()
-        for accumulator in accumulators:
-            merged = self._merge(merged, accumulator)
-        return merged
-
-    @staticmethod
-    def _merge(left, right):
-        count = left[0] + right[0]
-        if not count:
-            return left
-        delta = right[1] - left[1]
-        mean = left[1] + delta * right[0] / count
-        deviation = left[2] + right[2] + delta**2 * left[0] * right[0] / count
-        return count, mean, deviation, min(left[3], right[3]), max(left[4], right[4])
-
-    def extract_output(self, accumulator):
-        count, mean, deviation, minimum, maximum = accumulator
-        return NumericStatistics(count, mean, (deviation / count) ** 0.5, minimum, maximum)
-
-
-def _with_boundaries(moments: tuple[str, NumericStatistics], boundaries: Mapping[str, tuple[float, ...]]):
-    name, fitted = moments
-    values = {**vars(fitted), "boundaries": boundaries.get(name, ())}
-    return name, NumericStatistics(**values)
-
-
-class WriteFitted(beam.PTransform):
-    """Vocabularies -> one text file each; numeric statistics -> one JSON file each, for the driver to collect."""
-
-    def __init__(self, spec: FeatureSpec, layout: DatasetLayout, numeric_dir: pathlib.Path):
-        super().__init__()
-        self._spec = spec
-        self._vocabularies = str(layout.vocabularies)
-        self._numeric_dir = str(numeric_dir)
-
-    def expand(self, tables):
-        features = [feature for feature in self._spec.features if isinstance(feature, NumericFeature)]
-        vocabularies, numeric_dir = self._vocabularies, self._numeric_dir
-        written = [
-            tables
-            | "FitVocabularies" >> FitVocabularies(self._spec)
-            | "WriteVocabularies"
-            >> beam.MapTuple(lambda name, values: _write_lines(f"{vocabularies}/{name}.txt", values))
-        ]
-        if features:
-            written.append(
-                tables
-                | "FitNumeric" >> FitNumeric(features)
-                | "WriteNumeric"
-                >> beam.MapTuple(lambda name, fitted: _write_json(vars(fitted), f"{numeric_dir}/{name}.json"))
-            )
-        return written | "AllWritten" >> beam.Flatten()
 
 
 # --- Encode ----------------------------------------------------------------------------------------------------------

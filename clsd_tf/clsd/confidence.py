@@ -12,8 +12,10 @@ from typing import Literal
 import pydantic
 import tensorflow as tf
 
+from clsd_tf.validation import StrictModel
 
-class ClsdConfig(pydantic.BaseModel):
+
+class ClsdConfig(StrictModel):
     """How clicks are weighted.
 
     Attributes:
@@ -26,8 +28,6 @@ class ClsdConfig(pydantic.BaseModel):
       max_confidence: upper clip.
       num_folds: folds of the ``cross_fit`` teacher, >= 2.
     """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
 
     loss_warmup_steps: int = pydantic.Field(100, ge=0)
     teacher: Literal["self", "cross_fit"] = "cross_fit"

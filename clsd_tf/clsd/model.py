@@ -44,9 +44,7 @@ class ClsdModel(tfrs.Model):
         self.backbone = backbone
         self.ad_gate = ad_gate
         self.config = config
-        self._means = {
-            name: tf.keras.metrics.Mean(name=name) for name in ("loss", "bce", "ad_gate_loss", "mean_pctr")
-        }
+        self._means = {name: tf.keras.metrics.Mean(name=name) for name in ("loss", "bce", "ad_gate_loss", "mean_pctr")}
         self._extrema = [
             Extremum("min_click_confidence", largest=False),
             Extremum("max_click_confidence", largest=True),

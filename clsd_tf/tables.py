@@ -1,0 +1,128 @@
+"""The log's side of a feature spec: tables, columns, event time, label expressions and the split."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import re
+from typing import Annotated, Literal
+
+import pydantic
+
+from clsd_tf.validation import StrictModel
+
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+_COMPARISON = re.compile(r"^\s*([A-Za-z]\w*)\s*(>=|<=|==|!=|>|<)\s*(-?\d+(?:\.\d+)?|'[^']*')\s*$")
+
+
+class Column(StrictModel):
+    """One column of a source table.
+
+    Attributes:
+      name: the name used in the rest of the spec and in serving requests.
+      type: how the text is read. Unparsable values make the row a bad row.
+      source_name: the column's name in the file, when it differs.
+    """
+
+    name: Name
+    type: Literal["string", "int64", "float"]
+    source_name: str | None = None
+
+    @property
+    def name_in_file(self) -> str:
+        return self.source_name or self.name
+
+
+class Table(StrictModel):
+    """A source table: ``path`` is relative to the input directory and may be a glob pattern.
+
+    ``key`` is the unique key that joins a user or item table to the log; the log has none.
+    """
+
+    path: str
+    format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
+    columns: tuple[Column, ...] = pydantic.Field(min_length=1)
+    key: Name | None = None
+
+    @property
+    def column_names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def column(self, name: str) -> Column:
+        return next(column for column in self.columns if column.name == name)
+
+
+class Tables(StrictModel):
+    log: Table
+    user: Table | None = None
+    item: Table | None = None
+
+    def items(self) -> list[tuple[str, Table]]:
+        """The declared tables as (role, table)."""
+        roles = (("log", self.log), ("user", self.user), ("item", self.item))
+        return [(role, table) for role, table in roles if table is not None]
+
+
+class EventTime(StrictModel):
+    """Where an event's time stands. Rows outside [earliest, latest) are bad rows: mostly a wrong ``unit``."""
+
+    column: Name
+    unit: Literal["seconds", "milliseconds", "microseconds"]
+    earliest: dt.date = dt.date(1990, 1, 1)
+    latest: dt.date = dt.date(2100, 1, 1)
+
+    @property
+    def microseconds_per_unit(self) -> int:
+        return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """``column operator value``, for example ``rating >= 4``."""
+
+    column: str
+    operator: str
+    value: float | str
+
+    @classmethod
+    def parse(cls, expression: str) -> Comparison:
+        match = _COMPARISON.match(expression)
+        if match is None:
+            raise ValueError(
+                f"a label is `column operator value`. Received: {expression!r}. Allowed operators: >= <= == != > <; "
+                "allowed values: a number or 'text' in single quotes, for example `rating >= 4`"
+            )
+        column, operator, value = match.groups()
+        return cls(column, operator, value[1:-1] if value.startswith("'") else float(value))
+
+
+class Split(StrictModel):
+    """How rows become train, validation and test.
+
+    ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
+    the given dates; a row never trains a model that is tested on an earlier one. ``rule: random`` draws each row
+    independently; it flatters every model (the future leaks into training) and exists for comparison only.
+    """
+
+    rule: Literal["time", "random"] = "time"
+    train: float = pydantic.Field(0.8, gt=0, lt=1)
+    validation: float = pydantic.Field(0.1, gt=0, lt=1)
+    test: float = pydantic.Field(0.1, gt=0, lt=1)
+    validation_from: dt.datetime | None = None
+    test_from: dt.datetime | None = None
+    seed: int = pydantic.Field(0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Split:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + validation + test must be 1. Received: {total:g}")
+        if (self.validation_from is None) != (self.test_from is None):
+            raise ValueError("validation_from and test_from go together. Received: one of them")
+        if self.validation_from and self.rule == "random":
+            raise ValueError("cut-off dates need rule: time. Received: rule: random")
+        if self.validation_from and self.test_from <= self.validation_from:
+            raise ValueError(
+                f"test_from must be after validation_from. Received: {self.test_from} <= {self.validation_from}"
+            )
+        return self

@@ -1,0 +1,63 @@
+"""Strict models and errors that help: for feature specs and for configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+
+
+class SpecError(ValueError):
+    """A feature spec that breaks a rule; the message names the key, what was received and what is allowed."""
+
+
+class StrictModel(pydantic.BaseModel):
+    """Frozen; refuses unknown keys and values of another type; reads a field by its name or its alias."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+def explain_validation_error(error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str) -> str:
+    """One line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"]) or "(whole spec)"
+        if problem["type"] == "extra_forbidden":
+            allowed = ", ".join(_allowed_keys(model, problem["loc"][:-1]))
+            lines.append(f"{path}: unknown key. Received: {problem['loc'][-1]!r}. Allowed: {allowed}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            received = (
+                ""
+                if "Received" in message or isinstance(problem["input"], dict)
+                else f". Received: {problem['input']!r}"
+            )
+            lines.append(f"{path}: {message}{received}")
+    return f"{source} is not valid:\n  " + "\n  ".join(lines)
+
+
+def _allowed_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed at ``location``, found by walking the JSON schema."""
+    schema = model.model_json_schema(by_alias=True)
+    definitions = schema.get("$defs", {})
+
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
+        while True:
+            if "$ref" in node:
+                node = definitions[node["$ref"].rsplit("/", 1)[-1]]
+            elif "anyOf" in node:
+                node = next(option for option in node["anyOf"] if option.get("type") != "null")
+            elif "allOf" in node:
+                node = node["allOf"][0]
+            else:
+                return node
+
+    node = resolve(schema)
+    for part in location:
+        if isinstance(part, int):
+            node = resolve(node["items"])
+        elif part in node.get("properties", {}):
+            node = resolve(node["properties"][part])
+        else:  # The tag of a discriminated union stands in the path behind the list index.
+            node = resolve({"$ref": node["discriminator"]["mapping"][part]})
+    return sorted(node["properties"])
