@@ -17,8 +17,9 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from clsd_tf.features import FeatureSpec
+from clsd_tf.features import FeatureSpec, parse_spec
 from clsd_tf.model_inputs import ModelInputs, Statistics
+from clsd_tf.validation import SpecError
 
 SPLITS = ("train", "validation", "test")
 _SUCCESS = "_SUCCESS"
@@ -124,13 +125,22 @@ class DatasetDir:
         self.layout = DatasetLayout(self.path)
         if not self.layout.success.is_file():
             raise _incomplete("dataset", self.path, "Run `python -m pipelines.build_dataset` first")
+        for path in (self.layout.spec, self.layout.statistics, self.layout.counts):
+            if not path.is_file():
+                raise ArtifactError(f"{self.path} has lost a file. Missing: {path.name}. Build the dataset again")
         written = read_json(self.layout.success)
-        self.spec = FeatureSpec.model_validate_json(self.layout.spec.read_text(encoding="utf-8"))
+        self.spec = self._read_spec()
         self.fingerprint: str = written["dataset_fingerprint"]
         self._check("feature spec", written["spec_fingerprint"], self.spec.fingerprint)
         self._check("dataset", self.fingerprint, self.layout.fingerprint())
         self.statistics = Statistics.from_json(self.layout.statistics.read_text(encoding="utf-8"))
         self.inputs: ModelInputs = self.spec.model_inputs(self.statistics.vocabulary_lengths)
+
+    def _read_spec(self) -> FeatureSpec:
+        try:
+            return parse_spec(read_json(self.layout.spec), str(self.layout.spec))
+        except (SpecError, json.JSONDecodeError) as error:
+            raise ArtifactError(f"{error}. Build the dataset again with this version of clsd_tf") from error
 
     def _check(self, what: str, expected: str, received: str) -> None:
         if expected != received:
@@ -151,8 +161,13 @@ class DatasetDir:
         if split not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}. Received: {split!r}")
         files = sorted(str(path) for path in self.layout.records.glob(f"{split}-*.tfrecord*"))
-        if not files:
-            raise ArtifactError(f"{self.path} has no records of split {split!r}. Build the dataset again")
+        # Every shard names their number: train-00000-of-00004.tfrecord.
+        expected = int(files[0].rsplit("-of-", 1)[1].split(".")[0]) if files else 1
+        if len(files) != expected:
+            raise ArtifactError(
+                f"{self.path} has lost records of split {split!r}. Received: {len(files)} shards of {expected}. "
+                "Build the dataset again"
+            )
         return files
 
 

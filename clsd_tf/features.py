@@ -123,6 +123,9 @@ class UserGroup(StrictModel):
             raise ValueError("a user group has either boundaries (numbers) or values (text). Received: both or none")
         if self.boundaries and list(self.boundaries) != sorted(set(self.boundaries)):
             raise ValueError(f"boundaries must increase. Received: {list(self.boundaries)}")
+        reserved = {UNKNOWN_GROUP, OTHER_GROUP, ""} & set(self.values or ())
+        if reserved:
+            raise ValueError(f"{UNKNOWN_GROUP!r}, {OTHER_GROUP!r} and '' have ids of their own. Received: {reserved}")
         if self.values and len(set(self.values)) != len(self.values):
             raise ValueError(f"values must differ. Received: {list(self.values)}")
         return self
@@ -132,7 +135,7 @@ class UserGroup(StrictModel):
         """A readable label per id."""
         if self.values is not None:
             return (UNKNOWN_GROUP, *self.values, OTHER_GROUP)
-        edges = [f"{edge:g}" for edge in self.boundaries]
+        edges = [str(int(edge)) if edge.is_integer() else str(edge) for edge in self.boundaries]
         between = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
         return (UNKNOWN_GROUP, f"<{edges[0]}", *between, f">={edges[-1]}")
 
@@ -161,9 +164,10 @@ class FeatureSpec(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> FeatureSpec:
+        self._check_names()
         self._check_columns()
         self._check_uses()
-        self._check_names()
+        self._check_raw_names()
         self._check_groups()
         return self
 
@@ -185,10 +189,20 @@ class FeatureSpec(StrictModel):
         expected = {"log": None, "user": self.user_key, "item": self.item_key}[role]
         if table.key != expected:
             raise ValueError(f"tables.{role}.key must be {expected!r}. Received: {table.key!r}")
-        if expected is not None and expected not in table.column_names:
-            raise ValueError(_not_a_column(f"tables.{role}.key", expected, table.column_names))
+        if expected is not None:
+            self._check_key_column(role, expected, table)
         if role != "log" and table.format == "tfds":
             raise ValueError(f"only the log may have format tfds. Received: tables.{role}.format: tfds")
+
+    def _check_key_column(self, role: str, key: str, table: Table) -> None:
+        if key not in table.column_names:
+            raise ValueError(_not_a_column(f"tables.{role}.key", key, table.column_names))
+        log = self.tables.log
+        if key in log.column_names and log.column(key).type != table.column(key).type:
+            raise ValueError(
+                f"{key} must have one type in all tables. "
+                f"Received: {log.column(key).type} in log, {table.column(key).type} in {role}"
+            )
 
     def _check_names(self) -> None:
         names = [feature.name for feature in self.features] + [group.name for group in self.user_groups]
@@ -197,6 +211,8 @@ class FeatureSpec(StrictModel):
                 raise ValueError(f"feature and user group names must be unique. Received: {name!r} twice")
             if name in RECORD_FIELDS:
                 raise ValueError(f"{', '.join(RECORD_FIELDS)} are reserved. Received: a feature named {name!r}")
+
+    def _check_raw_names(self) -> None:
         # Raw inputs stand beside the record's fields while rows are joined, and histories beside columns.
         for entry in self.raw_inputs:
             if entry.name in (*RECORD_FIELDS, "event_time"):
@@ -207,31 +223,30 @@ class FeatureSpec(StrictModel):
                 raise ValueError(f"a history may not have the name of a column. Received: {entry.name!r}")
 
     def _check_uses(self) -> None:
-        columns = list(self.column_types)
-        for what, name in self._column_uses():
-            if name not in columns:
-                raise ValueError(_not_a_column(what, name, columns))
-        held_out = {
-            use: name
-            for use, name in self._column_uses()
-            if use in ("label", "intensity_label", "sample_weight", "event_time")
-        }
+        # What describes an event stands in the log; what a model may see, in any table.
+        for use, name in self._held_out_columns.items():
+            if name not in self.tables.log.column_names:
+                raise ValueError(_not_a_column(use, name, self.tables.log.column_names))
         for feature in (*self.features, *self.user_groups):
-            for use, name in held_out.items():
-                if getattr(feature, "column", None) == name:
+            column = getattr(feature, "column", None)
+            if column is not None and column not in self.column_types:
+                raise ValueError(_not_a_column(feature.name, column, list(self.column_types)))
+            for use, name in self._held_out_columns.items():
+                if column == name:
                     raise ValueError(
                         f"a column used as {use} cannot be a model input. Received: {name!r} in {feature.name!r}"
                     )
         self._check_types()
 
-    def _column_uses(self) -> list[tuple[str, str]]:
-        uses = [("label", self.label_comparison.column), ("event_time", self.event_time.column)]
+    @property
+    def _held_out_columns(self) -> dict[str, str]:
+        """Use -> column, for what no model may see."""
+        columns = {"label": self.label_comparison.column, "event_time": self.event_time.column}
         if self.intensity_label:
-            uses.append(("intensity_label", self.intensity_comparison.column))
+            columns["intensity_label"] = self.intensity_comparison.column
         if self.sample_weight:
-            uses.append(("sample_weight", self.sample_weight))
-        inputs = [feature for feature in (*self.features, *self.user_groups) if not isinstance(feature, HistoryFeature)]
-        return uses + [(feature.name, feature.column) for feature in inputs]
+            columns["sample_weight"] = self.sample_weight
+        return columns
 
     def _check_types(self) -> None:
         types = self.column_types
@@ -240,11 +255,13 @@ class FeatureSpec(StrictModel):
         for feature in self.features:
             if isinstance(feature, HistoryFeature):
                 self._check_history(feature)
-            elif isinstance(feature, NumericFeature) == (types[feature.column] == "string"):
-                if isinstance(feature, NumericFeature):
-                    raise ValueError(f"numeric feature {feature.name!r} needs int64 or float. Received: string")
-            elif not isinstance(feature, NumericFeature) and types[feature.column] == "float":
-                raise ValueError(f"{feature.type} feature {feature.name!r} needs string or int64. Received: float")
+                continue
+            allowed = ("int64", "float") if isinstance(feature, NumericFeature) else ("string", "int64")
+            if types[feature.column] not in allowed:
+                raise ValueError(
+                    f"{feature.type} feature {feature.name!r} needs {' or '.join(allowed)}. "
+                    f"Received: {types[feature.column]}"
+                )
         for use, comparison in (("label", self.label_comparison), ("intensity_label", self.intensity_comparison)):
             if comparison and isinstance(comparison.value, str) != (types[comparison.column] == "string"):
                 raise ValueError(f"{use} compares a {types[comparison.column]} column with {comparison.value!r}")

@@ -12,6 +12,20 @@ import pydantic
 from clsd_tf.validation import StrictModel
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+
+
+def _parse_moment(value: object) -> object:
+    """ISO text -> datetime (a date means its midnight); anything else as it is."""
+    # Python 3.10 does not read the Z that stands for UTC.
+    return dt.datetime.fromisoformat(value.replace("Z", "+00:00")) if isinstance(value, str) else value
+
+
+def _in_utc(value: dt.datetime) -> dt.datetime:
+    return value if value.tzinfo else value.replace(tzinfo=dt.timezone.utc)
+
+
+# A date (its midnight) or a time, UTC unless it names its zone.
+Moment = Annotated[dt.datetime, pydantic.BeforeValidator(_parse_moment), pydantic.AfterValidator(_in_utc)]
 _COMPARISON = re.compile(r"^\s*([A-Za-z]\w*)\s*(>=|<=|==|!=|>|<)\s*(-?\d+(?:\.\d+)?|'[^']*')\s*$")
 
 
@@ -71,6 +85,12 @@ class EventTime(StrictModel):
     earliest: dt.date = dt.date(1990, 1, 1)
     latest: dt.date = dt.date(2100, 1, 1)
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> EventTime:
+        if self.earliest >= self.latest:
+            raise ValueError(f"earliest must be before latest. Received: {self.earliest} and {self.latest}")
+        return self
+
     @property
     def microseconds_per_unit(self) -> int:
         return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
@@ -108,8 +128,8 @@ class Split(StrictModel):
     train: float = pydantic.Field(0.8, gt=0, lt=1)
     validation: float = pydantic.Field(0.1, gt=0, lt=1)
     test: float = pydantic.Field(0.1, gt=0, lt=1)
-    validation_from: dt.datetime | None = None
-    test_from: dt.datetime | None = None
+    validation_from: Moment | None = None
+    test_from: Moment | None = None
     seed: int = pydantic.Field(0, ge=0)
 
     @pydantic.model_validator(mode="after")

@@ -197,6 +197,8 @@ class _Build:
                     f"too many bad rows in tables.{role}. Received: {bad:,} of {entry['rows']:,} ({reasons}). "
                     f"Allowed: max_bad_fraction={self.config.max_bad_fraction:g}"
                 )
+            if bad == entry["rows"]:
+                raise BadInputError(f"a table must have good rows. Received: tables.{role} with {bad:,} bad rows only")
         for name, count in raw_counts.items():
             if "/duplicates/" in name:
                 role, _, first, second = name.split("/")

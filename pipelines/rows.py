@@ -84,7 +84,10 @@ def _convert(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str, np.n
     unparsable = pc.invert(pc.match_substring_regex(text, _PATTERNS[column.type]))
     failures[f"not_{column.type}:{column.name}"] = _mask(unparsable)
     text = pc.if_else(unparsable, pa.scalar(None, pa.string()), text)
-    return text.cast(_ARROW_TYPES[column.type]), failures
+    numbers = pc.utf8_ltrim(text, "+").cast(_ARROW_TYPES[column.type])
+    if column.type == "float":  # 1e999 is well written, but more than a double holds.
+        failures[f"not_float:{column.name}"] |= _mask(pc.invert(pc.is_finite(numbers)))
+    return numbers, failures
 
 
 def _to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -122,7 +125,8 @@ def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[
         time = spec.event_time
         scale = 1_000_000 / time.microseconds_per_unit
         low, high = (_epoch_seconds(day) * scale for day in (time.earliest, time.latest))
-        outside = pc.or_(pc.less(values, low), pc.greater_equal(values, high))
+        moments = values.cast(pa.float64(), safe=False)
+        outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
         failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = _mask(outside)
     if column.name in _non_negative_columns(spec):
         failures[f"negative:{column.name}"] = _mask(pc.less(values, 0))
@@ -328,8 +332,7 @@ def split_cut_offs(split: Split, histogram: TimeHistogram) -> list[int]:
 
 
 def _microseconds(moment: dt.datetime) -> int:
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
-    return round(aware.timestamp() * 1_000_000)
+    return round(moment.timestamp() * 1_000_000)
 
 
 def split_indices(split: Split, cut_offs: Sequence[int], times: np.ndarray, row_ids: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ is validated by the same rules.
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from clsd_tf.tables import Table
@@ -26,6 +29,7 @@ ROW_ID = "row_id"
 ROWS_PER_BATCH = 16_384
 TFDS_LIST_SEPARATOR = "|"  # A TFDS sequence becomes text with this between its values.
 _FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
+_MAX_FILE_INDEX = (1 << (63 - _FILE_SHIFT)) - 1
 _BLOCK_BYTES = 4 << 20
 
 
@@ -109,8 +113,14 @@ def read_file(file: SourceFile, table: Table) -> Iterator[RawBatch]:
     return _READERS[table.format](file, table)
 
 
-def _open(file: SourceFile):
-    return FileSystems.open(file.path)  # Decompresses .gz and .zst by the file's ending.
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+
+def _open(file: SourceFile) -> pa.NativeFile:
+    """A file of any Beam filesystem as an Arrow stream, decompressed by its ending."""
+    stream = pa.PythonFile(FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED), mode="r")
+    compression = _COMPRESSIONS.get(pathlib.PurePath(file.path).suffix)
+    return pa.CompressedInputStream(stream, compression) if compression else stream
 
 
 # --- CSV and TSV -----------------------------------------------------------------------------------------------------
@@ -121,14 +131,18 @@ def _parse_options(file_format: str, on_bad_row: Callable | None = None) -> pa.c
     delimiter, quote = (",", '"') if file_format == "csv" else ("\t", False)
     # An empty line is a bad row: ignoring it would shift the line numbers behind it.
     return pa.csv.ParseOptions(
-        delimiter=delimiter, quote_char=quote, invalid_row_handler=on_bad_row, ignore_empty_lines=False
+        delimiter=delimiter,
+        quote_char=quote,
+        invalid_row_handler=on_bad_row,
+        ignore_empty_lines=False,
+        newlines_in_values=file_format == "csv",
     )
 
 
 def _delimited_columns(file_format: str) -> Callable[[SourceFile], list[str] | None]:
     def columns(file: SourceFile) -> list[str] | None:
         with _open(file) as stream:
-            header = stream.readline().decode("utf-8", errors="replace").strip("\r\n")
+            header = io.BufferedReader(stream).readline().decode("utf-8", errors="replace").strip("\r\n")
         if not header:
             raise ValueError(f"{file.name} is empty. Received: a file of 0 rows. Allowed: a header line and rows")
         options = _parse_options(file_format)
@@ -157,22 +171,30 @@ def _read_delimited(file: SourceFile, table: Table) -> Iterator[RawBatch]:
         reader = pa.csv.open_csv(
             stream, read_options=read, parse_options=_parse_options(table.format, skip), convert_options=convert
         )
-        next_line = 2  # Line 1 is the header.
+        next_line, reported = 2, 0  # Line 1 is the header.
         for batch in reader:
             lines, next_line = _line_numbers(batch.num_rows, next_line, [row.number for row in skipped])
-            bad = [
-                _bad_row(file, row.number, f"{row.actual_columns}_columns_instead_of_{row.expected_columns}", row.text)
-                for row in skipped
-            ]
-            skipped.clear()
+            bad, reported = _unequal_rows(file, skipped[reported:]), len(skipped)
             yield RawBatch(file, _named(pa.Table.from_batches([batch]), table, file.row_ids(lines)), bad)
+        if reported < len(skipped):
+            yield RawBatch(file, _records_table(file, table, []), _unequal_rows(file, skipped[reported:]))
 
 
 def _line_numbers(num_rows: int, next_line: int, skipped: list[int]) -> tuple[np.ndarray, int]:
-    """Line numbers of ``num_rows`` rows that were read while the ``skipped`` lines were left out."""
+    """Line numbers of the next ``num_rows`` rows, and of the line behind them.
+
+    ``skipped`` lines were left out. The reader is a block ahead, so some of them may lie behind these rows.
+    """
     candidates = np.arange(next_line, next_line + num_rows + len(skipped), dtype=np.int64)
     lines = np.setdiff1d(candidates, np.asarray(skipped, np.int64))[:num_rows]
-    return lines, next_line + num_rows + len(skipped)
+    return lines, int(lines[-1]) + 1 if num_rows else next_line
+
+
+def _unequal_rows(file: SourceFile, rows: list[pa.csv.InvalidRow]) -> list[BadRow]:
+    return [
+        _bad_row(file, row.number, f"{row.actual_columns}_columns_instead_of_{row.expected_columns}", row.text)
+        for row in rows
+    ]
 
 
 def _bad_row(file: SourceFile, row: int, reason: str, raw: str) -> BadRow:
@@ -194,7 +216,7 @@ def _jsonl_columns(file: SourceFile) -> list[str] | None:
 
 def _read_jsonl(file: SourceFile, table: Table) -> Iterator[RawBatch]:
     with _open(file) as stream:
-        numbered = enumerate(stream, start=1)
+        numbered = enumerate(io.BufferedReader(stream), start=1)
         while lines := list(itertools.islice(numbered, ROWS_PER_BATCH)):
             records, bad_rows = [], []
             for number, line in lines:
@@ -210,7 +232,9 @@ def _read_jsonl(file: SourceFile, table: Table) -> Iterator[RawBatch]:
 def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:  # Also UnicodeDecodeError.
+        if b"\\u" in line:  # An escape may stand for half a character, which no text can hold.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except ValueError:  # Also UnicodeDecodeError and UnicodeEncodeError.
         return None
     return value if isinstance(value, dict) else None
 
@@ -232,7 +256,7 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
-        return TFDS_LIST_SEPARATOR.join(_as_text(entry) for entry in value)
+        return TFDS_LIST_SEPARATOR.join(_as_text(entry) for entry in value if entry is not None)
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)
@@ -260,13 +284,17 @@ def _read_parquet(file: SourceFile, table: Table) -> Iterator[RawBatch]:
 
 
 def tfds_batch(name: str, table: Table, examples: Iterable[dict[str, Any]]) -> RawBatch:
-    """TFDS examples (NumPy, with ``tfds_id``) -> a batch. The id holds shard and place: ``...-00003-of-00010__17``."""
+    """TFDS examples (NumPy, with ``tfds_id``) -> a batch.
+
+    The id, ``films-train.tfrecord-00003-of-00010__17``, holds file and position; the file's index is a hash of its
+    name, since a worker knows neither the splits nor the shards of the others.
+    """
     file = SourceFile("log", 0, name)
     records = []
     for example in examples:
-        shard_name, position = example["tfds_id"].decode().rsplit("__", 1)
-        shard = int(shard_name.rsplit("-of-", 1)[0].rsplit("-", 1)[1])
-        records.append(((shard << _FILE_SHIFT) | int(position), example))
+        file_name, position = example["tfds_id"].rsplit(b"__", 1)
+        index = zlib.crc32(file_name) & _MAX_FILE_INDEX
+        records.append(((index << _FILE_SHIFT) | int(position), example))
     return RawBatch(file, _records_table(file, table, records), [])
 
 
