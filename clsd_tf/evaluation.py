@@ -35,8 +35,8 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
       split: train, validation or test.
 
     Returns:
-      ``overall`` and ``groups`` (user group -> label -> metrics), ready for JSON. Groups without rows are left out;
-      a metric that is not defined on its rows is None.
+      ``overall`` and ``groups`` (user group -> label -> metrics), ready for JSON. Rows of weight 0 and groups without
+      rows are left out; a metric that is not defined on its rows is None.
     """
     names = [group.name for group in dataset.inputs.groups]
     record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
@@ -44,6 +44,9 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
     columns["pctr"] = predict(model, dataset, split)
     if dataset.spec.intensity_label is None:
         columns["intensity_label"] = None
+    columns = _rows(columns, columns["sample_weight"] > 0)
+    if not len(columns["label"]):
+        raise ValueError(f"the rows of a split must not all have sample weight 0. Received: {split}")
     groups = {
         group.name: {
             label: measure(_rows(columns, columns[group.name] == index))

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 
 from clsd_tf.model_inputs import (
     OTHER_GROUP,
@@ -26,7 +25,7 @@ from clsd_tf.model_inputs import (
     RawInput,
 )
 from clsd_tf.tables import Comparison, EventTime, Name, Split, Table, Tables
-from clsd_tf.validation import SpecError, StrictModel, explain_validation_error
+from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
 
 
 class Vocabulary(StrictModel):
@@ -383,12 +382,7 @@ def load_spec(path: str | pathlib.Path) -> FeatureSpec:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"a feature spec is a YAML file. Received: {path}, which does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise SpecError(f"{path}: a feature spec is a mapping of keys. Received: {type(content).__name__}")
+    content = parse_yaml_mapping(path.read_text(encoding="utf-8"), str(path))
     return parse_spec(content, str(path))
 
 

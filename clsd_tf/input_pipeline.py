@@ -47,8 +47,6 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
       (features, labels, sample_weight): labels and weights are float32 [batch]. Features hold the model inputs, the
       user groups and ``row_id``.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}")
     serialized = _serialized(dataset.record_files(split))
     if shuffle_seed is not None:
         serialized = serialized.shuffle(_buffer_rows(dataset, split), seed=shuffle_seed)
@@ -67,7 +65,9 @@ def training_epochs(
     buffer_rows = _buffer_rows(dataset, "train")
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        rows = _serialized(files).shuffle(buffer_rows, seed=seed + epoch, reshuffle_each_iteration=False)
+        # The pair (seed, epoch): the function's graph would otherwise bring in the seed of the whole process.
+        tf.compat.v1.get_default_graph().seed = seed
+        rows = _serialized(files).shuffle(buffer_rows, seed=epoch, reshuffle_each_iteration=False)
         return _parsed(rows, dataset.inputs, batch_size)
 
     epochs = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(one_epoch)
@@ -117,6 +117,8 @@ def _serialized(files: list[str]) -> tf.data.Dataset:
 
 
 def _parsed(serialized: tf.data.Dataset, inputs: ModelInputs, batch_size: int) -> tf.data.Dataset:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}")
     # Batch first: parsing whole batches is more than ten times as fast as parsing examples.
     spec = record_spec(inputs)
     return serialized.batch(batch_size).map(lambda batch: tf.io.parse_example(batch, spec), **_PARALLEL)

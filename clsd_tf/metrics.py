@@ -91,6 +91,7 @@ def calibration_bins(
     """
     weights = _weights(weights, labels)
     order = np.argsort(pctr, kind="stable")
+    order = order[weights[order] > 0]
     labels, pctr, weights = np.asarray(labels)[order], np.asarray(pctr, np.float64)[order], weights[order]
     middle = (np.cumsum(weights) - weights / 2) / weights.sum()  # Place of each row's mass in (0, 1).
     bins = np.minimum((middle * num_bins).astype(int), num_bins - 1)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 import tensorflow as tf
-import yaml
 
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
@@ -27,7 +26,7 @@ from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.model_inputs import ModelInputs
-from clsd_tf.validation import SpecError, StrictModel, explain_validation_error
+from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
 _EVALUATION_BATCH_SIZE = 4096
 _FOLD_SEED_STEP = 1000  # Fold models must not share the seed of the model they teach, nor of other seeds' folds.
@@ -78,19 +77,24 @@ def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
     Raises:
       SpecError: unknown key or value out of range; says what is allowed.
     """
-    content: dict[str, Any] = {}
-    if path is not None:
-        content = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) or {}
+    content = parse_yaml_mapping(pathlib.Path(path).read_text(encoding="utf-8"), path) if path is not None else {}
     for assignment in assignments:
-        key, separator, value = assignment.partition("=")
-        if not separator:
-            raise SpecError(f"--set takes key=value. Received: {assignment!r}. For example: --set clsd.mu=0.3")
-        *parents, leaf = key.split(".")
-        node = content
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = yaml.safe_load(value)
+        _assign(content, assignment)
     return parse_config(content, path or "--set")
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    """Applies ``a.b=value`` to nested mappings."""
+    key, separator, value = assignment.partition("=")
+    if not separator:
+        raise SpecError(f"--set takes key=value. Received: {assignment!r}. For example: --set clsd.mu=0.3")
+    *parents, leaf = key.split(".")
+    node = content
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"--set {assignment}: {parent} is a single value. Received: {key!r}")
+    node[leaf] = parse_yaml(value, f"--set {assignment}")
 
 
 def parse_config(content: dict[str, Any], source: str) -> TrainConfig:
@@ -184,11 +188,10 @@ def train(
       ValueError: loss warm-up would never end.
       TrainingDivergedError: the loss is not finite.
     """
-    _claim(work_dir, config, dataset)
-    keeper = CheckpointAndStop(
-        work_dir, patience_epochs=config.patience_epochs, first_counted_step=_loss_warmup_steps(config, dataset)
-    )
+    first_counted_step = _loss_warmup_steps(config, dataset)
     model = build_model(config, dataset.inputs)
+    _claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
+    keeper = CheckpointAndStop(work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step)
     first_epoch = keeper.resume(model)
     if work_dir.is_complete:
         return keeper.history

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pydantic
+import yaml
 
 
 class SpecError(ValueError):
@@ -15,6 +17,37 @@ class StrictModel(pydantic.BaseModel):
     """Frozen; refuses unknown keys and values of another type; reads a field by its name or its alias."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; this one reads it as the number that is meant, as YAML 1.2 does."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Reads YAML; ``source`` is named in errors.
+
+    Raises:
+      SpecError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{source}: not valid YAML: {error}") from error
+
+
+def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
+    """Reads a YAML mapping; an empty text is an empty mapping. Errors as ``parse_yaml``."""
+    content = parse_yaml(text, source)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SpecError(f"{source}: must be a mapping of keys to values. Received: {type(content).__name__}")
+    return content
 
 
 def explain_validation_error(error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str) -> str:

@@ -10,7 +10,8 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 
 # Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
 LEVELS = [
-    {"model_inputs"},
+    {"model_inputs", "validation"},
+    {"tables"},
     {"features"},
     {"artifacts", "hashing", "console"},
     {"transform", "examples"},
