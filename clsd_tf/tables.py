@@ -58,6 +58,15 @@ class Table(StrictModel):
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Table:
+        # A file's column under two names would let the label in as a feature.
+        in_file = [column.name_in_file for column in self.columns]
+        repeated = sorted({name for name in in_file if in_file.count(name) > 1})
+        if repeated:
+            raise ValueError(f"each column of a file may be declared once. Received: {repeated[0]!r} twice")
+        return self
+
     @property
     def column_names(self) -> list[str]:
         return [column.name for column in self.columns]
