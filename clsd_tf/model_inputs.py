@@ -11,7 +11,14 @@ MISSING_ID = 0  # Id of a missing value and of padding, in every vocabulary and 
 MISSING_INT64 = -(2**63)  # What a missing int64 is in a raw tensor; floats use NaN, strings "".
 UNKNOWN_GROUP = "unknown"  # Label of user group 0: the profile or the value is missing.
 OTHER_GROUP = "other"
-RECORD_FIELDS = ("label", "intensity_label", "sample_weight", "user_hash", "row_id")  # Never model inputs.
+RECORD_FIELDS = (
+    "label",
+    "intensity_label",
+    "sample_weight",
+    "user_hash",
+    "row_id",
+    "teacher_score",
+)  # Never model inputs.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from clsd_tf.features import FeatureSpec, HistoryFeature, NumericFeature
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from clsd_tf.tables import Column, Comparison, Split
-from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
+from pipelines.sources import LIST_SEPARATOR, ROW_ID, BadRow, RawBatch, row_number
 
 EVENT_TIME = "event_time"  # int64 microseconds since 1970 (UTC).
 USER_HASH = "user_hash"
@@ -68,10 +68,15 @@ def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
             file=batch.file.name,
             row=row_number(row.pop(ROW_ID)),
             reason=reasons[index],
-            raw=json.dumps(row, default=lambda value: value.decode("utf-8", errors="backslashreplace"), sort_keys=True),
+            raw=json.dumps(row, default=_readable, sort_keys=True),
         )
         for index, row in zip(bad, rows, strict=True)
     ]
+
+
+def _readable(value: object) -> str:
+    """What JSON has no type for: bytes that are not text, times, decimals."""
+    return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _convert(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str, np.ndarray]]:
@@ -95,7 +100,9 @@ def _to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     valid = np.zeros(len(values), bool)
     if pa.types.is_timestamp(values.type):
         return values.cast(pa.int64()).cast(pa.string()), valid
-    if not pa.types.is_binary(values.type):
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return pc.binary_join(values.cast(pa.list_(pa.string())), LIST_SEPARATOR), valid
+    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
         return values.cast(pa.string()), valid
     try:
         return values.cast(pa.string()), valid

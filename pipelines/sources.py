@@ -27,7 +27,7 @@ from clsd_tf.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 16_384
-TFDS_LIST_SEPARATOR = "|"  # A TFDS sequence becomes text with this between its values.
+LIST_SEPARATOR = "|"  # A list (JSON, Parquet, TFDS) becomes text with this between its values.
 _FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
 _MAX_FILE_INDEX = (1 << (63 - _FILE_SHIFT)) - 1
 _BLOCK_BYTES = 4 << 20
@@ -51,7 +51,8 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that was refused. ``row`` counts lines of a text file from 1, rows of other formats from 0."""
+    """A row that was refused. ``row`` counts rows: from 1, the header, in CSV and TSV; from 1 in JSON lines; from
+    0 in other formats."""
 
     role: str
     file: str
@@ -256,7 +257,7 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
-        return TFDS_LIST_SEPARATOR.join(_as_text(entry) for entry in value if entry is not None)
+        return LIST_SEPARATOR.join(_as_text(entry) for entry in value if entry is not None)
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)

@@ -171,46 +171,47 @@ def test_embedding_dim_of_0_is_refused():
         FieldEmbeddings(INPUTS, 0)
 
 
-# Formulas by hand: one item, one price, embeddings of 2, two hidden units, every weight and bias 1.
+# Formulas by hand: one item, one price, embeddings of 2, two hidden units, every matrix 1.
 # item -> [1, 1] and price 2 -> [2, 2], price -3 -> [-3, -3].
 _TWO_FIELDS = ModelInputs(categorical=(CategoricalInput("item", "item", 3),), numeric=("price",), groups=())
 _TWO_ROWS = {"item": tf.constant([1, 2], tf.int64), "price": tf.constant([2.0, -3.0])}
 
 
-def _logits_with_all_weights_1(name, **arguments):
+def _logits_with_matrices_of_1(name, *, biases, **arguments):
     backbone = build_backbone(name, _TWO_FIELDS, embedding_dim=2, hidden_units=(2,), **arguments)
     backbone(_TWO_ROWS)
-    backbone.set_weights([np.ones(weight.shape) for weight in backbone.get_weights()])
+    backbone.set_weights(
+        [np.full(weight.shape, biases if weight.ndim == 1 else 1.0) for weight in backbone.get_weights()]
+    )
     return backbone(_TWO_ROWS).numpy()
 
 
 def test_dnn_by_hand():
     # Hidden relu(1 + 1 + 2 + 2 + 1) = 7, twice -> 7 + 7 + 1 = 15. With -3: relu(1 + 1 - 3 - 3 + 1) = 0 -> 1.
-    assert _logits_with_all_weights_1("dnn") == pytest.approx([15.0, 1.0])
+    assert _logits_with_matrices_of_1("dnn", biases=1.0) == pytest.approx([15.0, 1.0])
 
 
 def test_deepfm_by_hand():
     # First order 1 + 2 = 3, <[1, 1], [2, 2]> = 4, deep 15 -> 22. With -3: first order -2, product -6, deep 1 -> -7.
-    assert _logits_with_all_weights_1("deepfm") == pytest.approx([22.0, -7.0])
+    assert _logits_with_matrices_of_1("deepfm", biases=1.0) == pytest.approx([22.0, -7.0])
 
 
 def test_dcnv2_by_hand():
-    # x0 = [1, 1, 2, 2]. x1 = x0 * (6 + 1) + x0 = 8 x0; x2 = x0 * (48 + 1) + 8 x0 = 57 x0, sum 342; + 14 + 1 = 357.
-    # x0 = [1, 1, -3, -3], sum -4. x1 = x0 * (-4 + 1) + x0 = -2 x0; x2 = x0 * (8 + 1) - 2 x0 = 7 x0, sum -28;
-    # + 0 + 1 = -27.
-    assert _logits_with_all_weights_1("dcnv2") == pytest.approx([357.0, -27.0])
+    # x0 = [1, 1, 2, 2], sum 6. x1 = x0 * (6 + 2) + x0 = 9 x0; x2 = x0 * (54 + 2) + 9 x0 = 65 x0, sum 390.
+    # Hidden 6 + 2 = 8, twice: 390 + 16 + 2 = 408.
+    # x0 = [1, 1, -3, -3], sum -4. x1 = x0 * (-4 + 2) + x0 = -x0; x2 = x0 * (4 + 2) - x0 = 5 x0, sum -20.
+    # Hidden relu(-2) = 0: -20 + 0 + 2 = -18.
+    assert _logits_with_matrices_of_1("dcnv2", biases=2.0) == pytest.approx([408.0, -18.0])
 
 
 def test_dcnv2_with_one_cross_layer_by_hand():
-    # x1 = 8 x0, sum 48; + 14 + 1 = 63. And -2 x0, sum 8; + 0 + 1 = 9.
-    assert _logits_with_all_weights_1("dcnv2", num_cross_layers=1) == pytest.approx([63.0, 9.0])
+    # x1 = 9 x0, sum 54; + 16 + 2 = 72. And -x0, sum 4; + 0 + 2 = 6.
+    assert _logits_with_matrices_of_1("dcnv2", biases=2.0, num_cross_layers=1) == pytest.approx([72.0, 6.0])
 
 
 def test_pairwise_interactions_equal_a_double_loop():
     embeddings = np.random.default_rng(0).normal(size=[6, 5, 3])
-    expected = [
-        sum(row[i] @ row[j] for i in range(len(row)) for j in range(i + 1, len(row))) for row in embeddings
-    ]
+    expected = [sum(row[i] @ row[j] for i in range(len(row)) for j in range(i + 1, len(row))) for row in embeddings]
     assert pairwise_interactions(tf.constant(embeddings)).numpy() == pytest.approx(np.array(expected))
 
 

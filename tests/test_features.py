@@ -168,7 +168,7 @@ def test_column_in_two_tables_is_refused(shop_content):
 
 def test_column_twice_in_one_table_is_refused(shop_content):
     shop_content["tables"]["log"]["columns"].append({"name": "seconds", "type": "float"})
-    assert "Received: 'seconds' in log and log" in error_of(shop_content)
+    assert "declared once. Received: 'seconds' twice" in error_of(shop_content)
 
 
 @pytest.mark.parametrize("key", ["user_key", "item_key"])
@@ -227,7 +227,7 @@ def test_feature_with_a_reserved_name_is_refused(shop_content, name):
     feature(shop_content, "user_city")["name"] = name
     message = error_of(shop_content)
     assert f"Received: a feature named {name!r}" in message
-    assert "label, intensity_label, sample_weight, user_hash, row_id are reserved" in message
+    assert "label, intensity_label, sample_weight, user_hash, row_id, teacher_score are reserved" in message
 
 
 def test_user_group_with_a_reserved_name_is_refused(shop_content):
@@ -304,6 +304,14 @@ def test_what_describes_an_event_cannot_come_from_a_profile_table(shop_content, 
     message = error_of(shop_content)
     assert use in message
     assert "'since'" in message
+
+
+def test_label_column_under_a_second_name_is_no_feature(shop_content):
+    # Two columns of the spec that read the same column of the file: the second would leak the label.
+    shop_content["tables"]["log"]["columns"].append({"name": "tapped", "type": "int64", "source_name": "clicked"})
+    shop_content["features"].append({"name": "leak", "type": "numeric", "column": "tapped"})
+    message = error_of(shop_content)
+    assert "'clicked'" in message
 
 
 def test_text_event_time_is_refused(shop_content):
@@ -408,7 +416,7 @@ def test_text_column_compared_with_a_number_is_refused(shop_content):
         ),
         (
             {"validation_from": "2024-02-01T00:00:00", "test_from": "2024-02-01T00:00:00"},
-            "test_from must be after validation_from. Received: 2024-02-01 00:00:00 <= 2024-02-01 00:00:00",
+            "test_from must be after validation_from. Received: 2024-02-01 00:00:00+00:00 <= 2024",
         ),
         ({"rule": "by_user"}, "split.rule: Input should be 'time' or 'random'. Received: 'by_user'"),
         ({"seed": -1}, "split.seed"),
@@ -422,14 +430,16 @@ def test_bad_split_is_refused(shop_content, split, message):
 def test_cut_off_dates_may_be_yaml_dates_or_date_times(shop_content):
     shop_content["split"] = yaml.safe_load("{validation_from: 2024-01-01, test_from: 2024-02-01 12:30:00}")
     split = parse_spec(shop_content, "shop").split
-    assert split.validation_from.isoformat() == "2024-01-01T00:00:00"
-    assert split.test_from.isoformat() == "2024-02-01T12:30:00"
+    assert split.validation_from.isoformat() == "2024-01-01T00:00:00+00:00"  # UTC unless it says otherwise.
+    assert split.test_from.isoformat() == "2024-02-01T12:30:00+00:00"
 
 
-def test_cut_off_with_and_without_time_zone_is_refused_with_a_message(shop_content):
-    shop_content["split"] = {"validation_from": "2024-01-01T00:00:00+02:00", "test_from": "2024-02-01T00:00:00"}
-    message = error_of(shop_content)
-    assert "test_from" in message
+def test_cut_offs_with_and_without_time_zone_are_compared_in_utc(shop_content):
+    # 01:00 at +02:00 is 23:00 UTC of the day before: after 22:00, which is UTC.
+    shop_content["split"] = {"validation_from": "2024-01-31T22:00:00", "test_from": "2024-02-01T01:00:00+02:00"}
+    assert parse_spec(shop_content, "shop").split.test_from.isoformat() == "2024-02-01T01:00:00+02:00"
+    shop_content["split"] = {"validation_from": "2024-01-31T23:00:00", "test_from": "2024-02-01T01:00:00+02:00"}
+    assert "test_from must be after validation_from" in error_of(shop_content)
 
 
 def test_event_time_range_that_is_empty_is_refused(shop_content):
@@ -480,6 +490,11 @@ def test_user_group_value_that_stands_for_another_id_is_refused(shop_content, la
 
 def test_group_labels_of_boundaries_name_the_intervals(shop_spec):
     assert shop_spec.user_groups[0].labels == ("unknown", "<18", "18-30.5", "30.5-60", ">=60")
+
+
+def test_group_labels_of_large_boundaries_differ():
+    labels = UserGroup(name="income", column="income", boundaries=(1_000_001.0, 1_000_002.0)).labels
+    assert labels == ("unknown", "<1000001", "1000001-1000002", ">=1000002")
 
 
 def test_group_labels_of_one_boundary_are_two_intervals():
@@ -643,8 +658,8 @@ def test_load_spec_of_an_absent_file_names_the_path(tmp_path):
     ("text", "message"),
     [
         ("a: [1", "not valid YAML"),
-        ("- a\n- b\n", "a feature spec is a mapping of keys. Received: list"),
-        ("", "a feature spec is a mapping of keys. Received: NoneType"),
+        ("- a\n- b\n", "must be a mapping of keys to values. Received: list"),
+        ("", "name: Field required"),
     ],
 )
 def test_file_that_holds_no_mapping_is_refused_with_its_path(tmp_path, text, message):

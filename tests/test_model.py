@@ -90,7 +90,8 @@ BCE = clsd(lambda_=0.0, mu=0.0)
 
 def test_loss_warmup_is_bce_bit_for_bit_and_ends_after_exactly_its_steps(data):
     model, bce = (
-        new_model(config, run_eagerly=False, steps_per_execution=4) for config in (clsd(loss_warmup_steps=WARMUP), BCE)
+        new_model(config, with_gate=False, run_eagerly=False, steps_per_execution=4)
+        for config in (clsd(loss_warmup_steps=WARMUP, mu=0.0), BCE)
     )
     for each in (model, bce):
         fit(each, head(data, WARMUP))
@@ -379,14 +380,16 @@ def test_monitors_start_afresh_in_each_epoch(data):
     # The first epoch's clicks have unequal teacher scores, the second's equal ones: confidence 1 throughout.
     features, labels = head(data, 1)
     unequal = np.where(np.arange(BATCH) % 2, 0.1, 0.9).astype(np.float32)
-    batches = tf.data.Dataset.from_tensor_slices((
-        {
-            "x": np.stack([features["x"]] * 2),
-            "tier": np.stack([features["tier"]] * 2),
-            "teacher_score": np.stack([unequal, np.full(BATCH, 0.5, np.float32)]),
-        },
-        np.stack([labels] * 2),
-    ))
+    batches = tf.data.Dataset.from_tensor_slices(
+        (
+            {
+                "x": np.stack([features["x"]] * 2),
+                "tier": np.stack([features["tier"]] * 2),
+                "teacher_score": np.stack([unequal, np.full(BATCH, 0.5, np.float32)]),
+            },
+            np.stack([labels] * 2),
+        )
+    )
     model = new_model(clsd(teacher="cross_fit", lambda_=1.0, mu=0.0))
     history = model.fit(batches, epochs=2, steps_per_epoch=1, verbose=0).history
     assert history["min_click_confidence"][0] < 0.9 < 1.1 < history["max_click_confidence"][0]

@@ -225,6 +225,42 @@ def test_typed_columns_pass_the_same_checks_as_text(shop_spec):
     assert reasons == {2: "not_int64:clicked", 3: "missing:clicked", 4: OUTSIDE, 5: "not_int64:clicked"}
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_bad_row_of_a_timestamp_column_is_written_and_not_fatal(shop_content, unit):
+    # As Parquet has it: the declared unit is that of the column.
+    shop_content["event_time"]["unit"] = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}[unit]
+    spec = parse_spec(shop_content, "shop")
+    moments = [dt.datetime(2024, 1, 2), dt.datetime(1975, 1, 2)]
+    batch = raw_batch("log", [{"time": moment} for moment in moments], types={"time": pa.timestamp(unit)})
+    good, bad = parse_rows(batch, spec)
+    # 2024-01-02 is 1,704,153,600 s after 1970.
+    assert good.column("time").to_pylist() == [1_704_153_600 * {"s": 1, "ms": 1000, "us": 1_000_000}[unit]]
+    assert [entry.row for entry in bad] == [3]
+    assert "1975" in bad[0].raw
+
+
+def test_list_column_is_joined_like_that_of_other_formats(shop_spec):
+    rows = [{"tags": ["a", "b"]}, {"tags": []}, {"tags": None}]
+    batch = raw_batch("item", rows, types={"tags": pa.list_(pa.string())})
+    good, bad = parse_rows(batch, shop_spec)
+    assert bad == []
+    assert good.column("tags").to_pylist() == ["a|b", None, None]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.large_binary()])
+def test_other_text_types_of_parquet_are_read_as_text(shop_spec, kind):
+    value = b"Rome" if pa.types.is_large_binary(kind) else "Rome"
+    good, bad = parse_rows(raw_batch("user", [{"city": value}, {"city": None}], types={"city": kind}), shop_spec)
+    assert bad == []
+    assert good.column("city").to_pylist() == ["Rome", None]
+
+
+def test_invalid_utf8_of_large_binary_is_a_bad_row(shop_spec):
+    batch = raw_batch("user", [{"city": b"\xff"}, {"city": b"Rome"}], types={"city": pa.large_binary()})
+    _, bad = parse_rows(batch, shop_spec)
+    assert [entry.reason for entry in bad] == ["invalid_utf8:city"]
+
+
 def test_bad_row_as_json_names_file_line_and_reason():
     row = BadRow("log", "log.csv", 17, "missing:user_id", "{}")
     expected = {"role": "log", "file": "log.csv", "row": 17, "reason": "missing:user_id", "raw": "{}"}

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from clsd_tf.features import Column, Table
+from clsd_tf.tables import Column, Table
 from pipelines import sources
 from pipelines.rows import parse_rows
 from pipelines.sources import ROW_ID, SourceFile, list_files, read_file, row_number, tfds_batch
@@ -350,7 +351,11 @@ def test_tfds_examples_become_text_with_ids_of_shard_and_position():
     batch = tfds_batch("films", table_of("films", "tfds", columns), examples)
     assert batch.file == SourceFile("log", 0, "films")
     [row] = batch.table.to_pylist()
-    assert row == {"user": "Zoë", "rating": "4", "genres": "4|7", "gender": "true", ROW_ID: (3 << 40) + 17}
+    row_id = row.pop(ROW_ID)
+    assert row == {"user": "Zoë", "rating": "4", "genres": "4|7", "gender": "true"}
+    # Position in the low 40 bits, 23 bits of the CRC-32 of the file's name above them.
+    assert row_id & ((1 << 40) - 1) == 17
+    assert row_id >> 40 == zlib.crc32(b"films-train.tfrecord-00003-of-00010") & ((1 << 23) - 1)
 
 
 def test_tfds_examples_of_two_splits_have_different_row_ids():

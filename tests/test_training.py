@@ -17,7 +17,6 @@ from clsd_tf import input_pipeline, metrics
 from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
 from clsd_tf.callbacks import CheckpointAndStop, TrainingDivergedError
 from clsd_tf.clsd import ClsdConfig
-from clsd_tf.features import SpecError
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.training import (
@@ -26,10 +25,12 @@ from clsd_tf.training import (
     cross_fit_scores,
     load_config,
     load_model,
+    make_deterministic,
     predict,
     steps_per_epoch,
     train,
 )
+from clsd_tf.validation import SpecError
 
 WARMUP = 5
 
@@ -42,6 +43,12 @@ def tiny(**changes):
 
 
 CONFIG = tiny()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _deterministic():
+    """As the training command does: histories and weights are compared bit for bit."""
+    make_deterministic()
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +107,44 @@ def test_history_has_finite_numbers_for_each_epoch(finished):
 
 def test_tensorboard_events_hold_the_scalars_of_every_user_group(finished, feed_dataset):
     work_dir, history = finished
-    events = EventAccumulator(str(work_dir.tensorboard / "train")).Reload()
+    events = EventAccumulator(str(work_dir.tensorboard)).Reload()
     tags = set(events.Tags()["tensors"])
     for group in feed_dataset.inputs.groups:
         for label in group.labels:
-            assert f"epoch_click_confidence/{group.name}/{label}" in tags
-            assert f"epoch_ad_gate/{group.name}/{label}" in tags
-    values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("epoch_loss")]
-    assert values == pytest.approx([entry["loss"] for entry in history])
-    validation = EventAccumulator(str(work_dir.tensorboard / "validation")).Reload()
-    assert "epoch_auc" in validation.Tags()["tensors"]
+            assert f"click_confidence/{group.name}/{label}" in tags
+            assert f"ad_gate/{group.name}/{label}" in tags
+    for name in ("loss", "val_auc", "click_confidence/age_group/18-30"):
+        values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(name)]
+        assert values == pytest.approx([entry[name] for entry in history])
+        assert [event.step for event in events.Tensors(name)] == [13, 26]  # Optimizer steps.
 
 
-def test_load_model_has_the_weights_of_the_best_epoch_not_of_the_last(feed_dataset, tmp_path):
-    # Much too fast: the model overfits, so the last of the four epochs is not the best.
-    work_dir = WorkDir(tmp_path / "run")
-    config = tiny(method="bce", learning_rate=0.05, max_epochs=4, patience_epochs=4)
-    aucs = [entry["val_auc"] for entry in train(feed_dataset, config, work_dir)]
-    assert len(aucs) == 4
+@pytest.fixture(scope="module")
+def overfitted(feed_dataset, tmp_path_factory):
+    """A run that learns much too fast, and its AUC on validation after each epoch."""
+    work_dir = WorkDir(tmp_path_factory.mktemp("runs") / "overfitted")
+    config = tiny(method="bce", learning_rate=0.05, max_epochs=12, patience_epochs=2)
+    return work_dir, [entry["val_auc"] for entry in train(feed_dataset, config, work_dir)]
+
+
+def test_load_model_has_the_weights_of_the_best_epoch_not_of_the_last(overfitted, feed_dataset):
+    work_dir, aucs = overfitted
     assert max(aucs) > aucs[-1] + 0.001
     assert validation_auc(load_model(work_dir, feed_dataset), feed_dataset) == max(aucs)
 
 
-def test_a_run_stops_when_patience_runs_out(feed_dataset, tmp_path):
-    config = tiny(method="bce", learning_rate=0.05, max_epochs=10, patience_epochs=1)
-    aucs = [entry["val_auc"] for entry in train(feed_dataset, config, WorkDir(tmp_path / "run"))]
-    assert len(aucs) < 10
-    assert aucs[-1] <= max(aucs[:-1])
-    assert aucs[:-1] == sorted(aucs[:-1])
+def test_a_run_stops_when_patience_runs_out(overfitted):
+    _, aucs = overfitted
+    assert len(aucs) < 12
+    best = int(np.argmax(aucs))
+    assert len(aucs) == best + 1 + 2  # Two epochs without a better AUC.
+
+
+@pytest.fixture(scope="module")
+def bce_history(feed_dataset, tmp_path_factory):
+    """History of a run with plain BCE; its loss warm-up, longer than the run, must not matter."""
+    work_dir = WorkDir(tmp_path_factory.mktemp("runs") / "bce")
+    return train(feed_dataset, tiny(method="bce", clsd={"loss_warmup_steps": 1000}), work_dir)
 
 
 def test_the_same_seed_gives_the_same_history(finished, feed_dataset, tmp_path):
@@ -144,12 +161,12 @@ def test_methods_share_initial_weights_and_seeds_do_not(feed_dataset):
     assert any((one != other).any() for one, other in zip(clsd, other_seed, strict=True))
 
 
-def test_clsd_starts_as_bce_and_departs_from_it_after_loss_warmup(finished, feed_dataset, tmp_path):
-    bce = train(feed_dataset, tiny(method="bce"), WorkDir(tmp_path / "bce"))
+def test_clsd_starts_as_bce_and_departs_from_it_after_loss_warmup(finished, bce_history, feed_dataset, tmp_path):
+    bce = bce_history
     assert finished[1][0]["bce"] != bce[0]["bce"]  # 13 steps, of which 5 are warm-up.
     late = tiny(clsd={"loss_warmup_steps": 13})  # All of the first epoch.
     clsd = train(feed_dataset, late, WorkDir(tmp_path / "late"))
-    for name in ("loss", "bce", "mean_pctr", "val_auc"):
+    for name in ("loss", "bce", "mean_pctr", "val_log_loss"):
         assert clsd[0][name] == bce[0][name]
         assert clsd[1][name] != bce[1][name]
     assert clsd[0]["max_click_confidence"] == clsd[0]["min_click_confidence"] == 1.0
@@ -167,17 +184,17 @@ def test_a_finished_run_is_left_as_it_is(finished, feed_dataset):
 
 
 _CHILD = """
-import sys, pathlib
+import json, sys
 from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.training import parse_config, train
-import json
+from clsd_tf.training import make_deterministic, parse_config, train
+make_deterministic()
 train(DatasetDir(sys.argv[1]), parse_config(json.loads(sys.argv[2]), "argv"), WorkDir(sys.argv[3]))
 """
 
 
 def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(feed_dataset, tmp_path):
     # Epochs of 100 steps, so that the kill lands before the last of them.
-    config = tiny(batch_size=32, max_epochs=4, patience_epochs=4, clsd={"loss_warmup_steps": 150})
+    config = tiny(batch_size=32, max_epochs=3, patience_epochs=3, clsd={"loss_warmup_steps": 150})
     killed = WorkDir(tmp_path / "killed")
     arguments = [str(feed_dataset.path), json.dumps(config.to_dict()), str(killed.path)]
     with subprocess.Popen([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.DEVNULL) as child:
@@ -224,9 +241,10 @@ def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_data
     assert not list(tmp_path.rglob("weights.index"))
     end_epoch(keeper, model, 2, step=30, val_auc=0.6)
     end_epoch(keeper, model, 3, step=40, val_auc=0.5)
-    assert tf.train.load_checkpoint(str(work_dir.best_weights)).get_tensor(
-        next(name for name, _ in tf.train.list_variables(str(work_dir.best_weights)) if "kernel" in name)
-    ).max() == 3.0  # Of epoch 2.
+    saved = tf.train.load_checkpoint(str(work_dir.best_weights))
+    names = [name for name in saved.get_variable_to_shape_map() if name.startswith("backbone/")]
+    assert len(names) == len(model.backbone.weights)
+    assert all((saved.get_tensor(name) == 3.0).all() for name in names)  # Those of epoch 2.
     assert not keeper.is_exhausted  # One epoch without gain: those of the warm-up do not count.
 
 
@@ -277,9 +295,9 @@ def test_a_loss_warmup_that_never_ends_is_refused(feed_dataset, tmp_path, steps)
         train(feed_dataset, tiny(clsd={"loss_warmup_steps": steps}), WorkDir(tmp_path / "run"))
 
 
-def test_bce_has_no_loss_warmup_to_refuse(feed_dataset, tmp_path):
-    config = tiny(method="bce", max_epochs=1, clsd={"loss_warmup_steps": 1000})
-    assert len(train(feed_dataset, config, WorkDir(tmp_path / "run"))) == 1
+def test_bce_has_no_loss_warmup_to_refuse(bce_history):
+    assert len(bce_history) == 2
+    assert {entry["max_click_confidence"] for entry in bce_history} == {1.0}
 
 
 def test_a_refused_config_does_not_claim_the_work_directory(feed_dataset, tmp_path):
