@@ -112,7 +112,7 @@ def table_rows(summary: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> 
     for method, found in summary.items():
         rows.append([method, *(_mean_text(found.get(metric)) for metric in metrics)])
         if method != BASELINE:
-            rows.append([f"  - {BASELINE}", *(_difference_text(found.get(metric)) for metric in metrics)])
+            rows.append([f"  minus {BASELINE}", *(_difference_text(found.get(metric)) for metric in metrics)])
     return rows
 
 

@@ -122,7 +122,7 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
     rows = []
     for split, study in (("time", "study"), ("random", "study_random_split")):
         methods = read_json(demo / study / "results.json")["methods"]
-        rows += [[f"{split} split: {row[0]}", *row[1:]] for row in table_rows(methods, _HEADLINES)]
+        rows += [[f"{row[0]} ({split} split)", *row[1:]] for row in table_rows(methods, _HEADLINES)]
     title = f"{spec}, test split, {_SEEDS.value} paired seeds: mean (std); difference to bce +- standard error"
     console.print_table(title, ["", *_HEADLINES], rows)
     version = max((demo / "servable" / spec).iterdir(), key=lambda path: path.name)

@@ -238,9 +238,7 @@ def test_vocabulary_respects_min_count_and_max_size(shop_content, shop_dir, tmp_
 
 
 def test_statistics_are_those_of_the_training_rows(shop_dataset):
-    prices = [
-        math.log1p(2.0 if line == 102 else 1.5 * ((line - 2) % 7)) for line in lines_of(shop_dataset, "train")
-    ]
+    prices = [math.log1p(2.0 if line == 102 else 1.5 * ((line - 2) % 7)) for line in lines_of(shop_dataset, "train")]
     fitted = shop_dataset.statistics.numeric["item_price"]
     assert fitted.count == len(prices) == shop_dataset.num_rows("train")
     assert fitted.mean == pytest.approx(np.mean(prices))
@@ -628,16 +626,18 @@ class FilmRatings(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict({
-                "user_id": tfds.features.Text(),
-                "movie_id": tfds.features.Text(),
-                "user_rating": tf.float32,
-                "timestamp": tf.int64,
-                "raw_user_age": tf.float32,
-                "user_gender": tf.bool,
-                "user_occupation_text": tfds.features.Text(),
-                "movie_genres": tfds.features.Sequence(tfds.features.ClassLabel(names=["drama", "comedy", "noir"])),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "user_id": tfds.features.Text(),
+                    "movie_id": tfds.features.Text(),
+                    "user_rating": tf.float32,
+                    "timestamp": tf.int64,
+                    "raw_user_age": tf.float32,
+                    "user_gender": tf.bool,
+                    "user_occupation_text": tfds.features.Text(),
+                    "movie_genres": tfds.features.Sequence(tfds.features.ClassLabel(names=["drama", "comedy", "noir"])),
+                }
+            ),
         )
 
     def _split_generators(self, dl_manager):

@@ -119,7 +119,10 @@ def test_unknown_missing_empty_and_single_requests_all_answer(signatures):
 
 
 def test_a_row_scores_the_same_alone_and_in_a_batch(signatures, sample):
-    requests = [example(user_id=[row["user_id"]], item_id=[row["item_id"]], age=[row["age"]]) for row in sample.slice(0, 20).to_pylist()]
+    requests = [
+        example(user_id=[row["user_id"]], item_id=[row["item_id"]], age=[row["age"]])
+        for row in sample.slice(0, 20).to_pylist()
+    ]
     together = signatures["serving_default"](examples=tf.constant(requests))["ctr"].numpy()
     alone = [signatures["serving_default"](examples=tf.constant([request]))["ctr"].numpy()[0] for request in requests]
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
@@ -132,7 +135,9 @@ def test_the_servable_holds_no_training_state(published):
 
 def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(published):
     path = published.path / "assets.extra" / "tf_serving_warmup_requests"
-    logs = [prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(path))]
+    logs = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(path))
+    ]
     assert len(logs) == published.verification["warmup_records"] <= 1000
     assert {log.WhichOneof("log_type") for log in logs} == {"predict_log", "classify_log", "regress_log"}
     assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
@@ -232,5 +237,5 @@ def test_scoring_errors_name_what_was_received_and_lose_nothing(published, sampl
     with pytest.raises(FileExistsError, match="Received"):
         score_file(servable, source, source)
     assert [child.name for child in tmp_path.iterdir()] == ["rows.csv"]
-    with pytest.raises(FileNotFoundError, match="saved_model.pb"):
+    with pytest.raises(FileNotFoundError, match=r"saved_model\.pb"):
         LocalServable(tmp_path)

@@ -61,9 +61,15 @@ def test_rooms_import_only_rooms_below_them(name):
     if own is None:
         assert not name.startswith("clsd_tf.") or name == "clsd_tf", f"{name} has no level: add it to LEVELS"
         return
-    wrong = [other for other in imported(MODULES[name]) if room(other) not in (None, own) and LEVEL[room(other)] >= LEVEL[own]]
+    wrong = [
+        other
+        for other in imported(MODULES[name])
+        if room(other) not in (None, own) and LEVEL[room(other)] >= LEVEL[own]
+    ]
     assert not wrong
-    assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("pipelines", "export", "feature_specs")]
+    assert not [
+        other for other in imported(MODULES[name]) if other.split(".")[0] in ("pipelines", "export", "feature_specs")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,9 @@ def test_rooms_import_only_rooms_below_them(name):
     ],
 )
 def test_libraries_stay_in_their_rooms(library, allowed):
-    users = [name for name, tree in MODULES.items() if any(f"{other}.".startswith(f"{library}.") for other in imported(tree))]
+    users = [
+        name for name, tree in MODULES.items() if any(f"{other}.".startswith(f"{library}.") for other in imported(tree))
+    ]
     assert [name for name in users if not name.startswith(allowed)] == []
 
 
@@ -92,11 +100,18 @@ def test_pipelines_and_export_do_not_know_each_other():
 
 def test_no_command_is_imported_by_anything():
     for name, tree in MODULES.items():
-        assert not [other for other in imported(tree) if any(other.startswith(f"{command}.") for command in COMMANDS)], name
+        assert not [
+            other for other in imported(tree) if any(other.startswith(f"{command}.") for command in COMMANDS)
+        ], name
 
 
 def test_the_verifier_of_servables_does_not_import_clsd_tf():
-    assert not [other for name in ("export", "export.verify") for other in imported(MODULES[name]) if other.startswith("clsd_tf")]
+    assert not [
+        other
+        for name in ("export", "export.verify")
+        for other in imported(MODULES[name])
+        if other.startswith("clsd_tf")
+    ]
 
 
 def test_the_spec_types_need_no_tensorflow():

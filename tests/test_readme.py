@@ -40,7 +40,10 @@ def test_the_rest_request_names_exactly_the_raw_inputs():
 
 def test_the_grpc_request_is_a_valid_request():
     (script,) = [block for block in blocks("python") if "PredictionServiceStub" in block]
-    built = script[: script.index("with grpc")] + "print(request.model_spec.name, len(request.inputs['examples'].string_val))"
+    built = (
+        script[: script.index("with grpc")]
+        + "print(request.model_spec.name, len(request.inputs['examples'].string_val))"
+    )
     done = subprocess.run([sys.executable, "-c", built], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["movielens_100k", "1"], done.stderr
 

@@ -46,33 +46,39 @@ def raw_batch(role, rows, bad_rows=(), types=None):
 
 def events_table(rows):
     """Parsed log rows from (user, item, seconds after T0)."""
-    return pa.table({
-        "user_id": [user for user, _, _ in rows],
-        "item_id": pa.array([item for _, item, _ in rows], pa.string()),
-        "time": pa.array([T0 + time for _, _, time in rows], pa.int64()),
-        "clicked": pa.array([row % 2 for row in range(len(rows))], pa.int64()),
-        "seconds": pa.array([10.0 * row for row in range(len(rows))], pa.float64()),
-        "weight": pa.array([1.0 + row for row in range(len(rows))], pa.float64()),
-        ROW_ID: pa.array(range(len(rows)), pa.int64()),
-    })
+    return pa.table(
+        {
+            "user_id": [user for user, _, _ in rows],
+            "item_id": pa.array([item for _, item, _ in rows], pa.string()),
+            "time": pa.array([T0 + time for _, _, time in rows], pa.int64()),
+            "clicked": pa.array([row % 2 for row in range(len(rows))], pa.int64()),
+            "seconds": pa.array([10.0 * row for row in range(len(rows))], pa.float64()),
+            "weight": pa.array([1.0 + row for row in range(len(rows))], pa.float64()),
+            ROW_ID: pa.array(range(len(rows)), pa.int64()),
+        }
+    )
 
 
 def users_table(rows):
-    return pa.table({
-        "user_id": [row[0] for row in rows],
-        "age": pa.array([row[1] for row in rows], pa.int64()),
-        "city": pa.array([row[2] for row in rows], pa.string()),
-        ROW_ID: pa.array(range(2, 2 + len(rows)), pa.int64()),
-    })
+    return pa.table(
+        {
+            "user_id": [row[0] for row in rows],
+            "age": pa.array([row[1] for row in rows], pa.int64()),
+            "city": pa.array([row[2] for row in rows], pa.string()),
+            ROW_ID: pa.array(range(2, 2 + len(rows)), pa.int64()),
+        }
+    )
 
 
 def items_table(rows):
-    return pa.table({
-        "item_id": [row[0] for row in rows],
-        "tags": pa.array([row[1] for row in rows], pa.string()),
-        "price": pa.array([row[2] for row in rows], pa.float64()),
-        ROW_ID: pa.array(range(2, 2 + len(rows)), pa.int64()),
-    })
+    return pa.table(
+        {
+            "item_id": [row[0] for row in rows],
+            "tags": pa.array([row[1] for row in rows], pa.string()),
+            "price": pa.array([row[2] for row in rows], pa.float64()),
+            ROW_ID: pa.array(range(2, 2 + len(rows)), pa.int64()),
+        }
+    )
 
 
 # --- parse_rows ------------------------------------------------------------------------------------------------------

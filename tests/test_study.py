@@ -35,7 +35,9 @@ def write_results(study_dir, values):
 
 
 def test_summary_pairs_seeds(tmp_path):
-    cells = write_results(tmp_path, {("bce", 1): 0.70, ("bce", 2): 0.72, ("clsd_self", 1): 0.71, ("clsd_self", 2): 0.75})
+    cells = write_results(
+        tmp_path, {("bce", 1): 0.70, ("bce", 2): 0.72, ("clsd_self", 1): 0.71, ("clsd_self", 2): 0.75}
+    )
     found = summarise(cells, tmp_path, "test")
     assert found["bce"]["auc"]["mean"] == pytest.approx(0.71)
     assert "difference" not in found["bce"]["auc"]
@@ -45,7 +47,7 @@ def test_summary_pairs_seeds(tmp_path):
     assert "gauc" not in found["bce"]  # A metric that is not defined is left out, not invented.
     assert table_rows(found, ["auc", "gauc"])[1:] == [
         ["clsd_self", "0.7300 (0.0283)", "-"],
-        ["  - bce", "+0.0200 +- 0.0100", "-"],
+        ["  minus bce", "+0.0200 +- 0.0100", "-"],
     ]
 
 

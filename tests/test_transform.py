@@ -265,13 +265,15 @@ def example_batches(draw):
 
 
 def encoded(batch):
-    return encode_examples({
-        "number": tf.constant(batch["number"], tf.float32),
-        "id": tf.constant(batch["id"], tf.int64),
-        "text": tf.constant(batch["text"], tf.string),
-        "ids": tf.constant(batch["ids"], tf.int64),
-        "texts": tf.ragged.constant(batch["texts"], tf.string, ragged_rank=1),
-    }).numpy()
+    return encode_examples(
+        {
+            "number": tf.constant(batch["number"], tf.float32),
+            "id": tf.constant(batch["id"], tf.int64),
+            "text": tf.constant(batch["text"], tf.string),
+            "ids": tf.constant(batch["ids"], tf.int64),
+            "texts": tf.ragged.constant(batch["texts"], tf.string, ragged_rank=1),
+        }
+    ).numpy()
 
 
 @given(example_batches())
@@ -346,15 +348,17 @@ def test_raw_example_without_features_gives_missing_ids(transform, shop_spec):
 
 
 def test_raw_examples_give_the_same_ids_as_raw_columns(transform, shop_spec):
-    table = pa.table({
-        "user_id": ["u1", None, "u3"],
-        "item_id": ["i1", "new", None],
-        "city": pa.array(["Rome", None, "Zürich"]),
-        "tags": pa.array(["a|b|c|ü", None, "x"]),
-        "price": pa.array([3.5, None, 0.0]),
-        "age": pa.array([17, 60, None], pa.int64()),
-        "recent_items": pa.array([["i1", "i7"], [], None], pa.list_(pa.string())),
-    })
+    table = pa.table(
+        {
+            "user_id": ["u1", None, "u3"],
+            "item_id": ["i1", "new", None],
+            "city": pa.array(["Rome", None, "Zürich"]),
+            "tags": pa.array(["a|b|c|ü", None, "x"]),
+            "price": pa.array([3.5, None, 0.0]),
+            "age": pa.array([17, 60, None], pa.int64()),
+            "recent_items": pa.array([["i1", "i7"], [], None], pa.list_(pa.string())),
+        }
+    )
     by_column = transform(arrow_to_tensors(table, shop_spec.raw_inputs))
     requests = tf.constant([request(row) for row in table.to_pylist()])
     by_example = transform(parse_raw_examples(requests, shop_spec.raw_inputs))
@@ -383,11 +387,13 @@ def request(row):
 
 def test_arrow_columns_in_chunks_and_slices_keep_their_rows(shop_spec):
     inputs = [entry for entry in shop_spec.raw_inputs if entry.name in ("item_id", "recent_items", "age")]
-    part = pa.table({
-        "item_id": ["i1", None],
-        "recent_items": pa.array([["i1", "i2"], ["i3"]], pa.list_(pa.string())),
-        "age": pa.array([1, None], pa.int64()),
-    })
+    part = pa.table(
+        {
+            "item_id": ["i1", None],
+            "recent_items": pa.array([["i1", "i2"], ["i3"]], pa.list_(pa.string())),
+            "age": pa.array([1, None], pa.int64()),
+        }
+    )
     tensors = arrow_to_tensors(pa.concat_tables([part, part]).slice(1, 2), inputs)
     assert tensors["item_id"].numpy().tolist() == [b"", b"i1"]
     assert tensors["recent_items"].numpy().tolist() == [[b"i3", b""], [b"i1", b"i2"]]
