@@ -66,7 +66,8 @@ def training_epochs(
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         # The pair (seed, epoch): the function's graph would otherwise bring in the seed of the whole process.
-        tf.compat.v1.get_default_graph().seed = seed
+        # Plus 1, since TensorFlow gives the pair (0, 0) a meaning of its own.
+        tf.compat.v1.get_default_graph().seed = seed + 1
         rows = _serialized(files).shuffle(buffer_rows, seed=epoch, reshuffle_each_iteration=False)
         return _parsed(rows, dataset.inputs, batch_size)
 

@@ -109,7 +109,8 @@ def _summary(values: list[float], baseline: list[float] | None) -> dict[str, Any
 def table_rows(summary: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> list[list[str]]:
     """Two rows per method: mean (std), and below it the difference to the baseline +- its standard error."""
     rows = []
-    for method, found in summary.items():
+    for method in (name for name in METHODS if name in summary):
+        found = summary[method]
         rows.append([method, *(_mean_text(found.get(metric)) for metric in metrics)])
         if method != BASELINE:
             rows.append([f"  minus {BASELINE}", *(_difference_text(found.get(metric)) for metric in metrics)])

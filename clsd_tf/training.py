@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -53,7 +53,7 @@ class TrainConfig(StrictModel):
     method: Literal["bce", "clsd"] = "clsd"
     backbone: str = "deepfm"
     embedding_dim: int = pydantic.Field(10, ge=1)
-    hidden_units: tuple[int, ...] = (128, 64)
+    hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (128, 64)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     batch_size: int = pydantic.Field(512, ge=1)
     learning_rate: float = pydantic.Field(2e-3, gt=0)
@@ -201,6 +201,7 @@ def train(
         callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
         if title is not None:
             callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
+        tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
         model.fit(
             batches,
             initial_epoch=first_epoch,

@@ -54,7 +54,7 @@ def explain_validation_error(error: pydantic.ValidationError, model: type[pydant
     """One line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed."""
     lines = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"]) or "(whole spec)"
+        path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(_allowed_keys(model, problem["loc"][:-1]))
             lines.append(f"{path}: unknown key. Received: {problem['loc'][-1]!r}. Allowed: {allowed}")
