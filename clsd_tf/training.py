@@ -229,9 +229,10 @@ def _claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
     there = work_dir.resolved_config["train"]
     changed = {key: value for key, value in resolved["train"].items() if there.get(key) != value}
     if changed:
+        allowed = {key: there.get(key) for key in changed}
         raise ArtifactError(
-            f"{work_dir.path} belongs to a run with another config. Received: {changed}. "
-            f"Allowed: { ({key: there.get(key) for key in changed}) }. Choose another --work_dir"
+            f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
+            "Choose another --work_dir"
         )
 
 
