@@ -87,7 +87,7 @@ def step(title: str) -> Iterator[Callable[[str], None]]:
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off."""
     rows = [list(row) for row in rows]
-    result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         is_text = all(isinstance(row[index], str) for row in rows)
         result.add_column(name, justify="left" if is_text else "right", no_wrap=True)
@@ -95,7 +95,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         result.add_row(*(value if isinstance(value, str) else format_number(value) for value in row))
     wide = console.options.update(max_width=10_000)
     width = rich.measure.Measurement.get(console, wide, result).maximum
-    rich.console.Console(file=console.file, width=max(width, len(title)), highlight=False).print(result)
+console.print(f"[bold]{rich.markup.escape(title)}[/]", soft_wrap=True)
+    rich.console.Console(file=console.file, width=width, highlight=False).print(result)
 
 
 def format_number(value: object) -> str:
