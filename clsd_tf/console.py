@@ -95,7 +95,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         result.add_row(*(value if isinstance(value, str) else format_number(value) for value in row))
     wide = console.options.update(max_width=10_000)
     width = rich.measure.Measurement.get(console, wide, result).maximum
-console.print(f"[bold]{rich.markup.escape(title)}[/]", soft_wrap=True)
+    console.print(f"[bold]{rich.markup.escape(title)}[/]", soft_wrap=True)
     rich.console.Console(file=console.file, width=width, highlight=False).print(result)
 
 

@@ -129,7 +129,8 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
     verified = read_json(version / "assets.extra" / "manifest.json")["verification"]
     worst = max(verified["max_difference"].values())
     console.console.print(
-        f"Train/serve equality: {verified['rows']:,} rows through every signature differ by at most {worst:.1e}"
+        f"Train/serve equality: {verified['rows']:,} rows through every signature differ by at most {worst:.1e}",
+        soft_wrap=True,
     )
     bad = sum(sum(table["bad"].values()) for table in DatasetDir(demo / "dataset").counts["tables"].values())
     artefacts = [
