@@ -8,6 +8,7 @@ RUNTIME = [
     "absl-py",
     "apache-beam>=2.70",
     "jinja2",
+    "markupsafe",
     "matplotlib",
     "numpy",
     "protobuf",

@@ -2,13 +2,15 @@
 
 The map of rooms, lowest first; a room imports only rooms above it in this list:
 
-* ``features``: what a data set contains (types only, no TensorFlow)
-* ``artifacts``: the three directories that couple the jobs
+* ``model_inputs``, ``validation``, ``tables``, ``features``: what a data set contains (types only, no TensorFlow)
+* ``artifacts``: the directories that couple the jobs
+* ``columns``, ``hashing``: text -> declared types, and hashes that are the same everywhere
+* ``console``, ``quiet_start``: how commands start, report and fail
 * ``transform``, ``examples``, ``input_pipeline``: raw columns -> ids -> tf.Example -> tf.data
 * ``embeddings``, ``losses``, ``metrics``, ``significance``: parts that know no model
 * ``backbones``: feature dict -> logits
 * ``clsd``: click confidence, AdGate, monitors and ``ClsdModel``
-* ``training``, ``cross_fit``, ``evaluation``, ``report``: assembly
+* ``callbacks``, ``training``, ``evaluation``, ``report``, ``study``: assembly
 
 ``pipelines`` and ``export`` hold the commands. Importing this package imports no TensorFlow: it only selects the
 Keras that tensorflow-recommenders supports (tf-keras 2), which must happen before TensorFlow's Keras is first touched.

@@ -8,6 +8,7 @@ marker last. Readers refuse anything incomplete or changed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -69,9 +70,14 @@ def _sync(directory: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    """Writes JSON as ``write_text`` does."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes through a temporary file, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -160,7 +166,8 @@ class DatasetDir:
         """TFRecord shards of a split, in order."""
         if split not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}. Received: {split!r}")
-        files = sorted(str(path) for path in self.layout.records.glob(f"{split}-*.tfrecord*"))
+        found = [*self.layout.records.glob(f"{split}-*.tfrecord"), *self.layout.records.glob(f"{split}-*.tfrecord.gz")]
+        files = sorted(map(str, found))
         # Every shard names their number: train-00000-of-00004.tfrecord.
         expected = int(files[0].rsplit("-of-", 1)[1].split(".")[0]) if files else 1
         if len(files) != expected:
@@ -187,6 +194,24 @@ class WorkDir:
 
     def evaluation(self, split: str) -> pathlib.Path:
         return self.path / f"evaluation_{split}.json"
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the directory for one process; two would overwrite each other's checkpoints.
+
+        Raises:
+          ArtifactError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ArtifactError(
+                    f"only one process may train in a work directory. Received: {self.path}, which another one holds. "
+                    "Wait for it, or choose another --work_dir"
+                ) from error
+            yield
 
     @property
     def is_complete(self) -> bool:

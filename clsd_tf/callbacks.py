@@ -97,9 +97,12 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         return int(self._epochs_without_gain) >= self._patience_epochs
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if int(self.model.optimizer.iterations) > self._first_counted_step:
+        competes = int(self.model.optimizer.iterations) > self._first_counted_step
+        if competes:
             self._compete(logs["val_auc"])
-        self.history.append({"epoch": epoch, **{name: _json_number(value) for name, value in logs.items()}})
+        self.history.append(
+            {"epoch": epoch, "competes": competes, **{name: _json_number(value) for name, value in logs.items()}}
+        )
         write_json(self._work_dir.history, self.history)
         self._next_epoch.assign(epoch + 1)
         self._manager.save()

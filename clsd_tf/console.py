@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -17,29 +15,6 @@ import rich.progress
 import rich.table
 from absl import app, logging
 
-
-def _import_tensorflow_quietly() -> None:
-    """Imports TensorFlow without its C++ start-up messages (CPU features, absent CUDA), which help nobody here.
-
-    They are written to file descriptor 2 before any log level applies, so that is what is turned away meanwhile.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    original = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            import tensorflow  # noqa: F401
-        except BaseException:
-            captured.seek(0)
-            os.write(original, captured.read())
-            raise
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
-
-
-_import_tensorflow_quietly()
 console = rich.console.Console(stderr=False, highlight=False)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
 
@@ -58,6 +33,12 @@ def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]
             sys.exit(1)
 
     app.run(guarded, flags_parser=flags_parser) if flags_parser else app.run(guarded)
+
+
+def warn(message: str | None) -> None:
+    """Prints a warning; None prints nothing."""
+    if message is not None:
+        console.print(f"[yellow]warning:[/] {rich.markup.escape(message)}", soft_wrap=True)
 
 
 @contextlib.contextmanager

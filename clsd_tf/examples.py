@@ -82,19 +82,20 @@ def record_spec(inputs: ModelInputs) -> dict[str, tf.io.FixedLenFeature]:
 def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
     """Parses serving requests: serialized tf.Examples of raw values, [batch] -> the transform's raw tensors.
 
-    A feature that is absent takes its missing value; a history is padded with "" to the longest in the batch.
+    A feature that is absent or empty takes its missing value; of several values of a scalar the first counts. A
+    history is padded with "" to the longest in the batch.
     """
-    spec: dict[str, tf.io.FixedLenFeature | tf.io.RaggedFeature] = {}
-    for entry in raw_inputs:
-        dtype = _RAW_DTYPES[entry.dtype]
-        if entry.is_list:
-            spec[entry.name] = tf.io.RaggedFeature(dtype)
-        else:
-            spec[entry.name] = tf.io.FixedLenFeature([], dtype, _MISSING[entry.dtype])
+    # Ragged throughout: a fixed-length feature without a value fails the request, and with it its whole batch.
+    spec = {entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype]) for entry in raw_inputs}
     parsed = tf.io.parse_example(serialized, spec)
-    return {
-        name: value.to_tensor("") if isinstance(value, tf.RaggedTensor) else value for name, value in parsed.items()
-    }
+    return {entry.name: _dense(parsed[entry.name], entry) for entry in raw_inputs}
+
+
+def _dense(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
+    if entry.is_list:
+        return values.to_tensor("")
+    missing = tf.constant(_MISSING[entry.dtype], _RAW_DTYPES[entry.dtype])
+    return values[:, :1].to_tensor(missing, shape=[None, 1])[:, 0]
 
 
 def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]:

@@ -214,7 +214,7 @@ class FeatureSpec(StrictModel):
     def _check_raw_names(self) -> None:
         # Raw inputs stand beside the record's fields while rows are joined, and histories beside columns.
         for entry in self.raw_inputs:
-            if entry.name in (*RECORD_FIELDS, "event_time"):
+            if entry.name in (*RECORD_FIELDS, "event_time", "ctr"):
                 raise ValueError(
                     f"a feature's column may not be called {entry.name!r}. Give it another name (source_name)"
                 )

@@ -22,6 +22,6 @@ def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """sum(sample_weight * values) / sum(sample_weight), or 0 when all weights are 0.
 
     This is the one reduction of this package. Click confidence multiplies ``values`` and does not enter the
-    denominator: it is normalised to mean 1 over clicks already, so that it does not change the learning rate.
+    denominator: it is normalised to a mean of about 1 over clicks already, so that it hardly changes the step size.
     """
     return tf.math.divide_no_nan(tf.reduce_sum(sample_weight * values), tf.reduce_sum(sample_weight))

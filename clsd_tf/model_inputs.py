@@ -86,6 +86,11 @@ class NumericStatistics:
     maximum: float
     boundaries: tuple[float, ...] = ()
 
+    @property
+    def scale(self) -> float:
+        """``std``, or 1 for a constant column, whose computed std is rounding error."""
+        return self.std if self.std > 1e-6 * max(1.0, abs(self.mean)) else 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:

@@ -110,6 +110,16 @@ def make_deterministic() -> None:
     tf.config.experimental.enable_op_determinism()
 
 
+def teacher_warning(config: TrainConfig) -> str | None:
+    """What to tell a user whose teacher is overconfident, or None."""
+    if config.method != "clsd" or config.clsd.teacher != "self" or config.max_epochs == 1:
+        return None
+    return (
+        "from the second epoch on, teacher=self judges clicks that it was trained on, and is overconfident. "
+        f"Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1"
+    )
+
+
 def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
     """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
     tf.keras.utils.set_random_seed(config.seed)
@@ -190,28 +200,31 @@ def train(
     """
     first_counted_step = _loss_warmup_steps(config, dataset)
     model = build_model(config, dataset.inputs)
-    _claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
-    keeper = CheckpointAndStop(work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step)
-    first_epoch = keeper.resume(model)
-    if work_dir.is_complete:
-        return keeper.history
-    if first_epoch < config.max_epochs and not keeper.is_exhausted:
-        batches = _training_batches(dataset, config, work_dir, first_epoch, row_weights, title)
-        steps = steps_per_epoch(dataset, config)
-        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
-        if title is not None:
-            callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
-        tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        model.fit(
-            batches,
-            initial_epoch=first_epoch,
-            epochs=config.max_epochs,
-            steps_per_epoch=steps,
-            verbose=0,
-            callbacks=callbacks,
+    with work_dir.exclusive():
+        _claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
+        keeper = CheckpointAndStop(
+            work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step
         )
-    work_dir.mark_complete()
-    return keeper.history
+        first_epoch = keeper.resume(model)
+        if work_dir.is_complete:
+            return keeper.history
+        if first_epoch < config.max_epochs and not keeper.is_exhausted:
+            batches = _training_batches(dataset, config, work_dir, first_epoch, row_weights, title)
+            steps = steps_per_epoch(dataset, config)
+            callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
+            if title is not None:
+                callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
+            tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
+            model.fit(
+                batches,
+                initial_epoch=first_epoch,
+                epochs=config.max_epochs,
+                steps_per_epoch=steps,
+                verbose=0,
+                callbacks=callbacks,
+            )
+        work_dir.mark_complete()
+        return keeper.history
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:

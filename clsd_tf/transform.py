@@ -6,6 +6,7 @@ training and serving cannot disagree.
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Mapping
 
@@ -24,15 +25,30 @@ from clsd_tf.model_inputs import MISSING_ID, MISSING_INT64, NumericStatistics, S
 Tensors = Mapping[str, tf.Tensor]
 
 
+class _VocabularyFile(tf.lookup.TextFileInitializer):
+    """A vocabulary file, value -> line number.
+
+    TensorFlow names the table after the file's path, which would then stand in every exported model; this name is
+    made of the contents instead.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._content_name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        index = tf.lookup.TextFileIndex
+        super().__init__(str(path), tf.string, index.WHOLE_LINE, tf.int64, index.LINE_NUMBER)
+
+    @property
+    def _shared_name(self) -> str:
+        return self._content_name
+
+
 class VocabularyLookup(tf.Module):
     """Text -> id: 0 for "", then ``num_oov_indices`` hashed ids, then line number of the value in ``path``."""
 
     def __init__(self, path: pathlib.Path, num_oov_indices: int):
         super().__init__()
         self._num_oov_indices = num_oov_indices
-        whole_line, line_number = tf.lookup.TextFileIndex.WHOLE_LINE, tf.lookup.TextFileIndex.LINE_NUMBER
-        initializer = tf.lookup.TextFileInitializer(str(path), tf.string, whole_line, tf.int64, line_number)
-        self._ranks = tf.lookup.StaticHashTable(initializer, default_value=-1)
+        self._ranks = tf.lookup.StaticHashTable(_VocabularyFile(path), default_value=-1)
 
     def __call__(self, values: tf.Tensor) -> tf.Tensor:
         ranks = self._ranks.lookup(values)
@@ -147,8 +163,7 @@ def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: 
         return tf.where(missing, tf.cast(MISSING_ID, tf.int64), buckets)
     values = tf.where(missing, tf.constant(statistics.mean, tf.float32), values)
     if feature.scaling == "standardise":
-        # A constant column carries nothing: divide by 1 instead of 0.
-        return (values - statistics.mean) / (statistics.std or 1.0)
+        return (values - statistics.mean) / statistics.scale
     if feature.scaling == "min_max":
         return (values - statistics.minimum) / ((statistics.maximum - statistics.minimum) or 1.0)
     return values

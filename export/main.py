@@ -12,7 +12,7 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from export.saved_model import export_servable
 

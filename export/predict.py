@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from export.scoring import LocalServable, score_file
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Version directory, or directory of a model.", required=True)

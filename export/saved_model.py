@@ -18,7 +18,7 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_json
+from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_json, write_text
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.examples import arrow_to_tensors, encode_examples
 from clsd_tf.features import FeatureSpec
@@ -30,6 +30,7 @@ from export.warmup import write_warmup_requests
 
 _BATCH_SIZE = 1000
 _UNKNOWN = "a value that training never saw"
+_UNKNOWN_INT64 = 987_654_321_987
 
 
 class ExportError(RuntimeError):
@@ -107,7 +108,7 @@ def verification_sample(dataset: DatasetDir, transform: FeatureTransform, model:
     in this process: unknown ids, missing values, empty histories.
 
     Returns:
-      The raw inputs, ``example`` (serialized tf.Example) and ``expected_*`` columns.
+      The raw inputs, ``_example`` (serialized tf.Example) and ``_expected_*`` columns; no raw input starts with _.
     """
     spec = dataset.spec
     names = [entry.name for entry in spec.raw_inputs]
@@ -116,11 +117,16 @@ def verification_sample(dataset: DatasetDir, transform: FeatureTransform, model:
     edges = _edge_rows(stored.select(names), spec)
     features = transform(arrow_to_tensors(edges, spec.raw_inputs))
     edge_outputs = {"ctr": model(features), **model.debug_outputs(features)}
-    raw = pa.concat_tables([stored.select(names), edges])
+    raw = pa.concat_tables([stored.select(names), edges, edges])
+    # A missing value is an absent feature; the edge rows come a second time with features that are there but empty.
+    examples = [
+        _without_empty_features(example) for example in _raw_examples(raw.slice(0, len(raw) - len(edges)), spec)
+    ]
+    examples += _raw_examples(edges, spec)
     columns = {name: raw.column(name) for name in names}
     for name, values in expected.items():
-        columns[f"expected_{name}"] = pa.array(np.concatenate([values, edge_outputs[name].numpy()]))
-    return pa.table({**columns, "example": pa.array(_raw_examples(raw, spec), pa.binary())})
+        columns[f"_expected_{name}"] = pa.array(np.concatenate([values, *[edge_outputs[name].numpy()] * 2]))
+    return pa.table({**columns, "_example": pa.array(examples, pa.binary())})
 
 
 def _outputs_by_row(dataset: DatasetDir, model: ClsdModel, row_ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -134,18 +140,18 @@ def _outputs_by_row(dataset: DatasetDir, model: ClsdModel, row_ids: np.ndarray) 
 
 
 def _edge_rows(rows: pa.Table, spec: FeatureSpec) -> pa.Table:
-    """A typical row with, in turn: every text unknown; each single value missing; all missing."""
+    """A typical row with, in turn: every id unknown; each single value missing; all missing."""
     typical = rows.slice(0, 1).to_pylist()[0]
-    text = [entry.name for entry in spec.raw_inputs if entry.dtype == "string" and not entry.is_list]
-    lists = [entry.name for entry in spec.raw_inputs if entry.is_list]
-    edges = [typical | dict.fromkeys(text, _UNKNOWN) | {name: [_UNKNOWN] for name in lists}]
+    unknown = {"string": _UNKNOWN, "int64": _UNKNOWN_INT64}
+    ids = [entry for entry in spec.raw_inputs if entry.dtype in unknown]
+    edges = [typical | {entry.name: [_UNKNOWN] if entry.is_list else unknown[entry.dtype] for entry in ids}]
     edges += [typical | {entry.name: [] if entry.is_list else None} for entry in spec.raw_inputs]
     edges.append({entry.name: [] if entry.is_list else None for entry in spec.raw_inputs})
     return pa.Table.from_pylist(edges, schema=rows.schema)
 
 
 def _raw_examples(rows: pa.Table, spec: FeatureSpec) -> list[bytes]:
-    """Serving requests as clients send them: a missing value is an absent feature."""
+    """Serving requests; a missing value is a feature without a value."""
     serialized: list[bytes] = []
     for start in range(0, rows.num_rows, _BATCH_SIZE):
         batch = rows.slice(start, _BATCH_SIZE)
@@ -158,8 +164,7 @@ def _raw_examples(rows: pa.Table, spec: FeatureSpec) -> list[bytes]:
             else:
                 present = tf.constant(batch.column(entry.name).is_valid().to_numpy())
                 ragged[entry.name] = tf.ragged.boolean_mask(values[:, tf.newaxis], present[:, tf.newaxis])
-        for example in encode_examples(ragged).numpy():
-            serialized.append(_without_empty_features(example))
+        serialized += encode_examples(ragged).numpy().tolist()
     return serialized
 
 
@@ -176,7 +181,7 @@ def _without_empty_features(serialized: bytes) -> bytes:
 def _write_warmup(staging: pathlib.Path, name: str, sample: pa.Table, spec: FeatureSpec) -> None:
     first = sample.slice(0, 64)
     raw = {key: value.numpy() for key, value in arrow_to_tensors(first, spec.raw_inputs).items()}
-    write_warmup_requests(staging, name, first.column("example").to_pylist(), raw)
+    write_warmup_requests(staging, name, first.column("_example").to_pylist(), raw)
 
 
 def _verify_in_fresh_process(servable: pathlib.Path, sample: pathlib.Path) -> dict[str, Any]:
@@ -197,6 +202,4 @@ def _add_to_models_config(path: pathlib.Path, name: str, base_path: str) -> None
     entry = next((entry for entry in entries if entry.name == name), None) or entries.add(name=name)
     entry.base_path = base_path
     entry.model_platform = "tensorflow"
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text_format.MessageToString(config), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text_format.MessageToString(config))

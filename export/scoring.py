@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 import tensorflow as tf
 
 from clsd_tf.artifacts import require_absent
+from clsd_tf.columns import LIST_SEPARATOR, convert_column, value_to_text
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.model_inputs import RawInput
+from clsd_tf.tables import Column
 
 _ROWS_PER_BATCH = 4096
-_CSV_LIST_SEPARATOR = "|"
 _FORMATS = (".csv", ".jsonl", ".parquet")
 _DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
-_ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
 
 
 class LocalServable:
@@ -44,10 +46,12 @@ class LocalServable:
         )
 
     def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]; a null is a missing value.
+        """ctr of each row, float32 [num_rows]; a null or "" is a missing value.
+
+        Columns are read by the rules of the build: text, numbers and lists become the declared types.
 
         Raises:
-          ValueError: a raw input has no column.
+          ValueError: a raw input has no column, or a value that does not fit its type.
         """
         missing = [entry.name for entry in self.raw_inputs if entry.name not in rows.column_names]
         if missing:
@@ -55,7 +59,30 @@ class LocalServable:
                 f"rows need a column per raw input. Received: {', '.join(rows.column_names)}. "
                 f"Missing: {', '.join(missing)}. A column of empty values stands for values that are not known"
             )
-        return self._predict_raw(**arrow_to_tensors(rows, self.raw_inputs))["ctr"].numpy()
+        typed = {entry.name: _typed_column(rows.column(entry.name), entry) for entry in self.raw_inputs}
+        return self._predict_raw(**arrow_to_tensors(pa.table(typed), self.raw_inputs))["ctr"].numpy()
+
+
+def _typed_column(values: pa.ChunkedArray, entry: RawInput) -> pa.Array:
+    values = values.combine_chunks()
+    if entry.is_list:
+        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        return values.cast(pa.list_(pa.string())) if is_list else _split_list(values)
+    converted, failures = convert_column(values, Column(name=entry.name, type=entry.dtype))
+    for reason, failed in failures.items():
+        if failed.any():
+            raise ValueError(
+                f"values must have the type of their input. Received: {reason} in row {int(np.argmax(failed)) + 1} of "
+                f"the batch, {int(failed.sum()):,} row(s) in all. Allowed: {entry.dtype}, or an empty value"
+            )
+    return converted
+
+
+def _split_list(values: pa.Array) -> pa.Array:
+    """Text a|b -> [a, b]; null or "" -> an empty list."""
+    text = pc.fill_null(values.cast(pa.string()), "")
+    lists = pc.split_pattern(text, LIST_SEPARATOR)
+    return pc.if_else(pc.equal(text, ""), pa.scalar([], pa.list_(pa.string())), lists)
 
 
 def _version_directory(path: pathlib.Path) -> pathlib.Path:
@@ -73,7 +100,7 @@ def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: p
     """Scores a file batch by batch; the output appears when it is whole. Returns the number of rows.
 
     Raises:
-      ValueError: unknown file ending, unreadable rows, or a missing column.
+      ValueError: unknown file ending, unreadable rows, or a missing column. Names rows, never their values.
       FileExistsError: the output is there already.
     """
     for path in (input_path, output_path):
@@ -83,52 +110,80 @@ def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: p
         raise FileNotFoundError(f"--input must be a file. Received: {input_path}, which does not exist")
     require_absent(output_path)
     scored, num_rows = [], 0
-    try:
-        for rows in _read(input_path, servable.raw_inputs):
-            if "ctr" in rows.column_names:
-                raise ValueError(
-                    f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first"
-                )
+    for rows in _READERS[input_path.suffix](input_path):
+        if "ctr" in rows.column_names:
+            raise ValueError(f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first")
+        try:
             scored.append(rows.append_column("ctr", pa.array(servable.score(rows))))
-            num_rows += rows.num_rows
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{input_path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{input_path}, batch from row {num_rows + 1}: {error}") from error
+        num_rows += rows.num_rows
+    if not scored:
+        raise ValueError(f"--input must have rows. Received: {input_path} with none")
     temporary = output_path.with_name(f".{output_path.stem}.incomplete{output_path.suffix}")
-    _write(pa.concat_tables(scored), temporary)
+    _write(pa.concat_tables(scored, promote_options="permissive"), temporary)
     temporary.replace(output_path)
     return num_rows
 
 
-def _read(path: pathlib.Path, raw_inputs: tuple[RawInput, ...]) -> Iterator[pa.Table]:
-    """Batches with the raw inputs in their types; a CSV history becomes a list."""
-    lists = [entry.name for entry in raw_inputs if entry.is_list]
-    for batch in _READERS[path.suffix](path, raw_inputs):
-        table = pa.Table.from_batches([batch])
-        for name in lists if path.suffix == ".csv" else ():
-            if name in table.column_names:
-                values = pa.compute.split_pattern(table.column(name), _CSV_LIST_SEPARATOR)
-                table = table.set_column(table.column_names.index(name), name, values)
-        yield table
+def _read_csv(path: pathlib.Path) -> Iterator[pa.Table]:
+    """Every column as text, as the build reads it; NA and null are ordinary text."""
+    unequal: list[int] = []
+
+    def note(row: pa.csv.InvalidRow) -> str:
+        unequal.append(row.number)
+        return "skip"
+
+    header = pa.csv.open_csv(path).schema.names
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
+    )
+    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
+    read = pa.csv.ReadOptions(use_threads=False)
+    with pa.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as reader:
+        for batch in reader:
+            if unequal:
+                raise ValueError(
+                    f"every row needs as many values as the header. Received: {path} with another number in row(s) "
+                    f"{', '.join(map(str, unequal[:5]))}. Allowed: {len(header)}"
+                )
+            yield pa.Table.from_batches([batch])
 
 
-def _read_csv(path: pathlib.Path, raw_inputs: tuple[RawInput, ...]) -> Iterator[pa.RecordBatch]:
-    types = {entry.name: pa.string() if entry.is_list else _ARROW_TYPES[entry.dtype] for entry in raw_inputs}
-    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-    with pa.csv.open_csv(path, convert_options=convert) as reader:
-        yield from reader
+def _read_jsonl(path: pathlib.Path) -> Iterator[pa.Table]:
+    with path.open(encoding="utf-8") as file:
+        numbered = enumerate(file, start=1)
+        while lines := list(itertools.islice(numbered, _ROWS_PER_BATCH)):
+            records = [_json_record(path, number, line) for number, line in lines]
+            names = list(dict.fromkeys(name for record in records for name in record))
+            yield pa.table({name: _json_column([record.get(name) for record in records]) for name in names})
 
 
-def _read_jsonl(path: pathlib.Path, raw_inputs: tuple[RawInput, ...]) -> Iterator[pa.RecordBatch]:
-    types = {entry.name: _ARROW_TYPES[entry.dtype] for entry in raw_inputs}
-    lists = {entry.name for entry in raw_inputs if entry.is_list}
-    schema = pa.schema([(name, pa.list_(kind) if name in lists else kind) for name, kind in types.items()])
-    options = pa.json.ParseOptions(explicit_schema=schema)
-    yield from pa.json.read_json(path, parse_options=options).to_batches(_ROWS_PER_BATCH)
+def _json_record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"each line must be a JSON object. Received: another text in line {number} of {path}")
+    return record
 
 
-def _read_parquet(path: pathlib.Path, raw_inputs: tuple[RawInput, ...]) -> Iterator[pa.RecordBatch]:
+def _json_column(values: list[Any]) -> pa.Array:
+    """Values of one type as they are; lists as text lists; a mixture (196 and "196") as text."""
+    if any(isinstance(value, list) for value in values):
+        lists = [None if value is None else [value_to_text(entry) for entry in value] for value in values]
+        return pa.array(lists, pa.list_(pa.string()))
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([value_to_text(value) for value in values], pa.string())
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[pa.Table]:
     with pa.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(_ROWS_PER_BATCH)
+        for batch in file.iter_batches(_ROWS_PER_BATCH):
+            yield pa.Table.from_batches([batch])
 
 
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -140,7 +195,7 @@ def _write(table: pa.Table, path: pathlib.Path) -> None:
     elif path.suffix == ".csv":
         lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
         for name in lists:
-            text = pa.compute.binary_join(table.column(name), _CSV_LIST_SEPARATOR)
+            text = pc.binary_join(table.column(name), LIST_SEPARATOR)
             table = table.set_column(table.column_names.index(name), name, text)
         pa.csv.write_csv(table, path)
     else:

@@ -3,7 +3,7 @@
 Run by `python -m export.main` before a version is published:
   python -m export.verify --servable=<version directory> --sample=<verification.parquet>
 
-Every signature must give what the training model gave (column expected_*), within 1e-6 * max(1, |expected|); single
+Every signature must give what the training model gave (column _expected_*), within 1e-6 * max(1, |expected|); single
 rows, unknown ids, missing features and empty histories must answer; every warm-up request must replay.
 """
 
@@ -22,6 +22,7 @@ _SAMPLE = flags.DEFINE_string("sample", None, "Parquet file with examples and ex
 
 TOLERANCE = 1e-6
 _BATCH_SIZE = 1000
+_CLASS_ROWS = ([], [[b"no_click", b"click"]])
 
 
 class VerificationError(RuntimeError):
@@ -39,11 +40,11 @@ def verify(servable: pathlib.Path, sample_path: pathlib.Path) -> dict[str, objec
     """
     signatures = tf.saved_model.load(str(servable)).signatures
     sample = pyarrow.parquet.read_table(sample_path)
-    examples = np.array(sample.column("example").to_pylist(), object)
+    examples = np.array(sample.column("_example").to_pylist(), object)
     expected = {
-        name.removeprefix("expected_"): sample.column(name).to_numpy()
+        name.removeprefix("_expected_"): sample.column(name).to_numpy()
         for name in sample.column_names
-        if name.startswith("expected_")
+        if name.startswith("_expected_")
     }
     differences = {}
     for batch in (_BATCH_SIZE, 1):
@@ -62,12 +63,25 @@ def _run(signatures, examples: np.ndarray, batch_size: int) -> dict[str, np.ndar
     for start in range(0, len(examples), batch_size):
         batch = tf.constant(examples[start : start + batch_size], tf.string)
         found = {"serving_default/ctr": signatures["serving_default"](examples=batch)["ctr"]}
-        found["classify/ctr"] = signatures["classify"](inputs=batch)["scores"][:, 1]
+        found["classify/ctr"] = _click_score(signatures["classify"](inputs=batch))
         found["regress/ctr"] = signatures["regress"](inputs=batch)["outputs"][:, 0]
         found |= {f"debug/{name}": value for name, value in signatures["debug"](examples=batch).items()}
         for key, value in found.items():
             parts.setdefault(key, []).append(value.numpy())
     return {key: np.concatenate(values) for key, values in parts.items()}
+
+
+def _click_score(classified) -> tf.Tensor:
+    """The second score of a Classify answer whose classes and scores have the shapes that TF Serving accepts."""
+    classes, scores = classified["classes"], classified["scores"]
+    if classes.shape != scores.shape or scores.shape[1:] != [2] or classes.numpy()[:1].tolist() not in _CLASS_ROWS:
+        raise VerificationError(
+            f"classify must give [batch, 2] classes and scores. Received: {classes.shape} and {scores.shape}, "
+            f"first classes {classes.numpy()[:1].tolist()}. Allowed: no_click, click"
+        )
+    if np.abs(scores.numpy().sum(axis=1) - 1).max(initial=0) > TOLERANCE:
+        raise VerificationError("the two scores of classify must sum to 1")
+    return scores[:, 1]
 
 
 def _run_raw(signatures, sample: pyarrow.Table) -> np.ndarray:

@@ -4,22 +4,24 @@
 2. fit: split, count, vocabularies and statistics on the training split only
 3. encode: the one transform -> TFRecord shards
 
-Between the pipelines the driver looks at small JSON results, so that bad input ends with an ordinary error before
-anything expensive runs, and nothing is published unless every step succeeded.
+Between the pipelines the driver looks at small JSON results, so that bad input ends with an ordinary error as soon as
+the step that meets it is done, and nothing is published unless every step succeeded.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime as dt
+import hashlib
+import itertools
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
@@ -60,6 +62,7 @@ class BuildConfig:
             raise ValueError(f"max_bad_fraction must be in [0, 1]. Received: {self.max_bad_fraction}")
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard must be at least 1. Received: {self.rows_per_shard}")
+        check_beam_arguments(self.beam_arguments)
 
 
 def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Path) -> dict[str, Any]:
@@ -87,10 +90,11 @@ def inspect_data(
     """Joins and fits without writing a dataset: what a build would find.
 
     Raises:
-      As ``build_dataset``.
+      As ``build_dataset``; bad rows are kept as ``<spec name>.dead_letter.jsonl`` in the current directory.
     """
     build = _Build(spec, config, scratch_dir)
-    counts = build.join_and_fit()
+    with _kept_dead_letter(scratch_dir, pathlib.Path(spec.name)):
+        counts = build.join_and_fit()
     return counts, Statistics.from_json(build.layout.statistics.read_text(encoding="utf-8"))
 
 
@@ -104,6 +108,10 @@ def _kept_dead_letter(staging: pathlib.Path, output_dir: pathlib.Path) -> Iterat
         if not found.exists():
             raise
         kept = output_dir.with_name(f"{output_dir.name}.dead_letter.jsonl")
+        for attempt in itertools.count(2):
+            if not kept.exists():
+                break
+            kept = output_dir.with_name(f"{output_dir.name}.dead_letter-{attempt}.jsonl")
         shutil.move(found, kept)
         raise BadInputError(f"{error}. The bad rows are in {kept}") from error
 
@@ -115,6 +123,7 @@ class _Build:
         self.spec = spec
         self.config = config
         self.layout = DatasetLayout(staging)
+        self._file_names: dict[tuple[str, int], str] = {}  # (role, file index) -> name
         self._joined = staging / "joined"
         self._numeric = staging / "numeric"
         for directory in (self.layout.vocabularies, self.layout.records, self._joined, self._numeric):
@@ -165,26 +174,22 @@ class _Build:
         return found, TimeHistogram(**read_json(histogram))
 
     def _readers(self) -> list[beam.PTransform]:
-        log = self.spec.tables.log
         files = []
         readers: list[beam.PTransform] = []
-        self._num_partitions = 1
+        log_bytes = 0
         for role, table in self.spec.tables.items():
-            if table.format != "tfds":
-                files += sources.list_files(table, role, self.config.input_dir)
-        if log.format == "tfds":
-            readers.append(self._tfds_reader())
-        log_bytes = sum(FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes for file in files)
+            if table.format == "tfds":
+                builder = _tfds_builder(table.path, self.config.input_dir)
+                readers.append(transforms.ReadTfds(builder, "+".join(builder.info.splits), self.spec))
+                log_bytes = sum(split.num_bytes for split in builder.info.splits.values())
+                continue
+            found = sources.list_files(table, role, self.config.input_dir)
+            self._file_names |= {(role, file.index): file.name for file in found}
+            files += found
+            if role == "log":
+                log_bytes = sum(sources.size_in_bytes(file) for file in found)
         self._num_partitions = 1 + log_bytes // _BYTES_PER_PARTITION
         return [*readers, transforms.ReadTables(files, self.spec)] if files else readers
-
-    def _tfds_reader(self) -> beam.PTransform:
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder(self.spec.tables.log.path, data_dir=self.config.input_dir or None)
-        if not builder.is_prepared():
-            builder.download_and_prepare()
-        return transforms.ReadTfds(builder, "+".join(builder.info.splits), self.spec)
 
     def _check_tables(self, found: dict[str, Any], raw_counts: Mapping[str, int]) -> None:
         for role, entry in found["tables"].items():
@@ -201,11 +206,15 @@ class _Build:
                 raise BadInputError(f"a table must have good rows. Received: tables.{role} with {bad:,} bad rows only")
         for name, count in raw_counts.items():
             if "/duplicates/" in name:
-                role, _, first, second = name.split("/")
+                role, _, *row_ids = name.split("/")
+                places = " and ".join(self._place(role, int(row_id)) for row_id in row_ids)
                 raise BadInputError(
-                    f"a key of tables.{role} must be unique. Received: rows {first} and {second} with the same "
+                    f"a key of tables.{role} must be unique. Received: {places} with the same "
                     f"{dict(self.spec.tables.items())[role].key} ({count:,} such row(s)). Remove the duplicates"
                 )
+
+    def _place(self, role: str, row_id: int) -> str:
+        return f"row {sources.row_number(row_id)} of {self._file_names[role, sources.file_index(row_id)]}"
 
     # --- 2. fit
 
@@ -276,15 +285,28 @@ class _Build:
             _ = (
                 rows
                 | "EncodeShards" >> transforms.EncodeShards(self.spec, self.layout, num_shards, self.config.compressed)
-                | "SumRows" >> beam.CombinePerKey(sum)
-                | "RowsToDict" >> beam.combiners.ToDict()
-                | "WriteRows" >> results.WriteJson(written)
+                | "AllShards" >> beam.combiners.ToList()
+                | "WriteShards" >> results.WriteJson(written)
             )
             _ = rows | "ServingSample" >> transforms.WriteServingSample(
                 self.spec, self.layout.serving_sample, num_rows["test"]
             )
-        if read_json(written) != num_rows:
-            raise RuntimeError(f"rows were lost while encoding. Received: {read_json(written)}. Expected: {num_rows}")
+        self._check_shards(read_json(written), num_rows, num_shards)
+
+    def _check_shards(
+        self, written: list[dict[str, Any]], num_rows: dict[str, int], num_shards: dict[str, int]
+    ) -> None:
+        """Every row must be written; a shard that got none becomes an empty file, so that their number is right."""
+        received = {split: sum(shard["rows"] for shard in written if shard["split"] == split) for split in SPLITS}
+        if received != num_rows:
+            raise RuntimeError(f"rows were lost while encoding. Received: {received}. Expected: {num_rows}")
+        for split in SPLITS:
+            for index in range(num_shards[split]):
+                path = self.layout.shard(split, index, num_shards[split], self.config.compressed)
+                if not path.exists():
+                    transforms.write_records(path, [], self.config.compressed)
+        digests = sorted(f"{shard['split']}-{shard['shard']} {shard['digest']}" for shard in written)
+        self._records_digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def finish(self, counts: Mapping[str, Any]) -> None:
         """Removes intermediate files and marks the directory complete."""
@@ -292,8 +314,39 @@ class _Build:
             shutil.rmtree(directory)
         for name in ("join.json", "times.json", "fit.json", "written.json"):
             (self.layout.root / name).unlink()
-        write_json(self.layout.counts, counts)
+        for leftover in self.layout.records.glob("*.incomplete"):  # Of attempts that a runner gave up.
+            leftover.unlink()
+        write_json(self.layout.counts, {**counts, "records_digest": self._records_digest})
         self.layout.mark_complete(self.spec)
+
+
+def _tfds_builder(name: str, data_dir: str):
+    import tensorflow_datasets as tfds  # Slow to import, and only needed here.
+
+    builder = tfds.builder(name, data_dir=data_dir or None)
+    if not builder.is_prepared():
+        builder.download_and_prepare()
+    return builder
+
+
+def check_beam_arguments(arguments: Sequence[str]) -> None:
+    """Refuses flags that neither a command nor Beam knows: Beam itself would drop them with a log line.
+
+    Raises:
+      ValueError: names the unknown flags.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    pending = [PipelineOptions]
+    while pending:
+        options = pending.pop()
+        pending += options.__subclasses__()
+        if "_add_argparse_args" in vars(options):
+            options._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ValueError(
+            f"unknown flags. Received: {' '.join(unknown)}. Allowed: the flags that --help lists, and Beam's options"
+        )
 
 
 def _nest_join_counts(counts: Mapping[str, int], roles: list[str]) -> dict[str, Any]:

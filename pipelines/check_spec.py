@@ -12,7 +12,7 @@ import tempfile
 from absl import flags
 
 import feature_specs
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import SPLITS
 from clsd_tf.features import FeatureSpec
 from pipelines.build import BuildConfig, inspect_data

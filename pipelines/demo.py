@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, read_json
 from clsd_tf.study import table_rows
 
@@ -123,7 +123,8 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
     for split, study in (("time", "study"), ("random", "study_random_split")):
         methods = read_json(demo / study / "results.json")["methods"]
         rows += [[f"{row[0]} ({split} split)", *row[1:]] for row in table_rows(methods, _HEADLINES)]
-    title = f"{spec}, test split, {_SEEDS.value} paired seeds: mean (std); difference to bce +- standard error"
+    num_seeds = methods["bce"]["auc"]["num_seeds"]
+    title = f"{spec}, test split, {num_seeds} paired seeds: mean (std); difference to bce +- standard error"
     console.print_table(title, ["", *_HEADLINES], rows)
     version = max((demo / "servable" / spec).iterdir(), key=lambda path: path.name)
     verified = read_json(version / "assets.extra" / "manifest.json")["verification"]

@@ -8,8 +8,8 @@ Prints a table; leaves evaluation_<split>.json and report.html in the work direc
 
 from absl import flags
 
-from clsd_tf import console
-from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, read_json, write_json
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, read_json, write_json, write_text
 from clsd_tf.evaluation import HEADLINES, evaluate, table_rows
 from clsd_tf.report import render_report
 from clsd_tf.training import load_model
@@ -25,7 +25,7 @@ def main(argv) -> None:
         evaluation = evaluate(load_model(work_dir, dataset), dataset, _SPLIT.value)
         write_json(work_dir.evaluation(_SPLIT.value), evaluation)
         history = read_json(work_dir.history)
-        work_dir.report.write_text(render_report(evaluation, history, work_dir.resolved_config), encoding="utf-8")
+        write_text(work_dir.report, render_report(evaluation, history, work_dir.resolved_config))
     columns = ["", *(heading for _, heading in HEADLINES)]
     console.print_table(f"{work_dir.path} on {_SPLIT.value}", columns, table_rows(evaluation))
     console.console.print(f"{work_dir.evaluation(_SPLIT.value)} and {work_dir.report}", soft_wrap=True)

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clsd_tf.columns import convert_column, true_mask
 from clsd_tf.features import FeatureSpec, HistoryFeature, NumericFeature
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from clsd_tf.tables import Column, Comparison, Split
-from pipelines.sources import LIST_SEPARATOR, ROW_ID, BadRow, RawBatch, row_number
+from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 EVENT_TIME = "event_time"  # int64 microseconds since 1970 (UTC).
 USER_HASH = "user_hash"
@@ -28,9 +29,6 @@ _OPERATORS = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
-# At most 18 digits, so that a cast to int64 cannot overflow. No inf, no nan.
-_PATTERNS = {"int64": r"^[+-]?\d{1,18}$", "float": r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"}
 
 
 # --- Check and convert -----------------------------------------------------------------------------------------------
@@ -50,7 +48,10 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRo
     columns: dict[str, pa.Array] = {}
     reasons = np.full(batch.table.num_rows, "", dtype=object)
     for column in table.columns:
-        values, failures = _convert(batch.table.column(column.name).combine_chunks(), column)
+        values, failures = convert_column(batch.table.column(column.name).combine_chunks(), column)
+        if table.format == "csv" and column.type == "string":
+            # Mostly a stray quote that swallowed the rows behind it.
+            failures[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
         for name, mask in [*failures.items(), *_rule_failures(values, column, spec).items()]:
             reasons[mask & (reasons == "")] = name
         columns[column.name] = values
@@ -69,6 +70,7 @@ def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
             row=row_number(row.pop(ROW_ID)),
             reason=reasons[index],
             raw=json.dumps(row, default=_readable, sort_keys=True),
+            lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
         )
         for index, row in zip(bad, rows, strict=True)
     ]
@@ -79,64 +81,20 @@ def _readable(value: object) -> str:
     return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-def _convert(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str, np.ndarray]]:
-    """Text -> the declared type. Failed values become null and are marked in the mask of their reason."""
-    text, invalid_utf8 = _to_text(values)
-    text = pc.if_else(pc.equal(pc.binary_length(text), 0), pa.scalar(None, pa.string()), text)
-    failures = {f"invalid_utf8:{column.name}": invalid_utf8}
-    if column.type == "string":
-        return text, failures
-    unparsable = pc.invert(pc.match_substring_regex(text, _PATTERNS[column.type]))
-    failures[f"not_{column.type}:{column.name}"] = _mask(unparsable)
-    text = pc.if_else(unparsable, pa.scalar(None, pa.string()), text)
-    numbers = pc.utf8_ltrim(text, "+").cast(_ARROW_TYPES[column.type])
-    if column.type == "float":  # 1e999 is well written, but more than a double holds.
-        failures[f"not_float:{column.name}"] |= _mask(pc.invert(pc.is_finite(numbers)))
-    return numbers, failures
-
-
-def _to_text(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Any column as text, and where its bytes were not UTF-8."""
-    valid = np.zeros(len(values), bool)
-    if pa.types.is_timestamp(values.type):
-        return values.cast(pa.int64()).cast(pa.string()), valid
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        return pc.binary_join(values.cast(pa.list_(pa.string())), LIST_SEPARATOR), valid
-    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
-        return values.cast(pa.string()), valid
-    try:
-        return values.cast(pa.string()), valid
-    except pa.ArrowInvalid:  # Rare, so a loop over the batch is fine.
-        decoded = [_decode(value) for value in values.to_pylist()]
-        failed = np.array([ok is False for _, ok in decoded])
-        return pa.array([text for text, _ in decoded], pa.string()), failed
-
-
-def _decode(value: bytes | None) -> tuple[str | None, bool]:
-    try:
-        return (None if value is None else value.decode("utf-8")), True
-    except UnicodeDecodeError:
-        return None, False
-
-
-def _mask(condition: pa.Array) -> np.ndarray:
-    return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
-
-
 def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[str, np.ndarray]:
     """Rules beyond the type: required values, the event-time range, weights and log1p inputs >= 0."""
     failures = {}
     if column.name in _required_columns(spec):
-        failures[f"missing:{column.name}"] = _mask(pc.is_null(values))
+        failures[f"missing:{column.name}"] = true_mask(pc.is_null(values))
     if column.name == spec.event_time.column:
         time = spec.event_time
         scale = 1_000_000 / time.microseconds_per_unit
         low, high = (_epoch_seconds(day) * scale for day in (time.earliest, time.latest))
         moments = values.cast(pa.float64(), safe=False)
         outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
-        failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = _mask(outside)
+        failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
     if column.name in _non_negative_columns(spec):
-        failures[f"negative:{column.name}"] = _mask(pc.less(values, 0))
+        failures[f"negative:{column.name}"] = true_mask(pc.less(values, 0))
     return failures
 
 
@@ -166,25 +124,21 @@ def evaluate_comparison(comparison: Comparison, table: pa.Table) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Profiles:
-    """A user or item table, ready to be joined.
-
-    Raises:
-      ValueError: two rows have the same key; says in which rows, not which key.
-    """
+    """A user or item table, ready to be joined; its keys should be unique, see ``duplicate_rows``."""
 
     role: str
     key: str
     table: pa.Table
 
     def duplicate_rows(self) -> tuple[int, list[int]]:
-        """Number of rows whose key was already there, and the places of the first such pair."""
+        """Number of rows whose key was already there, and the row ids of the first such pair (not its key)."""
         keys = self.table.column(self.key).combine_chunks()
         first = pc.index_in(keys, value_set=keys).to_numpy()
         repeated = np.flatnonzero(first != np.arange(len(keys)))
         if not len(repeated):
             return 0, []
         row_ids = self.table.column(ROW_ID).to_numpy()
-        return len(repeated), [row_number(int(row_ids[row])) for row in (first[repeated[0]], repeated[0])]
+        return len(repeated), [int(row_ids[row]) for row in (first[repeated[0]], repeated[0])]
 
     def lookup(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> tuple[dict[str, pa.ChunkedArray], int]:
         """The profile columns of each key (null where there is no profile), and how many have none."""

@@ -9,7 +9,7 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from pipelines.feed import FeedConfig, simulate_feed
 
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory to write; must not exist.", required=True)

@@ -12,8 +12,7 @@ import io
 import itertools
 import json
 import pathlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,12 @@ import pyarrow.parquet
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from clsd_tf.columns import value_to_text
 from clsd_tf.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 16_384
-LIST_SEPARATOR = "|"  # A list (JSON, Parquet, TFDS) becomes text with this between its values.
 _FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
-_MAX_FILE_INDEX = (1 << (63 - _FILE_SHIFT)) - 1
 _BLOCK_BYTES = 4 << 20
 
 
@@ -59,6 +57,7 @@ class BadRow:
     row: int
     reason: str
     raw: str
+    lines: int = 1  # A stray quote in a CSV can make one row of many lines: they all count as bad.
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -71,6 +70,16 @@ class RawBatch:
     file: SourceFile
     table: pa.Table
     bad_rows: list[BadRow]
+
+
+def size_in_bytes(file: SourceFile) -> int:
+    """Size of a file; of a compressed one about what it holds."""
+    size = FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes
+    return size * 5 if pathlib.PurePath(file.path).suffix in _COMPRESSIONS else size
+
+
+def file_index(row_id: int) -> int:
+    return row_id >> _FILE_SHIFT
 
 
 def row_number(row_id: int) -> int:
@@ -193,13 +202,16 @@ def _line_numbers(num_rows: int, next_line: int, skipped: list[int]) -> tuple[np
 
 def _unequal_rows(file: SourceFile, rows: list[pa.csv.InvalidRow]) -> list[BadRow]:
     return [
-        _bad_row(file, row.number, f"{row.actual_columns}_columns_instead_of_{row.expected_columns}", row.text)
+        BadRow(
+            role=file.role,
+            file=file.name,
+            row=row.number,
+            reason=f"{row.actual_columns}_columns_instead_of_{row.expected_columns}",
+            raw=row.text,
+            lines=1 + row.text.rstrip("\r\n").count("\n"),
+        )
         for row in rows
     ]
-
-
-def _bad_row(file: SourceFile, row: int, reason: str, raw: str) -> BadRow:
-    return BadRow(file.role, file.name, row, reason, raw)
 
 
 def _named(data: pa.Table, table: Table, row_ids: np.ndarray) -> pa.Table:
@@ -224,7 +236,7 @@ def _read_jsonl(file: SourceFile, table: Table) -> Iterator[RawBatch]:
                 record = _json_object(line)
                 if record is None:
                     raw = line.decode("utf-8", errors="backslashreplace").rstrip("\n")
-                    bad_rows.append(_bad_row(file, number, "not_a_json_object", raw))
+                    bad_rows.append(BadRow(file.role, file.name, number, "not_a_json_object", raw))
                 else:
                     records.append((number, record))
             yield RawBatch(file, _records_table(file, table, records), bad_rows)
@@ -242,25 +254,11 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 def _records_table(file: SourceFile, table: Table, records: list[tuple[int, dict[str, Any]]]) -> pa.Table:
     columns = {
-        column.name: pa.array([_as_text(record.get(column.name_in_file)) for _, record in records], pa.string())
+        column.name: pa.array([value_to_text(record.get(column.name_in_file)) for _, record in records], pa.string())
         for column in table.columns
     }
     numbers = np.array([number for number, _ in records], np.int64)
     return pa.table({**columns, ROW_ID: pa.array(file.row_ids(numbers), pa.int64())})
-
-
-def _as_text(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
-        return LIST_SEPARATOR.join(_as_text(entry) for entry in value if entry is not None)
-    if isinstance(value, (float, np.floating)) and float(value).is_integer():
-        return str(int(value))
-    return str(value)
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -284,18 +282,18 @@ def _read_parquet(file: SourceFile, table: Table) -> Iterator[RawBatch]:
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 
 
-def tfds_batch(name: str, table: Table, examples: Iterable[dict[str, Any]]) -> RawBatch:
+def tfds_batch(
+    name: str, table: Table, examples: Iterable[dict[str, Any]], file_indices: Mapping[str, int]
+) -> RawBatch:
     """TFDS examples (NumPy, with ``tfds_id``) -> a batch.
 
-    The id, ``films-train.tfrecord-00003-of-00010__17``, holds file and position; the file's index is a hash of its
-    name, since a worker knows neither the splits nor the shards of the others.
+    The id, ``films-train.tfrecord-00003-of-00010__17``, holds file and position; ``file_indices`` numbers the files.
     """
-    file = SourceFile("log", 0, name)
     records = []
     for example in examples:
-        file_name, position = example["tfds_id"].rsplit(b"__", 1)
-        index = zlib.crc32(file_name) & _MAX_FILE_INDEX
-        records.append(((index << _FILE_SHIFT) | int(position), example))
+        file_name, position = example["tfds_id"].decode().rsplit("__", 1)
+        records.append(((file_indices[file_name] << _FILE_SHIFT) | int(position), example))
+    file = SourceFile("log", 0, name)
     return RawBatch(file, _records_table(file, table, records), [])
 
 

@@ -15,10 +15,10 @@ import pathlib
 import rich.progress
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import SPLITS, write_json
 from clsd_tf.study import METHODS, METRICS, Cell, run_cell, summarise, table_rows, use_one_thread
-from clsd_tf.training import load_config
+from clsd_tf.training import load_config, teacher_warning
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory.", required=True)
 _STUDY_DIR = flags.DEFINE_string("study_dir", None, "Directory for the runs and results.json.", required=True)
@@ -33,8 +33,9 @@ _SET = flags.DEFINE_multi_string("set", [], "key=value on top of --config, for a
 def run_cells(cells: list[Cell]) -> None:
     """Runs all cells in processes of their own, with a live bar."""
     shared = load_config(_CONFIG.value, _SET.value)
-    for cell in cells:
-        cell.config(shared)  # A wrong method or config fails before anything runs.
+    # A wrong method or config fails before anything runs, and each warning is given once.
+    for warning in {teacher_warning(cell.config(shared)) for cell in cells}:
+        console.warn(warning)
     # Spawned, since TensorFlow's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, use_one_thread) as pool:
@@ -58,6 +59,8 @@ def _watch(pending: list[concurrent.futures.Future]) -> None:
 
 
 def main(argv) -> None:
+    if len(set(_METHODS.value)) != len(_METHODS.value):
+        raise ValueError(f"each method may be named once. Received: --methods={','.join(_METHODS.value)}")
     study_dir = pathlib.Path(_STUDY_DIR.value)
     cells = [Cell(method, seed) for method in _METHODS.value for seed in range(1, _SEEDS.value + 1)]
     run_cells(cells)

@@ -13,9 +13,9 @@ import json
 
 from absl import flags
 
-from clsd_tf import console
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.training import TrainConfig, load_config, make_deterministic, train
+from clsd_tf.training import load_config, make_deterministic, teacher_warning, train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")
@@ -34,24 +34,15 @@ def main(argv) -> None:
             "--dataset_dir and --work_dir are required. "
             f"Received: dataset_dir={_DATASET_DIR.value}, work_dir={_WORK_DIR.value}"
         )
-    _warn_of_overconfident_teacher(config)
+    console.warn(teacher_warning(config))
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
     history = train(DatasetDir(_DATASET_DIR.value), config, work_dir)
-    best = max(history, key=lambda entry: entry["val_auc"])
+    best = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])
     console.console.print(
         f"best validation AUC {best['val_auc']:.4f} in epoch {best['epoch'] + 1}; run in {work_dir.path}",
         soft_wrap=True,
     )
-
-
-def _warn_of_overconfident_teacher(config: TrainConfig) -> None:
-    if config.method == "clsd" and config.clsd.teacher == "self" and config.max_epochs > 1:
-        console.console.print(
-            "[yellow]warning:[/] from the second epoch on, teacher=self judges clicks that it was trained on, and is "
-            f"overconfident. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1",
-            soft_wrap=True,
-        )
 
 
 if __name__ == "__main__":

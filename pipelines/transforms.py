@@ -6,9 +6,12 @@ memory; functions on tables live in ``pipelines.rows``.
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -51,6 +54,11 @@ class MergeTimeHistograms(beam.CombineFn):
         return accumulator
 
 
+def temporary_name(path: str) -> str:
+    """A name of its own for each attempt: runners may retry a bundle or run it twice side by side."""
+    return f"{path}.{secrets.token_hex(4)}.incomplete"
+
+
 # --- Read and check --------------------------------------------------------------------------------------------------
 
 
@@ -84,13 +92,17 @@ class ReadTfds(beam.PTransform):
         import tensorflow_datasets as tfds  # Slow to import, and only needed here.
 
         config = tfds.ReadConfig(add_tfds_id=True)
+        splits = self._builder.info.splits
+        names = sorted(name for split in self._split.split("+") for name in splits[split].filenames)
+        file_indices = {name: index for index, name in enumerate(names)}
         name = self._builder.name
         return (
             pipeline
             | "ReadFromTFDS" >> tfds.beam.ReadFromTFDS(self._builder, split=self._split, read_config=config)
             | "ToNumpy" >> beam.Map(tfds.as_numpy)
             | "Batch" >> beam.BatchElements(min_batch_size=256, max_batch_size=ROWS_PER_BATCH)
-            | "ToRawBatch" >> beam.Map(lambda examples, table: tfds_batch(name, table, examples), self._table)
+            | "ToRawBatch"
+            >> beam.Map(lambda examples, table: tfds_batch(name, table, examples, file_indices), self._table)
         )
 
 
@@ -113,9 +125,9 @@ class _CheckRowsFn(beam.DoFn):
         good, bad_rows = parse_rows(batch, self._spec)
         role = batch.file.role
         beam.metrics.Metrics.counter("build_dataset", f"{role}_rows_parsed").inc(good.num_rows)
-        counts = Counter({f"{role}/rows": good.num_rows + len(bad_rows)})
+        counts = Counter({f"{role}/rows": good.num_rows + sum(bad_row.lines for bad_row in bad_rows)})
         for bad_row in bad_rows:
-            counts[f"{role}/bad/{bad_row.reason}"] += 1
+            counts[f"{role}/bad/{bad_row.reason}"] += bad_row.lines
             beam.metrics.Metrics.counter("build_dataset", f"rejected_{bad_row.reason}").inc()
             yield beam.pvalue.TaggedOutput(_BAD, bad_row)
         yield beam.pvalue.TaggedOutput(_COUNTS, counts)
@@ -207,10 +219,16 @@ class _JoinFn(beam.DoFn):
                 counts[f"{profile.role}/duplicates/{places[0]}/{places[1]}"] += duplicates
         if events:
             joined, missing = join_rows(pa.concat_tables(events), profiles, self._spec)
-            pa.parquet.write_table(joined, f"{self._directory}/part-{index:05d}.parquet", row_group_size=ROWS_PER_BATCH)
+            self._write(joined, f"{self._directory}/part-{index:05d}.parquet")
             counts.update(missing)
             yield joined.column(EVENT_TIME).to_numpy()
         yield beam.pvalue.TaggedOutput(_COUNTS, counts)
+
+    @staticmethod
+    def _write(joined: pa.Table, path: str) -> None:
+        temporary = temporary_name(path)
+        pa.parquet.write_table(joined, temporary, row_group_size=ROWS_PER_BATCH)
+        tf.io.gfile.rename(temporary, path, overwrite=True)
 
     def _profiles(self, users: list[pa.Table], items: list[pa.Table]) -> list[Profiles]:
         """The declared profile tables; a user table without a row for this partition is empty, not absent."""
@@ -266,7 +284,7 @@ def _assign_split(table: pa.Table, spec: FeatureSpec, cut_offs: list[int]) -> It
 
 
 class EncodeShards(beam.PTransform):
-    """(split, table) -> TFRecord shards and the serving sample; gives (split, rows written) pairs.
+    """(split, table) -> TFRecord shards; gives split, shard, rows and digest of each.
 
     A row's shard comes from its id; rows of a shard are sorted by event time, so reading the shards side by side
     follows time closely and shuffling them loses nothing.
@@ -311,23 +329,17 @@ class _WriteShardFn(beam.DoFn):
             lambda raw, record: encode_examples({**transform(raw), **record}), reduce_retracing=True, autograph=False
         )
 
-    def process(self, shard) -> Iterator[tuple[str, int]]:
+    def process(self, shard) -> Iterator[dict[str, Any]]:
         (split, index), parts = shard
         table = pa.concat_tables(parts)
         table = table.sort_by([(EVENT_TIME, "ascending"), (ROW_ID, "ascending")])
         path = self._layout.shard(split, index, self._num_shards[split], self._compressed)
-        self._write(table, path)
-        yield split, table.num_rows
+        digest = write_records(path, self._examples(table), self._compressed)
+        yield {"split": split, "shard": index, "rows": table.num_rows, "digest": digest}
 
-    def _write(self, table: pa.Table, path: pathlib.Path) -> None:
-        options = tf.io.TFRecordOptions(compression_type="GZIP" if self._compressed else "")
-        # A retried bundle starts over: the shard appears under its name only when it is whole.
-        temporary = f"{path}.incomplete"
-        with tf.io.TFRecordWriter(temporary, options) as writer:
-            for start in range(0, table.num_rows, ROWS_PER_BATCH):
-                for example in self._encode(*self._tensors(table.slice(start, ROWS_PER_BATCH))).numpy():
-                    writer.write(example)
-        tf.io.gfile.rename(temporary, str(path), overwrite=True)
+    def _examples(self, table: pa.Table) -> Iterator[bytes]:
+        for start in range(0, table.num_rows, ROWS_PER_BATCH):
+            yield from self._encode(*self._tensors(table.slice(start, ROWS_PER_BATCH))).numpy()
 
     def _tensors(self, table: pa.Table) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
         record = {
@@ -338,6 +350,19 @@ class _WriteShardFn(beam.DoFn):
             "row_id": tf.constant(table.column(ROW_ID).to_numpy()),
         }
         return arrow_to_tensors(table, self._spec.raw_inputs), record
+
+
+def write_records(path: pathlib.Path, examples: Iterable[bytes], compressed: bool) -> str:
+    """Writes a TFRecord file that appears under its name only when it is whole; returns the digest of its examples."""
+    options = tf.io.TFRecordOptions(compression_type="GZIP" if compressed else "")
+    digest = hashlib.sha256()
+    temporary = temporary_name(str(path))
+    with tf.io.TFRecordWriter(temporary, options) as writer:
+        for example in examples:
+            writer.write(example)
+            digest.update(example)
+    tf.io.gfile.rename(temporary, str(path), overwrite=True)
+    return digest.hexdigest()
 
 
 class WriteServingSample(beam.PTransform):

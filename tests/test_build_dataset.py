@@ -527,7 +527,7 @@ def test_duplicate_user_is_refused_by_row_numbers_and_without_the_user_id(shop_s
     message = refused(shop_spec, write_shop(tmp_path / "raw", log, user_rows=profiles), tmp_path)
     # u0 is in line 2 of users.csv, so the fourth user in line 5, and the added one in line 12.
     assert "a key of tables.user must be unique" in message
-    assert "Received: rows 5 and 12 with the same user_id (1 such row(s))" in message
+    assert "Received: row 5 of users.csv and row 12 of users.csv with the same user_id (1 such row(s))" in message
     assert "Remove the duplicates" in message
     assert "private-person" not in message
 
@@ -536,7 +536,7 @@ def test_duplicate_item_is_refused_once_by_row_numbers(shop_spec, tmp_path):
     message = refused(shop_spec, write_shop(tmp_path / "raw", item_rows=[*items(), items()[0], items()[0]]), tmp_path)
     # i0 is in lines 2, 9 and 10: two rows too many.
     assert "a key of tables.item must be unique" in message
-    assert "Received: rows 2 and 9 with the same item_id (2 such row(s))" in message
+    assert "Received: row 2 of items.csv and row 9 of items.csv with the same item_id (2 such row(s))" in message
 
 
 def test_vocabulary_without_any_value_is_refused(shop_content, tmp_path):

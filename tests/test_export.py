@@ -77,8 +77,8 @@ def test_verification_in_a_fresh_process_covers_every_signature(published, feed_
         "debug/logit", "debug/teacher_score", "debug/ad_gate_correction",
     }  # fmt: skip
     assert max(differences.values()) <= 1e-6
-    # Edge rows: unknown ids, each of 9 raw inputs missing, all missing.
-    assert published.verification["rows"] == feed_dataset.num_rows("test") + 11
+    # Edge rows: unknown ids, each of 9 raw inputs missing, all missing; each with absent and with empty features.
+    assert published.verification["rows"] == feed_dataset.num_rows("test") + 22
 
 
 def test_signatures_have_the_names_types_and_shapes_that_tf_serving_accepts(signatures):
@@ -176,8 +176,8 @@ def test_a_servable_that_disagrees_with_the_model_is_not_published(feed_dataset,
 
     def shifted(*arguments):
         table = honest(*arguments)
-        moved = pa.array(table.column("expected_ctr").to_numpy() + np.float32(2e-6))
-        return table.set_column(table.column_names.index("expected_ctr"), "expected_ctr", moved)
+        moved = pa.array(table.column("_expected_ctr").to_numpy() + np.float32(2e-6))
+        return table.set_column(table.column_names.index("_expected_ctr"), "_expected_ctr", moved)
 
     monkeypatch.setattr(saved_model, "verification_sample", shifted)
     with pytest.raises(ExportError, match=r"not published.*Received: .*instead of"):
@@ -194,7 +194,7 @@ def test_a_broken_warmup_record_is_found_by_the_verifier(published, tmp_path):
     log.predict_log.request.inputs["wrong_name"].CopyFrom(tf.make_tensor_proto(["x"]))
     with tf.io.TFRecordWriter(str(broken / "assets.extra" / "tf_serving_warmup_requests")) as writer:
         writer.write(log.SerializeToString())
-    rows = pa.table({"example": [b""], "expected_ctr": np.zeros(1, np.float32)})
+    rows = pa.table({"_example": [b""], "_expected_ctr": np.zeros(1, np.float32)})
     pa.parquet.write_table(rows, tmp_path / "sample.parquet")
     command = [sys.executable, "-m", "export.verify", f"--servable={broken}", f"--sample={tmp_path / 'sample.parquet'}"]
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
@@ -230,7 +230,7 @@ def test_scoring_errors_name_what_was_received_and_lose_nothing(published, sampl
         servable.score(sample.drop_columns(["age"]))
     source = tmp_path / "rows.csv"
     source.write_text("user_id,age\nu1,old\n")
-    with pytest.raises(ValueError, match=r"rows\.csv cannot be read.*'old'"):
+    with pytest.raises(ValueError, match=r"rows need a column per raw input. Received: user_id, age"):
         score_file(servable, source, tmp_path / "scores.csv")
     with pytest.raises(ValueError, match=r"files end in .*Received: .*rows\.txt"):
         score_file(servable, tmp_path / "rows.txt", tmp_path / "scores.csv")
@@ -239,3 +239,54 @@ def test_scoring_errors_name_what_was_received_and_lose_nothing(published, sampl
     assert [child.name for child in tmp_path.iterdir()] == ["rows.csv"]
     with pytest.raises(FileNotFoundError, match=r"saved_model\.pb"):
         LocalServable(tmp_path)
+
+
+def test_values_that_do_not_fit_are_refused_by_row_and_without_the_value(published, sample):
+    rows = sample.slice(0, 3).set_column(sample.column_names.index("age"), "age", pa.array(["30", "private", ""]))
+    with pytest.raises(ValueError, match=r"Received: not_int64:age in row 2 of the batch, 1 row") as caught:
+        LocalServable(published.path).score(rows)
+    assert "private" not in str(caught.value)
+
+
+def test_scoring_reads_columns_by_the_rules_of_the_build(published, sample):
+    servable = LocalServable(published.path)
+    rows = sample.slice(0, 50)
+    as_text = rows.set_column(rows.column_names.index("age"), "age", rows.column("age").cast(pa.string()))
+    np.testing.assert_array_equal(servable.score(as_text), servable.score(rows))
+    as_float = rows.set_column(rows.column_names.index("age"), "age", rows.column("age").cast(pa.float64()))
+    np.testing.assert_array_equal(servable.score(as_float), servable.score(rows))
+    half = rows.set_column(rows.column_names.index("age"), "age", pa.array([49.5] * 50))
+    with pytest.raises(ValueError, match="not_int64:age"):
+        servable.score(half)
+
+
+def test_na_is_text_in_csv_and_a_short_row_is_refused_without_its_values(published, sample, tmp_path):
+    servable = LocalServable(published.path)
+    names = [entry.name for entry in servable.raw_inputs]
+    # device NA is out of vocabulary (id 1), an empty device is missing (id 0): other embeddings, other scores.
+    line = {"user_id": "u1", "item_id": "i1", "age": "30", "gender": "F", "category": "news", "tags": "live",
+            "duration_seconds": "10", "recent_items": "i2|i3"}  # fmt: skip
+    source = tmp_path / "rows.csv"
+    rows = [",".join({**line, "device": device}[name] for name in names) for device in ("NA", "never seen", "")]
+    source.write_text("\n".join([",".join(names), *rows]) + "\n")
+    score_file(servable, source, tmp_path / "scores.csv")
+    na, unseen, empty = pa.csv.read_csv(tmp_path / "scores.csv").column("ctr").to_pylist()
+    assert na == unseen != empty
+    source.write_text("\n".join([",".join(names), rows[0], "secret-user"]) + "\n")
+    with pytest.raises(ValueError, match=r"another number in row\(s\) 3") as caught:
+        score_file(servable, source, tmp_path / "again.csv")
+    assert "secret-user" not in str(caught.value)
+    assert not (tmp_path / "again.csv").exists()
+
+
+def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
+    empty = tf.train.Example()
+    empty.features.feature["age"].int64_list.SetInParent()
+    empty.features.feature["user_id"].bytes_list.value.append(b"u1")
+    absent = tf.constant([example(user_id=["u1"])])
+    received = signatures["serving_default"](examples=tf.constant([empty.SerializeToString()]))["ctr"]
+    np.testing.assert_array_equal(received, signatures["serving_default"](examples=absent)["ctr"])
+
+
+def test_the_servable_names_no_path_of_the_machine_that_built_it(published, feed_dataset):
+    assert str(feed_dataset.path).encode() not in (published.path / "saved_model.pb").read_bytes()

@@ -13,7 +13,7 @@ LEVELS = [
     {"model_inputs", "validation"},
     {"tables"},
     {"features"},
-    {"artifacts", "hashing", "console"},
+    {"artifacts", "columns", "hashing", "console", "quiet_start"},
     {"transform", "examples"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance"},
     {"backbones"},

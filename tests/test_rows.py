@@ -269,7 +269,7 @@ def test_invalid_utf8_of_large_binary_is_a_bad_row(shop_spec):
 
 def test_bad_row_as_json_names_file_line_and_reason():
     row = BadRow("log", "log.csv", 17, "missing:user_id", "{}")
-    expected = {"role": "log", "file": "log.csv", "row": 17, "reason": "missing:user_id", "raw": "{}"}
+    expected = {"role": "log", "file": "log.csv", "row": 17, "reason": "missing:user_id", "raw": "{}", "lines": 1}
     assert json.loads(row.to_json()) == expected
 
 

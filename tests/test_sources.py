@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -348,20 +347,20 @@ def test_tfds_examples_become_text_with_ids_of_shard_and_position():
             "gender": np.bool_(True),
         }
     ]
-    batch = tfds_batch("films", table_of("films", "tfds", columns), examples)
+    batch = tfds_batch(
+        "films", table_of("films", "tfds", columns), examples, {"films-train.tfrecord-00003-of-00010": 3}
+    )
     assert batch.file == SourceFile("log", 0, "films")
     [row] = batch.table.to_pylist()
     row_id = row.pop(ROW_ID)
     assert row == {"user": "Zoë", "rating": "4", "genres": "4|7", "gender": "true"}
-    # Position in the low 40 bits, 23 bits of the CRC-32 of the file's name above them.
-    assert row_id & ((1 << 40) - 1) == 17
-    assert row_id >> 40 == zlib.crc32(b"films-train.tfrecord-00003-of-00010") & ((1 << 23) - 1)
+    assert row_id == (3 << 40) + 17  # The file's number above the low 40 bits, the position in them.
 
 
 def test_tfds_examples_of_two_splits_have_different_row_ids():
     columns = (Column(name="user", type="string"),)
-    examples = [
-        {"tfds_id": f"films-{split}.tfrecord-00000-of-00001__0".encode(), "user": b"u"} for split in ("train", "test")
-    ]
-    row_ids = tfds_batch("films", table_of("films", "tfds", columns), examples).table.column(ROW_ID).to_pylist()
+    files = [f"films-{split}.tfrecord-00000-of-00001" for split in ("test", "train")]
+    examples = [{"tfds_id": f"{file}__0".encode(), "user": b"u"} for file in files]
+    batch = tfds_batch("films", table_of("films", "tfds", columns), examples, {file: i for i, file in enumerate(files)})
+    row_ids = batch.table.column(ROW_ID).to_pylist()
     assert row_ids[0] != row_ids[1]

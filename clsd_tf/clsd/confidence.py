@@ -1,7 +1,8 @@
 """Click confidence: how much each click counts, as pure functions of teacher scores.
 
 The paper (arXiv 2309.16322) publishes no equations; these follow its abstract, with the guards that keep
-self-weighting from collapsing: weights are clipped to a positive floor and normalised to mean 1 over clicks.
+self-weighting from collapsing: weights are clipped to a positive floor and normalised over clicks. Local confidence
+has mean 1 over clicks; global confidence has it before it is clipped, and less where a few scores tower over the rest.
 Nothing here passes a gradient: confidence is data to the loss.
 """
 

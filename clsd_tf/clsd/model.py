@@ -81,11 +81,27 @@ class ClsdModel(tfrs.Model):
         self.ad_gate_optimizer = tf.keras.optimizers.get(ad_gate_optimizer or tf.keras.optimizers.Adam(1e-3))
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
-        return tf.sigmoid(self.backbone(features, training=training))
+        return tf.sigmoid(self.logits(features, training=training))
+
+    def logits(self, features: Features, training: bool = False) -> tf.Tensor:
+        """The backbone's output as float32 [batch]; a backbone may also give [batch, 1].
+
+        Raises:
+          ValueError: any other shape.
+        """
+        logits = tf.cast(self.backbone(features, training=training), tf.float32)
+        if logits.shape.rank == 2 and logits.shape[1] == 1:
+            return tf.squeeze(logits, axis=1)
+        if logits.shape.rank != 1:
+            raise ValueError(f"a backbone gives logits [batch] or [batch, 1]. Received: shape {logits.shape}")
+        return logits
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
-        """Logit, the self teacher's score and AdGate's correction, each float32 [batch]."""
-        logits = self.backbone(features, training=False)
+        """Logit, the self teacher's score (pctr) and AdGate's correction, each float32 [batch].
+
+        The scores of a cross_fit teacher exist for training rows only; what serves is the model itself.
+        """
+        logits = self.logits(features)
         correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
         return {"logit": logits, "teacher_score": tf.sigmoid(logits), "ad_gate_correction": correction}
 
@@ -134,7 +150,7 @@ class ClsdModel(tfrs.Model):
         features, labels, sample_weight = _unpack(data)
         step = self.optimizer.iterations
         with tf.GradientTape() as tape:
-            logits = self.backbone(features, training=True)
+            logits = self.logits(features, training=True)
             teacher_score = self._teacher_score(features, logits)
             with tape.stop_recording():
                 correction = self._train_ad_gate(features, labels, teacher_score, sample_weight)
@@ -175,7 +191,7 @@ class ClsdModel(tfrs.Model):
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates with plain BCE: the loss of different confidences would not be comparable."""
         features, labels, sample_weight = _unpack(data)
-        logits = self.backbone(features, training=False)
+        logits = self.logits(features)
         bce = bce_from_logits(labels, logits)
         self._means["loss"].update_state(bce, sample_weight)
         self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)

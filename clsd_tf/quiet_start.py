@@ -1,0 +1,31 @@
+"""Imported first by commands: TensorFlow without its start-up messages. Nothing else imports this."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+
+def _import_tensorflow_quietly() -> None:
+    """Imports TensorFlow without its C++ start-up messages (CPU features, absent CUDA), which help nobody here.
+
+    They are written to file descriptor 2 before any log level applies, so that is what is turned away meanwhile.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            import tensorflow  # noqa: F401
+        except BaseException:
+            captured.seek(0)
+            os.write(original, captured.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+_import_tensorflow_quietly()
