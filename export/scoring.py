@@ -134,12 +134,13 @@ def _read_csv(path: pathlib.Path) -> Iterator[pa.Table]:
         unequal.append(row.number)
         return "skip"
 
-    header = pa.csv.open_csv(path).schema.names
+    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
+    read = pa.csv.ReadOptions(use_threads=False)
+    header = pa.csv.open_csv(path, read_options=read, parse_options=parse).schema.names
+    unequal.clear()
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
     )
-    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
-    read = pa.csv.ReadOptions(use_threads=False)
     with pa.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as reader:
         for batch in reader:
             if unequal:

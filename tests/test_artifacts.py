@@ -243,3 +243,15 @@ def test_json_is_replaced_as_a_whole(tmp_path):
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_work_directory_is_held_by_one_process(tmp_path):
+    work_dir = WorkDir(tmp_path / "work")
+    with (
+        work_dir.exclusive(),
+        pytest.raises(ArtifactError, match=r"only one process may train.*Received: .*work"),
+        WorkDir(tmp_path / "work").exclusive(),
+    ):
+        pass
+    with work_dir.exclusive():  # Free again.
+        assert work_dir.path.is_dir()

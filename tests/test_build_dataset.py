@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -708,3 +709,45 @@ def test_tfds_features_become_the_texts_of_their_values(film_dataset):
     for record in records(film_dataset, "train"):
         [film] = values_of(record["item"], films, 1)
         assert values_of(record["genre"], known, 1) == genres[film]
+
+
+def test_a_stray_quote_fails_the_job_by_the_lines_it_swallowed(feed_dir, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(feed_dir, raw)
+    lines = (raw / "log.csv").read_text().replace('"', "").splitlines()
+    # The quote opens in line 1001 and closes in line 1401: 401 lines become one cell.
+    lines[1000] = lines[1000].replace(lines[1000].split(",")[3], '"phone')
+    lines[1400] = lines[1400].replace(lines[1400].split(",")[3], 'phone"')
+    (raw / "log.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadInputError, match=r"too many bad rows in tables.log. Received: 401 of 4,000"):
+        build_dataset(feature_specs.get_spec("simulated_feed"), BuildConfig(str(raw)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_rows_fill_still_give_a_readable_dataset(feed_dir, tmp_path):
+    config = BuildConfig(str(feed_dir), rows_per_shard=3)
+    counts = build_dataset(feature_specs.get_spec("simulated_feed"), config, tmp_path / "out")
+    dataset = DatasetDir(tmp_path / "out")
+    for split in ("train", "validation", "test"):
+        files = dataset.record_files(split)
+        assert len(files) == -(-counts["splits"][split]["rows"] // 3)
+        assert sum(1 for _ in tf.data.TFRecordDataset(files)) == counts["splits"][split]["rows"]
+
+
+def test_a_mistyped_flag_is_refused():
+    with pytest.raises(ValueError, match=r"unknown flags. Received: --max_bad_fractoin=0.5"):
+        BuildConfig("raw", beam_arguments=("--direct_num_workers=2", "--max_bad_fractoin=0.5"))
+
+
+def test_other_rows_give_another_fingerprint(feed_dir, feed_dataset, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(feed_dir, raw)
+    lines = (raw / "log.csv").read_text().replace('"', "").splitlines()
+    # Two training rows swap their devices: every count stays what it was.
+    one = next(index for index in range(1, 400) if ",phone," in lines[index])
+    two = next(index for index in range(1, 400) if ",desktop," in lines[index])
+    lines[one] = lines[one].replace(",phone,", ",desktop,")
+    lines[two] = lines[two].replace(",desktop,", ",phone,")
+    (raw / "log.csv").write_text("\n".join(lines) + "\n")
+    build_dataset(feature_specs.get_spec("simulated_feed"), BuildConfig(str(raw)), tmp_path / "out")
+    assert DatasetDir(tmp_path / "out").fingerprint != feed_dataset.fingerprint

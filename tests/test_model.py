@@ -429,3 +429,26 @@ def test_self_distillation_does_not_collapse_the_mean_prediction(data):
     model.fit(tf.data.Dataset.from_tensor_slices(data).batch(BATCH).repeat(60), verbose=0)
     assert labels.mean() < 0.5
     assert model.predict(features, verbose=0).mean() == pytest.approx(labels.mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [[-1], [-1, 1]])
+def test_a_backbone_may_give_logits_with_or_without_a_last_dimension(shape):
+    class Own(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = tf.keras.layers.Dense(1)
+
+        def call(self, features, training=False):
+            return tf.reshape(self.dense(features["x"]), shape)
+
+    model = ClsdModel(Own(), None, ClsdConfig(teacher="self", loss_warmup_steps=1, lambda_=0.5, mu=0.0))
+    model.compile("adam")
+    features, labels = {"x": tf.ones([8, 2])}, tf.constant([0.0, 1.0] * 4)
+    model.fit(features, labels, batch_size=4, verbose=0)
+    assert model.predict(features, verbose=0).shape == (8,)
+
+
+def test_a_backbone_with_several_logits_is_refused():
+    model = ClsdModel(tf.keras.Sequential([tf.keras.layers.Dense(2)]), None)
+    with pytest.raises(ValueError, match=r"logits \[batch\] or \[batch, 1\]. Received: shape \(3, 2\)"):
+        model.logits(tf.ones([3, 2]))

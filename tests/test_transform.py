@@ -423,3 +423,10 @@ def test_hash_bucketed_integer_key_equals_its_text(shop_content, vocabulary_dir)
     raw["user_id"] = tf.constant([17, MISSING_INT64], tf.int64)
     expected = [1 + int(tf.strings.to_hash_bucket_fast("17", 10)), 0]
     assert by_number(raw)["user"].numpy().tolist() == expected
+
+
+def test_a_constant_column_is_not_blown_up_by_rounding_error():
+    # 1,000 times 0.1 has a computed std of about 1e-17; a served 0.2 must stay near 0.
+    feature = NumericFeature(type="numeric", name="x", column="x")
+    statistics = NumericStatistics(1000, 0.1, 1.4e-17, 0.1, 0.1)
+    assert numeric_values(feature, statistics, tf.constant([0.1, 0.2])).numpy() == pytest.approx([0.0, 0.1], abs=1e-6)
