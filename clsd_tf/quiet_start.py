@@ -12,7 +12,8 @@ def _import_tensorflow_quietly() -> None:
 
     They are written to file descriptor 2 before any log level applies, so that is what is turned away meanwhile.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Level 3, since deterministic tf.data logs harmless attribute mismatches as errors; real ones raise in Python.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     original = os.dup(2)
     with tempfile.TemporaryFile() as captured:
