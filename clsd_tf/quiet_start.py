@@ -1,7 +1,8 @@
-"""Imported first by commands: TensorFlow without its start-up messages. Nothing else imports this."""
+"""Imported first by commands: TensorFlow and Beam without their start-up messages. Nothing else imports this."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -29,4 +30,10 @@ def _import_tensorflow_quietly() -> None:
             os.close(original)
 
 
+def _drop_beam_import_warning() -> None:
+    """Beam warns of absent Google Cloud packages when it is imported; nothing here uses them."""
+    logging.getLogger().addFilter(lambda record: "apitools" not in record.getMessage())
+
+
+_drop_beam_import_warning()
 _import_tensorflow_quietly()
