@@ -97,6 +97,7 @@ class DatasetLayout:
         self.records = root / "records"
         self.serving_sample = root / "serving_sample.parquet"
         self.dead_letter = root / "dead_letter.jsonl"
+        self.teacher_scores = root / "teacher_scores"
         self.success = root / _SUCCESS
 
     def vocabulary(self, name: str) -> pathlib.Path:
@@ -156,6 +157,11 @@ class DatasetDir:
             )
 
     @property
+    def teacher_scores(self) -> pathlib.Path:
+        """Where teachers keep their scores: the one thing that is added to a complete directory."""
+        return self.layout.teacher_scores
+
+    @property
     def counts(self) -> dict[str, Any]:
         return read_json(self.layout.counts)
 
@@ -188,7 +194,7 @@ class WorkDir:
         self.checkpoints = self.path / "checkpoints"
         self.best_weights = self.path / "best_weights" / "weights"
         self.tensorboard = self.path / "tensorboard"
-        self.teacher_scores = self.path / "teacher_scores.npz"
+        self.calibration = self.path / "calibration.json"
         self.report = self.path / "report.html"
         self.success = self.path / _SUCCESS
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from clsd_tf.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
+from clsd_tf.model_inputs import MISSING_ID, ModelInputs
 
 
 class FieldEmbeddings(tf.keras.layers.Layer):
     """Embeds every field: e_c = table[id], mean over values where there are several, and e_n = x * v for numbers.
 
-    Inputs that share a vocabulary share its table (a history and the feature it is made of). The embedding of the
-    padding id does not enter a mean; a field without any value is the zero vector.
+    The tables of all vocabularies are one variable, each from its own offset on, and a batch is one lookup: with 30
+    fields, 30 lookups and as many sparse updates took most of a training step. Inputs that share a vocabulary share its
+    rows (a history and the feature it is made of). The embedding of the padding id does not enter a mean; a field
+    without any value is the zero vector.
 
     Args:
       inputs: the model inputs.
       embedding_dim: size of each embedding, >= 1.
 
     Returns:
-      ``call`` maps the feature dict to float32 [batch, num_fields, embedding_dim], fields in the order of ``inputs``.
+      ``call`` maps the feature dict to [batch, num_fields, embedding_dim] in the layer's compute dtype (float32 by
+      default), fields in the order of ``inputs``.
     """
 
     def __init__(self, inputs: ModelInputs, embedding_dim: int, **kwargs: Any):
@@ -30,40 +34,59 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             raise ValueError(f"embedding_dim must be at least 1. Received: {embedding_dim}")
         self._inputs = inputs
         self._embedding_dim = embedding_dim
-        self._tables = {
-            entry.vocabulary: tf.keras.layers.Embedding(
-                entry.vocabulary_size,
-                embedding_dim,
-                embeddings_initializer=tf.keras.initializers.RandomNormal(stddev=0.01),
-                name=f"table_{entry.vocabulary}",
-            )
-            for entry in inputs.categorical
-        }
+        sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}
+        offsets = itertools.accumulate(sizes.values(), initial=0)
+        self._offsets = dict(zip(sizes, offsets, strict=False))
+        self._num_rows = sum(sizes.values())
 
     def build(self, input_shape: Any) -> None:
+        if self._inputs.categorical:
+            self._tables = self._add_vectors("tables", self._num_rows)
         if self._inputs.numeric:
-            self._numeric_vectors = self.add_weight(
-                name="numeric_vectors",
-                shape=[len(self._inputs.numeric), self._embedding_dim],
-                initializer=tf.keras.initializers.RandomNormal(stddev=0.01),
-            )
+            self._numeric_vectors = self._add_vectors("numeric_vectors", len(self._inputs.numeric))
         super().build(input_shape)
 
+    def _add_vectors(self, name: str, count: int) -> tf.Variable:
+        initializer = tf.keras.initializers.RandomNormal(stddev=0.01)  # One each: shared, it would repeat itself.
+        return self.add_weight(name=name, shape=[count, self._embedding_dim], initializer=initializer)
+
     def call(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        fields = [self._embed(entry, features[entry.name]) for entry in self._inputs.categorical]
+        fields = self._embed_ids(features) if self._inputs.categorical else []
         if self._inputs.numeric:
             numbers = tf.stack([features[name] for name in self._inputs.numeric], axis=1)
             # [batch, num_numeric, 1] * [num_numeric, embedding_dim]
             fields.append(numbers[:, :, tf.newaxis] * self._numeric_vectors)
         return tf.concat(fields, axis=1)
 
-    def _embed(self, entry: CategoricalInput, ids: tf.Tensor) -> tf.Tensor:
-        """Ids [batch] or [batch, max_values] -> [batch, 1, embedding_dim]."""
-        table = self._tables[entry.vocabulary]
-        if entry.max_values is None:
-            return table(ids)[:, tf.newaxis, :]
-        present = tf.cast(ids != MISSING_ID, self.compute_dtype)[:, :, tf.newaxis]
-        total = tf.reduce_sum(table(ids) * present, axis=1, keepdims=True)
+    def lookup(self, vocabulary: str, ids: tf.Tensor) -> tf.Tensor:
+        """Embeddings of single values: ids of any shape -> [*ids.shape, embedding_dim]."""
+        return tf.nn.embedding_lookup(self._tables, ids + self._offsets[vocabulary])
+
+    def _embed_ids(self, features: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
+        """Embeddings of the categorical inputs, in their order: [batch, any number of fields, embedding_dim] each."""
+        columns, starts = [], {}
+        for entry in self._inputs.categorical:
+            starts[entry.name] = sum(column.shape[1] for column in columns)
+            ids = features[entry.name] + self._offsets[entry.vocabulary]
+            columns.append(ids[:, tf.newaxis] if entry.max_values is None else ids)
+        embedded = tf.nn.embedding_lookup(self._tables, tf.concat(columns, axis=1))
+        fields = []
+        # Neighbours with single values stay one slice: fewer pieces to put together again.
+        for is_single, entries in itertools.groupby(self._inputs.categorical, lambda entry: entry.max_values is None):
+            entries = list(entries)
+            start = starts[entries[0].name]
+            if is_single:
+                fields.append(embedded[:, start : start + len(entries)])
+                continue
+            for entry in entries:
+                values = embedded[:, starts[entry.name] : starts[entry.name] + entry.max_values]
+                fields.append(self._mean_of_present(values, features[entry.name]))
+        return fields
+
+    def _mean_of_present(self, values: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+        """Values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
+        present = tf.cast(ids != MISSING_ID, values.dtype)[:, :, tf.newaxis]
+        total = tf.reduce_sum(values * present, axis=1, keepdims=True)
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)
 
     def get_config(self) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from clsd_tf import input_pipeline, metrics
 from clsd_tf.artifacts import DatasetDir
+from clsd_tf.assembly import predict, predict_logits
 from clsd_tf.clsd import ClsdModel
-from clsd_tf.training import predict
 
 # The metrics of a table, in order: key in the report, heading.
 HEADLINES = (
@@ -27,7 +28,7 @@ HEADLINES = (
 
 
 def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any]:
-    """Scores a split and measures it.
+    """Scores a split and measures it, with the model's calibration where it has one.
 
     Args:
       model: maps features to pctr.
@@ -35,13 +36,15 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
       split: train, validation or test.
 
     Returns:
-      ``overall`` and ``groups`` (user group -> label -> metrics), ready for JSON. Rows of weight 0 and groups without
-      rows are left out; a metric that is not defined on its rows is None.
+      ``overall``, ``groups`` (user group -> label -> metrics) and ``uncalibrated`` (overall, without the calibration),
+      ready for JSON. Rows of weight 0 and groups without rows are left out; a metric that is not defined on its rows
+      is None.
     """
     names = [group.name for group in dataset.inputs.groups]
     record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
     columns = input_pipeline.read_columns(dataset, split, [*record_fields, *names])
     columns["pctr"] = predict(model, dataset, split)
+    columns["uncalibrated"] = expit(predict_logits(model, dataset, split))
     if dataset.spec.intensity_label is None:
         columns["intensity_label"] = None
     columns = _rows(columns, columns["sample_weight"] > 0)
@@ -61,6 +64,7 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
         "label": dataset.spec.label,
         "intensity_label": dataset.spec.intensity_label,
         "overall": measure(columns),
+        "uncalibrated": measure({**columns, "pctr": columns["uncalibrated"]}),
         "groups": groups,
     }
 

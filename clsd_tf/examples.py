@@ -15,6 +15,9 @@ import tensorflow as tf
 
 from clsd_tf.model_inputs import MISSING_INT64, ModelInputs, RawInput
 
+# What a record holds beside the model inputs; event_time in microseconds since 1970, intensity_value NaN if missing.
+RECORD_NUMBERS = ("label", "intensity_label", "intensity_value", "sample_weight")
+RECORD_IDS = ("user_hash", "row_id", "event_time")
 _LISTS = {
     tf.int64: ("int64_list", "Int64List"),
     tf.float32: ("float_list", "FloatList"),
@@ -74,8 +77,8 @@ def record_spec(inputs: ModelInputs) -> dict[str, tf.io.FixedLenFeature]:
         spec[entry.name] = tf.io.FixedLenFeature(shape, tf.int64)
     spec |= {name: tf.io.FixedLenFeature([], tf.float32) for name in inputs.numeric}
     spec |= {group.name: tf.io.FixedLenFeature([], tf.int64) for group in inputs.groups}
-    spec |= {name: tf.io.FixedLenFeature([], tf.float32) for name in ("label", "intensity_label", "sample_weight")}
-    spec |= {name: tf.io.FixedLenFeature([], tf.int64) for name in ("user_hash", "row_id")}
+    spec |= {name: tf.io.FixedLenFeature([], tf.float32) for name in RECORD_NUMBERS}
+    spec |= {name: tf.io.FixedLenFeature([], tf.int64) for name in RECORD_IDS}
     return spec
 
 

@@ -7,136 +7,26 @@ they cannot become a model input. ``FeatureSpec.model_inputs`` is what a backbon
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
 
-from clsd_tf.model_inputs import (
-    OTHER_GROUP,
-    RECORD_FIELDS,
-    UNKNOWN_GROUP,
-    CategoricalInput,
-    GroupInput,
-    ModelInputs,
-    RawInput,
+from clsd_tf.feature_types import (
+    CategoricalFeature,
+    Feature,
+    HistoryFeature,
+    IdFeature,
+    MultiValuedFeature,
+    NumericFeature,
+    UserGroup,
+    Vocabulary,
 )
+from clsd_tf.model_inputs import RECORD_FIELDS, CategoricalInput, GroupInput, ModelInputs, RawInput
 from clsd_tf.tables import Comparison, EventTime, Name, Split, Table, Tables
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
-
-
-class Vocabulary(StrictModel):
-    """Ids by frequency in the training split: 0 missing, then ``num_oov_indices`` ids, then values by count.
-
-    Attributes:
-      min_count: a value seen less often in training is out of vocabulary.
-      max_size: keep at most this many values.
-      num_oov_indices: out-of-vocabulary values are hashed into this many ids.
-    """
-
-    min_count: int = pydantic.Field(1, ge=1)
-    max_size: int | None = pydantic.Field(None, ge=1)
-    num_oov_indices: int = pydantic.Field(1, ge=1)
-
-
-class _Categorical(StrictModel):
-    name: Name
-    column: Name
-    vocabulary: Vocabulary | None = None
-    hash_buckets: int | None = pydantic.Field(None, ge=1)
-
-    @pydantic.model_validator(mode="after")
-    def _one_encoding(self):
-        if self.vocabulary and self.hash_buckets:
-            raise ValueError("give vocabulary or hash_buckets. Received: both")
-        return self
-
-    @property
-    def resolved_vocabulary(self) -> Vocabulary | None:
-        """The vocabulary's rule, or None when values are hashed."""
-        return None if self.hash_buckets else self.vocabulary or Vocabulary()
-
-
-class CategoricalFeature(_Categorical):
-    """One value -> one id, by vocabulary (default) or by hash."""
-
-    type: Literal["categorical"]
-
-
-class MultiValuedFeature(_Categorical):
-    """Text with separated values -> the first ``max_values`` ids, padded with 0; pooled by their mean embedding."""
-
-    type: Literal["multi_valued"]
-    separator: str = pydantic.Field(min_length=1)
-    max_values: int = pydantic.Field(8, ge=1)
-
-
-class NumericFeature(StrictModel):
-    """A number: ``log1p`` first, then ``scaling`` by statistics of the training split; missing = training mean.
-
-    ``quantile_buckets`` turns the number into an id (0 = missing) with ``num_buckets`` buckets of equal mass.
-    """
-
-    type: Literal["numeric"]
-    name: Name
-    column: Name
-    log1p: bool = False
-    scaling: Literal["none", "standardise", "min_max", "quantile_buckets"] = "standardise"
-    num_buckets: int = pydantic.Field(10, ge=2)
-
-
-class HistoryFeature(StrictModel):
-    """The user's last ``max_length`` values of the categorical feature ``of`` strictly before the event, oldest first.
-
-    Shares the vocabulary (and so the embedding table) of ``of``. In a serving request it is a list of values.
-    """
-
-    type: Literal["history"]
-    name: Name
-    of: Name
-    max_length: int = pydantic.Field(20, ge=1)
-
-
-Feature = Annotated[
-    CategoricalFeature | MultiValuedFeature | NumericFeature | HistoryFeature, pydantic.Field(discriminator="type")
-]
-
-
-class UserGroup(StrictModel):
-    """A user-profile attribute that AdGate reads and every report is sliced by.
-
-    Ids: 0 unknown; then one id per interval of ``boundaries`` ([b0, b1), ...) or per entry of ``values``, then other.
-    """
-
-    name: Name
-    column: Name
-    boundaries: tuple[float, ...] | None = pydantic.Field(None, min_length=1)
-    values: tuple[str, ...] | None = pydantic.Field(None, min_length=1)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> UserGroup:
-        if (self.boundaries is None) == (self.values is None):
-            raise ValueError("a user group has either boundaries (numbers) or values (text). Received: both or none")
-        if self.boundaries and list(self.boundaries) != sorted(set(self.boundaries)):
-            raise ValueError(f"boundaries must increase. Received: {list(self.boundaries)}")
-        reserved = {UNKNOWN_GROUP, OTHER_GROUP, ""} & set(self.values or ())
-        if reserved:
-            raise ValueError(f"{UNKNOWN_GROUP!r}, {OTHER_GROUP!r} and '' have ids of their own. Received: {reserved}")
-        if self.values and len(set(self.values)) != len(self.values):
-            raise ValueError(f"values must differ. Received: {list(self.values)}")
-        return self
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """A readable label per id."""
-        if self.values is not None:
-            return (UNKNOWN_GROUP, *self.values, OTHER_GROUP)
-        edges = [str(int(edge)) if edge.is_integer() else str(edge) for edge in self.boundaries]
-        between = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
-        return (UNKNOWN_GROUP, f"<{edges[0]}", *between, f">={edges[-1]}")
 
 
 class FeatureSpec(StrictModel):
@@ -145,6 +35,7 @@ class FeatureSpec(StrictModel):
     Attributes:
       label: what a click is, for example ``rating >= 4``.
       intensity_label: optional stronger signal, held out from training, to judge click confidence with.
+      intensity_value: optional numeric column of the log that grows with interest (seconds read), held out likewise.
       sample_weight: optional column of weights >= 0.
     """
 
@@ -156,6 +47,7 @@ class FeatureSpec(StrictModel):
     event_time: EventTime
     label: str
     intensity_label: str | None = None
+    intensity_value: Name | None = None
     sample_weight: Name | None = None
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
@@ -243,6 +135,8 @@ class FeatureSpec(StrictModel):
         columns = {"label": self.label_comparison.column, "event_time": self.event_time.column}
         if self.intensity_label:
             columns["intensity_label"] = self.intensity_comparison.column
+        if self.intensity_value:
+            columns["intensity_value"] = self.intensity_value
         if self.sample_weight:
             columns["sample_weight"] = self.sample_weight
         return columns
@@ -251,6 +145,8 @@ class FeatureSpec(StrictModel):
         types = self.column_types
         if types[self.event_time.column] == "string":
             raise ValueError("the event time column must be int64 or float. Received: string")
+        if self.intensity_value and types[self.intensity_value] == "string":
+            raise ValueError("the intensity_value column must be int64 or float. Received: string")
         for feature in self.features:
             if isinstance(feature, HistoryFeature):
                 self._check_history(feature)
@@ -320,7 +216,7 @@ class FeatureSpec(StrictModel):
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Name of each vocabulary (that of its feature) -> its rule."""
-        features = [feature for feature in self.features if isinstance(feature, _Categorical)]
+        features = [feature for feature in self.features if isinstance(feature, IdFeature)]
         return {feature.name: feature.resolved_vocabulary for feature in features if feature.resolved_vocabulary}
 
     def feature(self, name: str) -> Feature:
@@ -335,7 +231,17 @@ class FeatureSpec(StrictModel):
             categorical=tuple(entry for entry in categorical if entry),
             numeric=tuple(name for name in numeric if name not in bucketised),
             groups=tuple(GroupInput(group.name, group.labels) for group in self.user_groups),
+            user_features=self._user_features,
         )
+
+    @property
+    def _user_features(self) -> tuple[str, ...]:
+        """Single-valued features that tell of the user's profile, never of the user's id: what AdGate may read."""
+        if self.tables.user is None:
+            return ()
+        profile = {name for name in self.tables.user.column_names if name != self.user_key}
+        single_valued = (CategoricalFeature, NumericFeature)
+        return tuple(x.name for x in self.features if isinstance(x, single_valued) and x.column in profile)
 
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):

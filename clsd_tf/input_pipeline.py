@@ -128,7 +128,7 @@ def _parsed(serialized: tf.data.Dataset, inputs: ModelInputs, batch_size: int) -
 def _as_training_batch(record):
     features = dict(record)
     label, weight = features.pop("label"), features.pop("sample_weight")
-    for held_out in ("intensity_label", "user_hash"):
+    for held_out in ("intensity_label", "intensity_value", "user_hash", "event_time"):
         del features[held_out]
     return features, label, weight
 

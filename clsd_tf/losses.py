@@ -18,6 +18,39 @@ def bce_from_logits(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
 
 
+def label_smoothed_bce(labels: tf.Tensor, logits: tf.Tensor, smoothing: float) -> tf.Tensor:
+    """bce_from_logits((1 - smoothing) * labels + smoothing / 2, logits): no click is taken for certain.
+
+    Args:
+      labels: float [batch], in [0, 1].
+      logits: float [batch].
+      smoothing: in [0, 1).
+
+    Returns:
+      [batch]. Source: Szegedy et al. (2016), "Rethinking the Inception Architecture", section 7.
+    """
+    return bce_from_logits((1.0 - smoothing) * labels + 0.5 * smoothing, logits)
+
+
+def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float) -> tf.Tensor:
+    """(1 - pctr of the label)^gamma * bce_from_logits(labels, logits): easy rows count less.
+
+    The opposite of click confidence: it turns to the clicks that the model did not expect.
+
+    Args:
+      labels: 0 or 1, float [batch].
+      logits: float [batch].
+      gamma: >= 0; 0 is BCE.
+
+    Returns:
+      [batch]. Source: Lin et al. (2017), "Focal Loss for Dense Object Detection", section 3.2.
+    """
+    bce = bce_from_logits(labels, logits)
+    missed = -tf.math.expm1(-bce)  # 1 - exp(-bce) = 1 - pctr of the label, without cancellation.
+    # The smallest float keeps the gradient of x^gamma, gamma < 1, finite at x = 0.
+    return tf.pow(tf.maximum(missed, 1e-30), gamma) * bce
+
+
 def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
     """sum(sample_weight * values) / sum(sample_weight), or 0 when all weights are 0.
 

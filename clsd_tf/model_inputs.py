@@ -14,9 +14,11 @@ OTHER_GROUP = "other"
 RECORD_FIELDS = (
     "label",
     "intensity_label",
+    "intensity_value",
     "sample_weight",
     "user_hash",
     "row_id",
+    "event_time",
     "teacher_score",
 )  # Never model inputs.
 
@@ -50,11 +52,15 @@ class GroupInput:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """What the transform gives a model: the only thing that backbones and AdGate know of a data set."""
+    """What the transform gives a model: the only thing that backbones and AdGate know of a data set.
+
+    ``user_features`` names the categorical and numeric inputs that come from the user's profile.
+    """
 
     categorical: tuple[CategoricalInput, ...]
     numeric: tuple[str, ...]
     groups: tuple[GroupInput, ...]
+    user_features: tuple[str, ...] = ()
 
     @property
     def num_fields(self) -> int:
@@ -69,6 +75,7 @@ class ModelInputs:
             categorical=tuple(CategoricalInput(**entry) for entry in value["categorical"]),
             numeric=tuple(value["numeric"]),
             groups=tuple(GroupInput(entry["name"], tuple(entry["labels"])) for entry in value["groups"]),
+            user_features=tuple(value["user_features"]),
         )
 
 

@@ -1,52 +1,110 @@
-"""Runs with paired seeds: every method with the same seeds on the same rows, and their differences to a baseline."""
+"""Cells of a study: one run each of data x backbone x method x seed, and what was measured of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import tensorflow as tf
+from scipy.special import expit
 
+from clsd_tf import input_pipeline, metrics
 from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
-from clsd_tf.evaluation import evaluate
-from clsd_tf.significance import paired_difference
-from clsd_tf.training import TrainConfig, load_model, make_deterministic, parse_config, train
+from clsd_tf.assembly import load_model, make_deterministic, predict, predict_logits
+from clsd_tf.callbacks import TrainingDivergedError
+from clsd_tf.clsd import ConfidenceGuardError
+from clsd_tf.confidence_report import click_noise_floor
+from clsd_tf.teachers import teacher_scores
+from clsd_tf.train_config import TrainConfig, parse_config
+from clsd_tf.training import train
 
+BASELINE = "bce"
 # Method -> what it changes in the config that all methods share.
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "bce": {"method": "bce"},
-    "clsd_self": {"method": "clsd", "clsd": {"teacher": "self"}},
-    "clsd_cross_fit": {"method": "clsd", "clsd": {"teacher": "cross_fit"}},
+    BASELINE: {"method": "bce"},
+    "clsd": {"method": "clsd"},
+    "global": {"clsd": {"lambda": 1.0, "mu": 0.0}},
+    "local": {"clsd": {"lambda": 0.0, "mu": 1.0}},
+    "both": {"clsd": {"lambda": 0.5, "mu": 0.5}},
+    "literal_gate": {"clsd": {"lambda": 0.0, "mu": 1.0, "ad_gate": {"objective": "literal"}}},
+    "raw": {"clsd": {"lambda": 1.0, "mu": 0.0, "global_form": "raw", "allow_raw": True, "teacher": "self"}},
+    "label_smoothing": {"method": "bce", "loss": "label_smoothing"},
+    "focal": {"method": "bce", "loss": "focal"},
+    "oracle": {"method": "bce", "clicks": "intense"},
 }
-BASELINE = "bce"
-METRICS = ("auc", "gauc", "log_loss", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks")
+OVERALL = "overall"
+_SLICED = ("auc", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks", "genuine_auc")
+_HEADLINES = ("auc", "gauc", "log_loss", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks")
+_UNCALIBRATED = ("log_loss", "pcoc", "ece")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of a study's tables: a name and what it changes in the shared config."""
+
+    name: str
+    changes: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a study: a method and a seed."""
+    """One run of a study; the names say which, ``config`` is what they stand for."""
 
+    data: str
+    backbone: str
     method: str
     seed: int
+    config: TrainConfig = dataclasses.field(compare=False)
 
     def work_dir(self, study_dir: pathlib.Path) -> WorkDir:
-        return WorkDir(study_dir / self.method / f"seed_{self.seed}")
+        return WorkDir(study_dir / "runs" / self.data / self.backbone / self.method / f"seed_{self.seed}")
 
-    def config(self, shared: TrainConfig) -> TrainConfig:
-        """The shared config with what the method changes.
+    def result(self, study_dir: pathlib.Path) -> pathlib.Path:
+        """Written last: a cell that has it is finished."""
+        return self.work_dir(study_dir).path / "result.json"
 
-        Raises:
-          ValueError: unknown method; the message lists the known ones.
-        """
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method. Received: {self.method!r}. Allowed: {', '.join(METHODS)}")
-        content = shared.to_dict()
-        changes = METHODS[self.method]
-        nested = {"clsd": {**content["clsd"], **changes.get("clsd", {})}}
-        return parse_config({**content, **changes, **nested, "seed": self.seed}, f"method {self.method}")
+    def __str__(self) -> str:
+        return f"{self.data} {self.backbone} {self.method} seed {self.seed}"
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, mapping by mapping."""
+    result = dict(base)
+    for key, value in changes.items():
+        is_nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if is_nested else value
+    return result
+
+
+def cell_config(shared: Mapping[str, Any], method: Method, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
+    """The shared settings, then the backbone's, then the method's.
+
+    Raises:
+      SpecError: unknown key or value out of range.
+    """
+    return parse_config(merged(merged(shared, backbone), {**method.changes, "seed": seed}), f"method {method.name}")
+
+
+def with_placebos(methods: Sequence[Method], shared: Mapping[str, Any]) -> list[Method]:
+    """The methods, and behind them the placebos of the first that weights clicks and the first that has AdGate.
+
+    A table without a placebo cannot tell what confidence does from what any weighting of that spread does.
+    """
+    configs = {method.name: cell_config(shared, method, {}, 0) for method in methods}
+    weighting = [method for method in methods if configs[method.name].method == "clsd"]
+    gated = [method for method in weighting if configs[method.name].clsd.mu > 0]
+    placebos = []
+    for placebo, treated in (("shuffled_confidence", weighting), ("permuted_groups", gated)):
+        if treated:
+            changes = merged(treated[0].changes, {"clsd": {"placebo": placebo}})
+            placebos.append(Method(f"{treated[0].name}_{placebo}", changes))
+    known = {method.name for method in methods}
+    return [*methods, *(placebo for placebo in placebos if placebo.name not in known)]
 
 
 def use_one_thread() -> None:
@@ -56,75 +114,124 @@ def use_one_thread() -> None:
     make_deterministic()
 
 
-def run_cell(cell: Cell, dataset_path: str, study_dir: str, shared: TrainConfig, split: str) -> Cell:
-    """Trains and evaluates a cell; a finished one is kept."""
-    dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(pathlib.Path(study_dir))
-    config = cell.config(shared)
-    train(dataset, config, work_dir, title=None)
-    if not work_dir.evaluation(split).exists():
-        write_json(work_dir.evaluation(split), evaluate(load_model(work_dir, dataset), dataset, split))
+def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
+    """Trains and stores the teacher scores that cells with this config will take from the dataset."""
+    teacher_scores(DatasetDir(dataset_path), config, title=None)
     tf.keras.backend.clear_session()
-    return cell
 
 
-def summarise(cells: Sequence[Cell], study_dir: pathlib.Path, split: str) -> dict[str, Any]:
-    """Mean and standard deviation of each metric per method, and the paired difference to the baseline.
+def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str, truth: str | None) -> None:
+    """Trains and measures a cell; a finished one is kept.
 
     Args:
-      cells: finished cells; every method with the same seeds.
-      study_dir: where they are.
-      split: the evaluated split.
-
-    Returns:
-      method -> metric -> ``mean``, ``std`` (None below two seeds) and, except for the baseline, ``difference`` and
-      ``standard_error``.
+      cell: the run.
+      dataset_path: a complete dataset directory.
+      study_dir: where the cell's work directory and result go.
+      split: the split to measure on.
+      truth: Parquet file with the planted truth of a simulated log, or None.
     """
-    values: dict[str, dict[str, list[float]]] = {}
-    for cell in cells:
-        overall = read_json(cell.work_dir(study_dir).evaluation(split))["overall"]
-        for metric in METRICS:
-            if overall[metric] is not None:
-                values.setdefault(cell.method, {}).setdefault(metric, []).append(overall[metric])
-    return {
-        method: {
-            metric: _summary(found, None if method == BASELINE else values.get(BASELINE, {}).get(metric))
-            for metric, found in by_metric.items()
-        }
-        for method, by_metric in values.items()
-    }
+    if cell.result(study_dir).exists():
+        return
+    dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(study_dir)
+    start = time.monotonic()
+    result: dict[str, Any] = {"stopped": None, "rows": []}
+    try:
+        train(dataset, cell.config, work_dir, title=None)
+        result["train_seconds"] = time.monotonic() - start
+        result["rows"] = list(measure_cell(work_dir, dataset, split, truth))
+    except (TrainingDivergedError, ConfidenceGuardError) as error:
+        result["stopped"] = str(error)  # A finding of the study, not a failure of it.
+    write_json(cell.result(study_dir), result)
+    _remove_checkpoints(work_dir)
+    tf.keras.backend.clear_session()
 
 
-def _summary(values: list[float], baseline: list[float] | None) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "num_seeds": len(values),
-    }
-    if baseline:
-        difference = paired_difference(values, baseline)
-        summary |= {"difference": difference.mean, "standard_error": difference.standard_error}
-    return summary
+def _remove_checkpoints(work_dir: WorkDir) -> None:
+    """The best weights stay; thousands of optimizer states would fill a disk."""
+    for path in work_dir.checkpoints.glob("*"):
+        path.unlink()
 
 
-def table_rows(summary: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> list[list[str]]:
-    """Two rows per method: mean (std), and below it the difference to the baseline +- its standard error."""
+def measure_cell(
+    work_dir: WorkDir, dataset: DatasetDir, split: str, truth: str | None
+) -> Iterator[tuple[str, str, float]]:
+    """(slice, metric, value) of a finished run; the slice is ``overall`` or ``<user group>=<label>``."""
+    model = load_model(work_dir, dataset)
+    groups = dataset.inputs.groups
+    record = ["label", "intensity_label", "sample_weight", "user_hash", "row_id"]
+    columns = input_pipeline.read_columns(dataset, split, [*record, *(group.name for group in groups)])
+    columns["pctr"] = predict(model, dataset, split)
+    columns["uncalibrated"] = expit(predict_logits(model, dataset, split).astype(np.float64))
+    if dataset.spec.intensity_label is None:
+        del columns["intensity_label"]
+    if truth is not None:
+        columns["genuine"] = _genuine(truth, columns["row_id"])
+    every = np.ones(len(columns["label"]), bool)
+    yield from ((OVERALL, *found) for found in _overall(columns, [group.name for group in groups]))
+    for group in groups:
+        floor = click_noise_floor(columns["uncalibrated"], {group.name: (columns[group.name], group.labels)})[
+            group.name
+        ]
+        for index, label in enumerate(group.labels):
+            rows = every & (columns[group.name] == index)
+            if rows.any():
+                name = f"{group.name}={label}"
+                yield from ((name, *found) for found in _sliced(columns, rows) if found[0] in _SLICED)
+                yield name, "click_noise_floor", floor[label]["floor"]
+
+
+def _genuine(truth: str, row_ids: np.ndarray) -> np.ndarray:
+    """Whether interest alone would have drawn a click, per row: the planted truth, found by row id."""
+    table = pyarrow.parquet.read_table(truth, columns=["row_id", "is_genuine"])
+    known = table.column("row_id").to_numpy()  # Ascending: the truth is written in the order of the log.
+    return table.column("is_genuine").to_numpy()[np.searchsorted(known, row_ids)].astype(np.float64)
+
+
+def _overall(columns: Mapping[str, np.ndarray], groups: Sequence[str]) -> Iterator[tuple[str, float]]:
+    rows = np.ones(len(columns["label"]), bool)
+    yield from (found for found in _sliced(columns, rows) if found[0] in (*_HEADLINES, "genuine_auc"))
+    label, weight = columns["label"], columns["sample_weight"]
+    gauc, _ = metrics.gauc(label, columns["pctr"], columns["user_hash"], weight)
+    yield from _defined("gauc", gauc)
+    if groups:
+        within, _ = metrics.gauc(label, columns["pctr"], columns[groups[0]], weight)
+        yield from _defined("group_auc", within)
+        if "genuine" in columns:
+            within, _ = metrics.gauc(columns["genuine"], columns["pctr"], columns[groups[0]], weight)
+            yield from _defined("genuine_group_auc", within)
+    for metric in _UNCALIBRATED:
+        yield from _defined(f"uncalibrated_{metric}", getattr(metrics, metric)(label, columns["uncalibrated"], weight))
+
+
+def _sliced(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> Iterator[tuple[str, float]]:
+    label, pctr, weight = (columns[name][rows] for name in ("label", "pctr", "sample_weight"))
+    for metric in ("auc", "log_loss", "pcoc", "ece"):
+        yield from _defined(metric, getattr(metrics, metric)(label, pctr, weight))
+    if "intensity_label" in columns:
+        intensity, clicked = columns["intensity_label"][rows], label > 0.5
+        yield from _defined("intensity_auc", metrics.auc(intensity, pctr, weight))
+        among = metrics.auc(intensity[clicked], pctr[clicked], weight[clicked])
+        yield from _defined("intensity_auc_among_clicks", among)
+    if "genuine" in columns:
+        yield from _defined("genuine_auc", metrics.auc(columns["genuine"][rows], pctr, weight))
+
+
+def _defined(metric: str, value: float | None) -> Iterator[tuple[str, float]]:
+    if value is not None:
+        yield metric, float(value)
+
+
+def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """One dict per measured number: data, backbone, method, seed, slice, metric, value."""
     rows = []
-    for method in (name for name in METHODS if name in summary):
-        found = summary[method]
-        rows.append([method, *(_mean_text(found.get(metric)) for metric in metrics)])
-        if method != BASELINE:
-            rows.append([f"  minus {BASELINE}", *(_difference_text(found.get(metric)) for metric in metrics)])
+    for cell in cells:
+        key = {"data": cell.data, "backbone": cell.backbone, "method": cell.method, "seed": cell.seed}
+        found = read_json(cell.result(study_dir))
+        rows += [{**key, "slice": part, "metric": metric, "value": value} for part, metric, value in found["rows"]]
     return rows
 
 
-def _mean_text(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['mean']:.4f}" + ("" if found["std"] is None else f" ({found['std']:.4f})")
-
-
-def _difference_text(found: Mapping[str, Any] | None) -> str:
-    if found is None or "difference" not in found:
-        return "-"
-    error = found["standard_error"]
-    return f"{found['difference']:+.4f}" + ("" if error is None else f" +- {error:.4f}")
+def stopped_cells(cells: Sequence[Cell], study_dir: pathlib.Path) -> dict[Cell, str]:
+    """The cells that a guard stopped, with its message."""
+    found = {cell: read_json(cell.result(study_dir))["stopped"] for cell in cells}
+    return {cell: message for cell, message in found.items() if message}

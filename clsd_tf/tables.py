@@ -129,8 +129,9 @@ class Split(StrictModel):
     """How rows become train, validation and test.
 
     ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
-    the given dates; a row never trains a model that is tested on an earlier one. ``rule: random`` draws each row
-    independently; it flatters every model (the future leaks into training) and exists for comparison only.
+    the given dates; a row never trains a model that is tested on an earlier one. Events from ``until`` on are left
+    out, which keeps days back while hyper-parameters are chosen. ``rule: random`` draws each row independently; it
+    flatters every model (the future leaks into training) and exists for comparison only.
     """
 
     rule: Literal["time", "random"] = "time"
@@ -139,6 +140,7 @@ class Split(StrictModel):
     test: float = pydantic.Field(0.1, gt=0, lt=1)
     validation_from: Moment | None = None
     test_from: Moment | None = None
+    until: Moment | None = None
     seed: int = pydantic.Field(0, ge=0)
 
     @pydantic.model_validator(mode="after")
@@ -154,4 +156,6 @@ class Split(StrictModel):
             raise ValueError(
                 f"test_from must be after validation_from. Received: {self.test_from} <= {self.validation_from}"
             )
+        if self.until and not (self.test_from and self.until > self.test_from):
+            raise ValueError(f"until must come after test_from. Received: {self.until} and {self.test_from}")
         return self

@@ -19,11 +19,11 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_json, write_text
+from clsd_tf.assembly import load_model
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.examples import arrow_to_tensors, encode_examples
 from clsd_tf.features import FeatureSpec
 from clsd_tf.input_pipeline import batches, read_columns
-from clsd_tf.training import load_model
 from clsd_tf.transform import FeatureTransform
 from export.signatures import ServingModule, serving_signatures
 from export.warmup import write_warmup_requests

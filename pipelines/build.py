@@ -231,7 +231,7 @@ class _Build:
         self._check_splits(splits, cut_offs)
         self._write_statistics()
         moments = [_iso_time(cut_off) for cut_off in cut_offs]
-        names = ("validation_from", "test_from")
+        names = ("validation_from", "test_from", "until")
         return {"splits": splits, "split_rule": self.spec.split.rule, **dict(zip(names, moments, strict=False))}
 
     def _joined_files(self) -> list[str]:

@@ -13,17 +13,17 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, read_json
-from clsd_tf.study import table_rows
+from clsd_tf.study_tables import CONSOLE_METRICS, compare, overall, summary_table
 
 _DEMO_DIR = flags.DEFINE_string("demo_dir", "demo", "Directory for everything the demo writes.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Number of paired seeds.", 1)
 
-_SERVED = "study/clsd_cross_fit/seed_1"  # The run that is reported, exported and queried.
-_HEADLINES = ("auc", "gauc", "pcoc", "intensity_auc_among_clicks")
+_SERVED = "study/runs/time_split/deepfm/clsd/seed_1"  # The run that is reported, exported and queried.
 
 
 class CommandFailedError(RuntimeError):
@@ -99,36 +99,24 @@ def run_job(demo: pathlib.Path) -> str:
 def _run_studies(demo: pathlib.Path, dataset: pathlib.Path, random_dataset: pathlib.Path) -> None:
     run_step(
         "Train with BCE and with click confidence, paired seeds",
-        demo / "study" / "results.json",
+        demo / "study" / "results.parquet",
         "pipelines.study",
-        f"--dataset_dir={dataset}",
+        "--study=demo",
         f"--study_dir={demo / 'study'}",
-        "--methods=bce,clsd_self,clsd_cross_fit",
-        f"--seeds={_SEEDS.value}",
-    )
-    run_step(
-        "Train the baseline on the random split",
-        demo / "study_random_split" / "results.json",
-        "pipelines.study",
-        f"--dataset_dir={random_dataset}",
-        f"--study_dir={demo / 'study_random_split'}",
-        "--methods=bce",
+        f"--dataset_dir=time_split={dataset}",
+        f"--dataset_dir=random_split={random_dataset}",
         f"--seeds={_SEEDS.value}",
     )
 
 
 def print_summary(demo: pathlib.Path, spec: str) -> None:
     console.console.rule("[bold]Summary", align="left")
-    rows = []
-    for split, study in (("time", "study"), ("random", "study_random_split")):
-        methods = read_json(demo / study / "results.json")["methods"]
-        rows += [[f"{row[0]} ({split} split)", *row[1:]] for row in table_rows(methods, _HEADLINES)]
-    num_seeds = methods["bce"]["auc"]["num_seeds"]
-    title = f"{spec}, test split, {num_seeds} paired seeds: mean (std); difference to bce +- standard error"
-    console.print_table(title, ["", *_HEADLINES], rows)
     version = max((demo / "servable" / spec).iterdir(), key=lambda path: path.name)
     verified = read_json(version / "assets.extra" / "manifest.json")["verification"]
     worst = max(verified["max_difference"].values())
+    results = pyarrow.parquet.read_table(demo / "study" / "results.parquet").to_pylist()
+    title = f"{spec}, test split: mean (std) over seeds; difference to bce +- standard error"
+    console.print_table(title, *summary_table(overall(compare(results)), CONSOLE_METRICS))
     console.console.print(
         f"Train/serve equality: {verified['rows']:,} rows through every signature differ by at most {worst:.1e}",
         soft_wrap=True,
@@ -137,7 +125,8 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
     artefacts = [
         ("dataset", f"{demo / 'dataset'} ({bad:,} bad rows)"),
         ("runs, TensorBoard", f"{demo / 'study'} (tensorboard --logdir {demo / 'study'})"),
-        ("report", str(demo / _SERVED / "report.html")),
+        ("study", f"{demo / 'study' / 'report.html'}, tables.md and results.parquet"),
+        ("report of one run", str(demo / _SERVED / "report.html")),
         ("servable", str(version)),
         ("scores", str(demo / "scores.csv")),
     ]

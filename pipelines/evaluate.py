@@ -10,9 +10,9 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, read_json, write_json, write_text
+from clsd_tf.assembly import load_model
 from clsd_tf.evaluation import HEADLINES, evaluate, table_rows
 from clsd_tf.report import render_report
-from clsd_tf.training import load_model
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

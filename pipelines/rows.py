@@ -192,6 +192,7 @@ def _joined_columns(events: pa.Table, spec: FeatureSpec) -> pa.Table:
         USER_HASH: pa.array(users),
         "label": pa.array(label),
         "intensity_label": pa.array(intensity),
+        "intensity_value": _intensity_values(events, spec),
         "sample_weight": pa.array(weight.astype(np.float32)),
     }
     histories = {feature.name: feature for feature in spec.features if isinstance(feature, HistoryFeature)}
@@ -203,6 +204,14 @@ def _joined_columns(events: pa.Table, spec: FeatureSpec) -> pa.Table:
         else:
             columns[entry.name] = events.column(entry.name)
     return pa.table(columns)
+
+
+def _intensity_values(events: pa.Table, spec: FeatureSpec) -> pa.Array:
+    """float32, NaN where the event has none or the spec declares none."""
+    if spec.intensity_value is None:
+        return pa.array(np.full(len(events), np.nan, np.float32))
+    values = pc.fill_null(events.column(spec.intensity_value).cast(pa.float64()), float("nan"))
+    return pa.array(values.to_numpy().astype(np.float32))
 
 
 def user_histories(users: np.ndarray, times: np.ndarray, values: pa.ChunkedArray, max_length: int) -> pa.ListArray:
@@ -288,7 +297,8 @@ class TimeHistogram:
 def split_cut_offs(split: Split, histogram: TimeHistogram) -> list[int]:
     """Event times in microseconds at which validation and test begin (unused by the random rule)."""
     if split.validation_from is not None:
-        return [_microseconds(split.validation_from), _microseconds(split.test_from)]
+        moments = [split.validation_from, split.test_from, split.until]
+        return [_microseconds(moment) for moment in moments if moment is not None]
     return histogram.cut_offs([split.train, split.train + split.validation])
 
 
@@ -297,7 +307,7 @@ def _microseconds(moment: dt.datetime) -> int:
 
 
 def split_indices(split: Split, cut_offs: Sequence[int], times: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """0 train, 1 validation, 2 test, per row."""
+    """0 train, 1 validation, 2 test, 3 left out, per row."""
     if split.rule == "time":
         return np.searchsorted(np.array(cut_offs, np.int64), times, side="right")
     uniform = mix_row_ids(row_ids, split.seed) / 2.0**64

@@ -1,74 +1,177 @@
-"""Compares methods over paired seeds on one dataset.
+"""Runs a study: data x backbone x method x seed from one YAML file, and the tables that tell what it shows.
 
 Example:
-  python -m pipelines.study --dataset_dir=demo/dataset --study_dir=demo/study --methods=bce,clsd_cross_fit --seeds=5
+  python -m pipelines.study --study=small --study_dir=study
+  python -m pipelines.study --study=full --study_dir=study --input_dir=kuairand=path/to/kuairand
 
-Each cell (method, seed) is a run of its own in <study_dir>/<method>/seed_<n>; finished cells are kept, so a killed
-study goes on where it was. Early stopping uses the validation split, the table the evaluated split. The table gives
-"mean (std)" of each method and below it the mean difference to the baseline +- its standard error over the seeds.
+--study is the name of a study that comes with the package or the path of a YAML file; pipelines/studies/small.yaml is
+the one to copy. Datasets are fetched, simulated or read from --input_dir, and built below <study_dir>/data; every run
+has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed study goes on where it was, and a
+study that grew by a method only runs what is new. Leaves results.parquet (every measured number), tables.md and
+report.html in the study directory.
 """
 
 import concurrent.futures
+import datetime as dt
+import functools
+import importlib.metadata
 import multiprocessing
 import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterable
 
+import pyarrow as pa
+import pyarrow.parquet
 import rich.progress
 from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS, write_json
-from clsd_tf.study import METHODS, METRICS, Cell, run_cell, summarise, table_rows, use_one_thread
-from clsd_tf.training import load_config, teacher_warning
+from clsd_tf.artifacts import DatasetDir, write_text
+from clsd_tf.study import Cell, prepare_teacher, read_results, run_cell, stopped_cells, use_one_thread
+from clsd_tf.study_tables import CONSOLE_METRICS, Row, compare, overall, render_html, render_markdown, summary_table
+from clsd_tf.teachers import scores_file
+from clsd_tf.train_config import teacher_warning
+from pipelines.study_config import StudyConfig, load_study
+from pipelines.study_data import PreparedData, prepared_data
 
-_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory.", required=True)
-_STUDY_DIR = flags.DEFINE_string("study_dir", None, "Directory for the runs and results.json.", required=True)
-_METHODS = flags.DEFINE_list("methods", ["bce", "clsd_cross_fit"], f"Methods to compare: {', '.join(METHODS)}.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds: 1, 2, ...", 1)
-_SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Split that the table is about.")
+_STUDY = flags.DEFINE_string("study", "small", "Name of a study, or path of a YAML file.")
+_STUDY_DIR = flags.DEFINE_string("study_dir", None, "Directory for datasets, runs and tables.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", None, "Number of paired seeds, instead of the study's.", 1)
+_INPUT_DIR = flags.DEFINE_multi_string("input_dir", [], "<name>=<directory> with the tables of a data set.")
+_DATASET_DIR = flags.DEFINE_multi_string("dataset_dir", [], "<data>=<dataset directory> that is built already.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 2, "Runs side by side, one thread each.", 1)
-_CONFIG = flags.DEFINE_string("config", None, "YAML file with settings that all methods share.")
-_SET = flags.DEFINE_multi_string("set", [], "key=value on top of --config, for all methods; may be repeated.")
+_MAX_TASKS_PER_PROCESS = 40  # A fresh process now and then: TensorFlow keeps a little of every graph.
 
 
-def run_cells(cells: list[Cell]) -> None:
-    """Runs all cells in processes of their own, with a live bar."""
-    shared = load_config(_CONFIG.value, _SET.value)
-    # A wrong method or config fails before anything runs, and each warning is given once.
-    for warning in {teacher_warning(cell.config(shared)) for cell in cells}:
-        console.warn(warning)
-    # Spawned, since TensorFlow's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, use_one_thread) as pool:
-        arguments = (_DATASET_DIR.value, _STUDY_DIR.value, shared, _SPLIT.value)
-        pending = [pool.submit(run_cell, cell, *arguments) for cell in cells]
-        try:
-            _watch(pending)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _directories(flag: str, values: Iterable[str]) -> dict[str, pathlib.Path]:
+    """``name=path`` flags -> name -> path."""
+    found = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not pathlib.Path(path).is_dir():
+            raise ValueError(f"--{flag} takes <name>=<existing directory>. Received: {value!r}")
+        found[name] = pathlib.Path(path)
+    return found
 
 
-def _watch(pending: list[concurrent.futures.Future]) -> None:
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+class _Pool:
+    """Processes that run the tasks of a phase side by side, under one bar with the time left."""
+
+    def __init__(self, num_processes: int):
+        self._num_processes = num_processes
+
+    def run(self, title: str, tasks: dict[str, tuple[Callable, ...]]) -> None:
+        """Runs ``label -> (function, *arguments)``; the first error ends the study, and finished work is kept."""
+        if not tasks:
+            return
+        # Spawned, since TensorFlow's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            self._num_processes, context, use_one_thread, max_tasks_per_child=_MAX_TASKS_PER_PROCESS
+        ) as pool:
+            pending = {pool.submit(*task): label for label, task in tasks.items()}
+            try:
+                _watch(title, pending)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _watch(title: str, pending: dict[concurrent.futures.Future, str]) -> None:
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    start = time.monotonic()
     with rich.progress.Progress(*columns, console=console.console, disable=not console.console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(pending))
-        for done in concurrent.futures.as_completed(pending):
-            cell = done.result()
+        task = bar.add_task(title, total=len(pending))
+        for count, done in enumerate(concurrent.futures.as_completed(pending), start=1):
+            done.result()
             bar.advance(task)
-            bar.console.print(f"[green]done[/] {cell.method} seed {cell.seed}")
+            left = dt.timedelta(seconds=round((time.monotonic() - start) / count * (len(pending) - count)))
+            bar.console.print(f"[green]done[/] {pending[done]} ({count}/{len(pending)}, about {left} left)")
+
+
+def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) -> dict[Cell, PreparedData]:
+    dataset_dirs = _directories("dataset_dir", _DATASET_DIR.value)
+    input_dirs = _directories("input_dir", _INPUT_DIR.value)
+    return {
+        cell: prepared_data(study.data_set(cell.data), cell.seed, study_dir, dataset_dirs, input_dirs) for cell in cells
+    }
+
+
+def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path) -> None:
+    located = _locate(study, cells, study_dir)
+    for warning in {teacher_warning(cell.config) for cell in cells if "self" not in cell.method}:
+        console.warn(warning)
+    pool = _Pool(_NUM_PROCESSES.value)
+    todo = [cell for cell in cells if not cell.result(study_dir).exists()]
+    datasets = {str(located[cell].dataset_dir): located[cell] for cell in todo}
+    pool.run(
+        "datasets",
+        {path: (data.prepare,) for path, data in datasets.items() if not pathlib.Path(path).exists()},
+    )
+    pool.run("teachers", dict(_teacher_tasks(todo, located)))
+    pool.run(
+        "runs",
+        {
+            str(cell): (run_cell, cell, str(located[cell].dataset_dir), study_dir, study.split, located[cell].truth)
+            for cell in todo
+        },
+    )
+
+
+def _teacher_tasks(cells: Iterable[Cell], located: dict[Cell, PreparedData]) -> Iterable[tuple[str, tuple]]:
+    """One task per teacher: cells that share it must not train it twice."""
+    open_dataset = functools.cache(DatasetDir)
+    seen = set()
+    for cell in cells:
+        if not cell.config.uses_stored_scores:
+            continue
+        path = str(located[cell].dataset_dir)
+        file = scores_file(open_dataset(path), cell.config)
+        if file not in seen and not file.exists():
+            seen.add(file)
+            yield f"teacher of {cell}", (prepare_teacher, path, cell.config)
+
+
+def _facts(study: StudyConfig, seconds: float) -> dict[str, str]:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("clsd_tf", "tensorflow", "tf-keras", "numpy")
+    )
+    return {
+        "command": f"python -m pipelines.study --study={_STUDY.value}",
+        "date": dt.date.today().isoformat(),
+        "versions": f"Python {platform.python_version()}, {versions}",
+        "seeds": f"1 to {study.seeds}, paired",
+        "split": study.split,
+        "this session took": f"{dt.timedelta(seconds=round(seconds))} with {_NUM_PROCESSES.value} processes",
+    }
+
+
+def _write_tables(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path, facts: dict[str, str]) -> None:
+    results = read_results(cells, study_dir)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(results), study_dir / "results.parquet")
+    grids: list[tuple[str, list[Row]]] = []
+    for grid in study.grids:
+        keys = {(cell.data, cell.backbone, cell.method) for cell in study.cells(grid)}
+        rows = compare(row for row in results if (row["data"], row["backbone"], row["method"]) in keys)
+        grids.append((grid.title, rows))
+        console.print_table(grid.title, *summary_table(overall(rows), CONSOLE_METRICS))
+    notes = [f"{cell} was stopped: {message}" for cell, message in stopped_cells(cells, study_dir).items()]
+    write_text(study_dir / "tables.md", render_markdown(facts, grids, notes))
+    write_text(study_dir / "report.html", render_html(_STUDY.value, facts, grids, notes))
 
 
 def main(argv) -> None:
-    if len(set(_METHODS.value)) != len(_METHODS.value):
-        raise ValueError(f"each method may be named once. Received: --methods={','.join(_METHODS.value)}")
+    start = time.monotonic()
+    study = load_study(_STUDY.value)
+    if _SEEDS.value is not None:
+        study = study.model_copy(update={"seeds": _SEEDS.value})
     study_dir = pathlib.Path(_STUDY_DIR.value)
-    cells = [Cell(method, seed) for method in _METHODS.value for seed in range(1, _SEEDS.value + 1)]
-    run_cells(cells)
-    summary = summarise(cells, study_dir, _SPLIT.value)
-    write_json(study_dir / "results.json", {"split": _SPLIT.value, "methods": summary})
-    title = f"{_SEEDS.value} paired seeds, {_SPLIT.value} split: mean (std); difference to bce +- standard error"
-    console.print_table(title, ["method", *METRICS], table_rows(summary))
-    console.console.print(f"{study_dir / 'results.json'}")
+    # Grids may share cells; each is run once.
+    cells = list({str(cell): cell for grid in study.grids for cell in study.cells(grid)}.values())
+    _run(study, cells, study_dir)
+    _write_tables(study, cells, study_dir, _facts(study, time.monotonic() - start))
+    console.console.print(f"results.parquet, tables.md and report.html in {study_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

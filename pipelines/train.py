@@ -15,7 +15,9 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.training import load_config, make_deterministic, teacher_warning, train
+from clsd_tf.assembly import make_deterministic
+from clsd_tf.train_config import load_config, teacher_warning
+from clsd_tf.training import train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")

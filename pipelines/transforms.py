@@ -20,13 +20,13 @@ import pyarrow.parquet
 import tensorflow as tf
 
 from clsd_tf.artifacts import SPLITS, DatasetLayout
-from clsd_tf.examples import arrow_to_tensors, encode_examples
+from clsd_tf.examples import RECORD_IDS, RECORD_NUMBERS, arrow_to_tensors, encode_examples
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from clsd_tf.model_inputs import Statistics
 from clsd_tf.transform import FeatureTransform
 from pipelines.results import write_lines
-from pipelines.rows import EVENT_TIME, USER_HASH, Profiles, TimeHistogram, join_rows, parse_rows, split_indices
+from pipelines.rows import EVENT_TIME, Profiles, TimeHistogram, join_rows, parse_rows, split_indices
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile, read_file, tfds_batch
 
 ROWS_PER_BATCH = 8192
@@ -277,7 +277,9 @@ def _read_parquet(path: str) -> Iterator[pa.Table]:
 
 def _assign_split(table: pa.Table, spec: FeatureSpec, cut_offs: list[int]) -> Iterator[tuple[int, pa.Table]]:
     times, row_ids = table.column(EVENT_TIME).to_numpy(), table.column(ROW_ID).to_numpy()
-    return split_table(table, split_indices(spec.split, cut_offs, times, row_ids))
+    for index, part in split_table(table, split_indices(spec.split, cut_offs, times, row_ids)):
+        if index < len(SPLITS):
+            yield index, part
 
 
 # --- Encode ----------------------------------------------------------------------------------------------------------
@@ -342,13 +344,7 @@ class _WriteShardFn(beam.DoFn):
             yield from self._encode(*self._tensors(table.slice(start, ROWS_PER_BATCH))).numpy()
 
     def _tensors(self, table: pa.Table) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-        record = {
-            "label": tf.constant(table.column("label").to_numpy()),
-            "intensity_label": tf.constant(table.column("intensity_label").to_numpy()),
-            "sample_weight": tf.constant(table.column("sample_weight").to_numpy()),
-            "user_hash": tf.constant(table.column(USER_HASH).to_numpy()),
-            "row_id": tf.constant(table.column(ROW_ID).to_numpy()),
-        }
+        record = {name: tf.constant(table.column(name).to_numpy()) for name in (*RECORD_NUMBERS, *RECORD_IDS)}
         return arrow_to_tensors(table, self._spec.raw_inputs), record
 
 

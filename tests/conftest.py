@@ -4,12 +4,20 @@
 import clsd_tf  # noqa: F401  First: it selects the Keras that tensorflow-recommenders supports.
 
 # isort: on
+import dataclasses
+import pathlib
+import shutil
+
 import pytest
+import tensorflow as tf
 import yaml
 
 import feature_specs
-from clsd_tf.artifacts import DatasetDir
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from clsd_tf.assembly import make_deterministic
 from clsd_tf.features import parse_spec
+from clsd_tf.train_config import TrainConfig, load_config
+from clsd_tf.training import train
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import FeedConfig, simulate_feed
 
@@ -88,3 +96,74 @@ def feed_dataset(feed_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("dataset") / "dataset"
     build_dataset(feature_specs.get_spec("simulated_feed"), BuildConfig(input_dir=str(feed_dir)), path)
     return DatasetDir(path)
+
+
+@pytest.fixture(scope="session")
+def deterministic():
+    """As commands that train do: histories, scores and weights are compared bit for bit."""
+    make_deterministic()
+
+
+_TINY = [
+    "embedding_dim=4",
+    "hidden_units=[8]",
+    "batch_size=256",
+    "max_epochs=2",
+    "clsd.teacher=self",
+    "clsd.loss_warmup_steps=5",
+    "clsd.num_folds=2",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Assignments -> config: two epochs of 13 steps on ``feed_dataset``, of which 5 steps are loss warm-up."""
+
+    def config(*assignments):
+        return load_config(None, [*_TINY, *assignments])
+
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, its config and the history that ``train`` returned."""
+
+    work_dir: WorkDir
+    config: TrainConfig
+    history: list
+
+
+@pytest.fixture(scope="session")
+def run_of(feed_dataset, tmp_path_factory):
+    """Config -> finished ``Run`` on ``feed_dataset``."""
+
+    def run(config, name):
+        work_dir = WorkDir(tmp_path_factory.mktemp("runs") / name)
+        return Run(work_dir, config, train(feed_dataset, config, work_dir, title=None))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def clsd_run(run_of, tiny, deterministic):
+    """With AdGate, global and local confidence; calibrated in each age group. Read-only."""
+    return run_of(tiny("calibration.user_group=age_group"), "clsd")
+
+
+@pytest.fixture(scope="session")
+def with_changed_records():
+    """(dataset, path, change) -> a copy of the dataset after ``change(feature)`` of each training record."""
+
+    def changed(dataset, path, change):
+        shutil.copytree(dataset.path, path)
+        copy = DatasetDir(path)
+        for file in map(pathlib.Path, copy.record_files("train")):
+            examples = [tf.train.Example.FromString(text.numpy()) for text in tf.data.TFRecordDataset(str(file))]
+            with tf.io.TFRecordWriter(str(file)) as writer:
+                for example in examples:
+                    change(example.features.feature)
+                    writer.write(example.SerializeToString())
+        return copy
+
+    return changed

@@ -12,10 +12,11 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 LEVELS = [
     {"model_inputs", "validation"},
     {"tables"},
+    {"feature_types"},
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start"},
     {"transform", "examples"},
-    {"input_pipeline", "embeddings", "losses", "metrics", "significance"},
+    {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
     {"callbacks"},

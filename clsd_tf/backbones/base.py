@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import tensorflow as tf
 
 from clsd_tf.model_inputs import ModelInputs
@@ -19,10 +23,15 @@ class Backbone(tf.keras.Model):
 
     Args:
       inputs: what the transform gives.
-      embedding_dim: size of each field's embedding.
-      hidden_units: units of the hidden layers.
+      embedding_dim: size of each field's embedding, >= 1.
+      hidden_units: units of the hidden layers; empty for none.
       dropout: rate after each hidden layer, in [0, 1).
+
+    Raises:
+      ValueError: an argument out of range, or fewer inputs than the model's formula needs.
     """
+
+    min_num_fields: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -34,8 +43,15 @@ class Backbone(tf.keras.Model):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        require_positive_integers(embedding_dim=embedding_dim)
+        require_unit_sizes("hidden_units", hidden_units)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1). Received: {dropout}")
+        if inputs.num_fields < self.min_num_fields:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.min_num_fields} or more inputs. "
+                f"Received: {', '.join(field_names(inputs)) or 'none'}. Declare more features or take another backbone"
+            )
         self._config = {
             "inputs": inputs.to_dict(),
             "embedding_dim": embedding_dim,
@@ -50,10 +66,82 @@ class Backbone(tf.keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Backbone:
         return cls(**{**config, "inputs": ModelInputs.from_dict(config["inputs"])})
 
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Names of the keyword arguments, those of the parent classes included."""
+        initialisers = [vars(parent).get("__init__") for parent in cls.__mro__ if issubclass(parent, Backbone)]
+        return {
+            parameter.name
+            for initialiser in initialisers
+            if initialiser
+            for parameter in inspect.signature(initialiser).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+
+def require_positive_integers(**arguments: Any) -> None:
+    """Checks that each argument is a whole number of at least 1; raises ValueError otherwise."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1. Received: {value!r}")
+
+
+def require_unit_sizes(name: str, sizes: Any, *, min_layers: int = 0) -> None:
+    """Checks a sequence of layer sizes; raises ValueError."""
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < min_layers:
+        raise ValueError(f"{name} must be a list of {min_layers} or more layer sizes. Received: {sizes!r}")
+    require_positive_integers(**{f"{name}[{index}]": units for index, units in enumerate(sizes)})
+
+
+def require_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Checks that an argument is one of a closed set of names; raises ValueError otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
+
+
+def field_names(inputs: ModelInputs) -> list[str]:
+    """Names of the fields in the order in which ``FieldEmbeddings`` gives them."""
+    return [*(entry.name for entry in inputs.categorical), *inputs.numeric]
+
+
+def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
+    """One ``tf.keras.Input`` for each model input, by name: what a functional Keras model starts from."""
+    ids = {
+        entry.name: tf.keras.Input([] if entry.max_values is None else [entry.max_values], dtype=tf.int64)
+        for entry in inputs.categorical
+    }
+    return ids | {name: tf.keras.Input([], dtype=tf.float32) for name in inputs.numeric}
+
 
 def concat_fields(embeddings: tf.Tensor) -> tf.Tensor:
     """[batch, num_fields, embedding_dim] -> [batch, num_fields * embedding_dim]."""
     return tf.reshape(embeddings, [-1, embeddings.shape[1] * embeddings.shape[2]])
+
+
+def split_first_order(looked_up: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Embeddings whose last column is the first-order weight -> embeddings and summed weights: one lookup for both.
+
+    Args:
+      looked_up: [batch, num_fields, embedding_dim + 1].
+
+    Returns:
+      Embeddings [batch, num_fields, embedding_dim]; first-order term, float32 [batch].
+    """
+    return looked_up[:, :, :-1], tf.reduce_sum(tf.cast(looked_up[:, :, -1], tf.float32), axis=1)
+
+
+def pair_products(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """left_i * right_j, element-wise, for all pairs of fields i < j.
+
+    Args:
+      left: [batch, num_fields, dim]; its last field is in no pair and may be missing.
+      right: [batch, num_fields, dim].
+
+    Returns:
+      [batch, num_fields * (num_fields - 1) / 2, dim].
+    """
+    i, j = np.triu_indices(right.shape[1], 1)
+    return tf.gather(left, i, axis=1) * tf.gather(right, j, axis=1)
 
 
 def mlp(hidden_units: Sequence[int], dropout: float, name: str = "mlp") -> tf.keras.Sequential:
@@ -66,6 +154,29 @@ def mlp(hidden_units: Sequence[int], dropout: float, name: str = "mlp") -> tf.ke
     return tf.keras.Sequential(layers, name=name)
 
 
+def stacked_glorot(num_rows: int, num_columns: int) -> tf.keras.initializers.Initializer:
+    """Glorot's uniform initializer for a stack of matrices, [..., num_rows, num_columns].
+
+    Keras' own would take the leading dimensions for a receptive field and make the weights too small.
+    """
+    limit = math.sqrt(6 / (num_rows + num_columns))
+    return tf.keras.initializers.RandomUniform(-limit, limit)
+
+
 def logit_layer(name: str = "logits") -> tf.keras.layers.Dense:
     """One unit in float32, whatever the precision policy: the loss must not be computed in half precision."""
     return tf.keras.layers.Dense(1, dtype="float32", name=name)
+
+
+class LogitBias(tf.keras.layers.Layer):
+    """logits + bias in float32, for models whose logits are a plain sum; ``call`` takes and gives [batch]."""
+
+    def __init__(self, name: str = "logit_bias"):
+        super().__init__(name=name, dtype="float32")
+
+    def build(self, input_shape: Any) -> None:
+        self._bias = self.add_weight(name="bias", shape=[], initializer="zeros")
+        super().build(input_shape)
+
+    def call(self, logits: tf.Tensor) -> tf.Tensor:
+        return logits + self._bias

@@ -1,7 +1,8 @@
-"""Click-confidence learning: confidence functions, AdGate, monitors and the model that trains with them."""
+"""Click-confidence learning: confidence functions, AdGate, guards, monitors and the model that trains with them."""
 
 from clsd_tf.clsd.ad_gate import AdGate
-from clsd_tf.clsd.confidence import ClsdConfig
+from clsd_tf.clsd.config import AdGateConfig, ClsdConfig
+from clsd_tf.clsd.guards import ConfidenceGuardError
 from clsd_tf.clsd.model import ClsdModel
 
-__all__ = ["AdGate", "ClsdConfig", "ClsdModel"]
+__all__ = ["AdGate", "AdGateConfig", "ClsdConfig", "ClsdModel", "ConfidenceGuardError"]

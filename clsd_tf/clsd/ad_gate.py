@@ -2,69 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from clsd_tf.backbones.base import mlp
-from clsd_tf.model_inputs import GroupInput
+from clsd_tf.clsd.config import AdGateConfig
+from clsd_tf.model_inputs import GroupInput, ModelInputs
 
 
 class AdGate(tf.keras.layers.Layer):
-    """correction = w . mlp(concat(group embeddings)) + b, a small MLP over user-group features.
+    """correction = w . mlp(concat(embeddings of ids, numbers)) + b, a small MLP over user-profile features.
 
     The correction is added to the teacher score before weighting (arXiv 2309.16322, abstract: a local confidence
-    function per user group). It is trained by ``ad_gate_loss`` alone: trained by the loss it weights, it would run to
-    minus infinity. The output layer starts at 0, so that an untrained gate corrects nothing.
+    function per user group). The output layer starts at 0, so that an untrained gate corrects nothing. With the
+    ``literal`` objective the output is bound * tanh(...).
 
     Args:
-      groups: the user groups it reads; at least one. Item features do not belong here.
-      embedding_dim: size of each group's embedding.
-      hidden_units: units of the hidden layers.
+      inputs: what the transform gives.
+      config: which of the inputs it reads, and its sizes.
 
     Returns:
       ``call`` maps the feature dict to the correction, float32 [batch].
+
+    Raises:
+      ValueError: it would read an item feature, an unknown one, or none at all.
     """
 
     def __init__(
-        self,
-        groups: Sequence[GroupInput],
-        *,
-        embedding_dim: int = 8,
-        hidden_units: Sequence[int] = (16,),
-        name: str = "ad_gate",
-        **kwargs: Any,
+        self, inputs: ModelInputs, config: AdGateConfig | None = None, *, name: str = "ad_gate", **kwargs: Any
     ):
         super().__init__(name=name, dtype="float32", **kwargs)
-        if not groups:
-            raise ValueError("AdGate needs at least one user group. Received: none. Declare user_groups in the spec")
-        self.groups = tuple(groups)
-        self._settings = {"embedding_dim": embedding_dim, "hidden_units": list(hidden_units)}
-        self._tables = [
-            tf.keras.layers.Embedding(len(group.labels), embedding_dim, name=f"group_{group.name}") for group in groups
-        ]
-        self._mlp = mlp(hidden_units, dropout=0.0)
+        self.config = config or AdGateConfig()
+        self._inputs = inputs
+        self.features = _checked_features(inputs, self.config.features)
+        sizes = {group.name: len(group.labels) for group in inputs.groups}
+        sizes |= {entry.name: entry.vocabulary_size for entry in inputs.categorical if entry.max_values is None}
+        self._numeric = [feature for feature in self.features if feature not in sizes]
+        self._tables = {
+            feature: tf.keras.layers.Embedding(sizes[feature], self.config.embedding_dim, name=f"table_{feature}")
+            for feature in self.features
+            if feature in sizes
+        }
+        self._mlp = mlp(self.config.hidden_units, dropout=0.0)
         self._output = tf.keras.layers.Dense(1, kernel_initializer="zeros", name="correction")
 
+    @property
+    def groups(self) -> tuple[GroupInput, ...]:
+        """The user groups among its features: what is watched."""
+        return tuple(group for group in self._inputs.groups if group.name in self.features)
+
     def call(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        embedded = [table(features[group.name]) for group, table in zip(self.groups, self._tables, strict=True)]
-        return tf.squeeze(self._output(self._mlp(tf.concat(embedded, axis=1))), axis=1)
+        parts = [table(features[name]) for name, table in self._tables.items()]
+        parts += [features[name][:, tf.newaxis] for name in self._numeric]
+        correction = tf.squeeze(self._output(self._mlp(tf.concat(parts, axis=1))), axis=1)
+        if self.config.objective == "literal":
+            return self.config.bound * tf.tanh(correction)
+        return correction
+
+    def loss(
+        self, correction: tf.Tensor, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor
+    ) -> tf.Tensor:
+        """The loss of the configured objective, a scalar; arguments as in the functions below."""
+        if self.config.objective == "literal":
+            return literal_loss(correction, teacher_score, bce, click_weight)
+        return residual_loss(correction, teacher_score, click_weight)
 
     def get_config(self) -> dict[str, Any]:
-        groups = [{"name": group.name, "labels": list(group.labels)} for group in self.groups]
-        return {**super().get_config(), "groups": groups, **self._settings}
+        return {**super().get_config(), "inputs": self._inputs.to_dict(), "config": self.config.model_dump(mode="json")}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AdGate:
-        groups = [GroupInput(group["name"], tuple(group["labels"])) for group in config["groups"]]
-        return cls(**{**{key: value for key, value in config.items() if key != "dtype"}, "groups": groups})
+        rest = {key: value for key, value in config.items() if key not in ("dtype", "inputs", "config")}
+        settings = {**config["config"], "hidden_units": tuple(config["config"]["hidden_units"])}
+        if settings["features"] is not None:
+            settings["features"] = tuple(settings["features"])
+        return cls(ModelInputs.from_dict(config["inputs"]), AdGateConfig(**settings), **rest)
 
 
-def ad_gate_loss(correction: tf.Tensor, teacher_score: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
+def _checked_features(inputs: ModelInputs, features: tuple[str, ...] | None) -> tuple[str, ...]:
+    groups = tuple(group.name for group in inputs.groups)
+    allowed = (*groups, *inputs.user_features)
+    wrong = [feature for feature in features or () if feature not in allowed]
+    if wrong:
+        raise ValueError(
+            "AdGate reads user groups and single-valued features of the user table only: a correction by item would "
+            f"undo the confidence it corrects. Received: {', '.join(wrong)}. Allowed: {', '.join(allowed) or 'none'}"
+        )
+    if not (features or groups):
+        raise ValueError(
+            "AdGate needs at least one user group. Received: none. Declare user_groups in the spec, or do without "
+            "local confidence: clsd.mu=0 with clsd.lambda=1"
+        )
+    return features or groups
+
+
+def residual_loss(correction: tf.Tensor, teacher_score: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
     """mean over clicks of (1 - teacher_score - correction)^2; no gradient reaches the teacher.
 
-    Its minimum is correction = 1 - E[teacher_score | click, group]: the typical confidence of the group, a convex
+    Its minimum is correction = 1 - E[teacher_score | click, features]: the typical confidence of the group, a convex
     problem of its own with nothing to drive to infinity.
 
     Args:
@@ -77,3 +114,21 @@ def ad_gate_loss(correction: tf.Tensor, teacher_score: tf.Tensor, click_weight: 
     """
     error = tf.square(1.0 - tf.stop_gradient(teacher_score) - correction)
     return tf.math.divide_no_nan(tf.reduce_sum(click_weight * error), tf.reduce_sum(click_weight))
+
+
+def literal_loss(correction: tf.Tensor, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
+    """mean over clicks of (teacher_score + correction) * bce: what the gate would see of the loss that it weights.
+
+    Its gradient on every correction is positive, so nothing but a bound stops it.
+
+    Args:
+      correction: AdGate's output, [batch].
+      teacher_score: [batch], in [0, 1].
+      bce: cross-entropy of each row, [batch].
+      click_weight: labels * sample_weight, [batch].
+
+    Returns:
+      Scalar; 0 in a batch without clicks.
+    """
+    weighted = (tf.stop_gradient(teacher_score) + correction) * tf.stop_gradient(bce)
+    return tf.math.divide_no_nan(tf.reduce_sum(click_weight * weighted), tf.reduce_sum(click_weight))

@@ -1,101 +1,134 @@
 """Click confidence: how much each click counts, as pure functions of teacher scores.
 
 The paper (arXiv 2309.16322) publishes no equations; these follow its abstract, with the guards that keep
-self-weighting from collapsing: weights are clipped to a positive floor and normalised over clicks. Local confidence
-has mean 1 over clicks; global confidence has it before it is clipped, and less where a few scores tower over the rest.
-Nothing here passes a gradient: confidence is data to the loss.
+self-weighting from collapsing: a positive floor, and mean 1 over clicks. Nothing here passes a gradient: confidence is
+data to the loss.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
 
-import pydantic
 import tensorflow as tf
 
-from clsd_tf.validation import StrictModel
+from clsd_tf.clsd.config import ClsdConfig, Form
+
+_SMALLEST_REFERENCE = 1e-3
 
 
-class ClsdConfig(StrictModel):
-    """How clicks are weighted.
+def mean_one(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """score / reference; ``kappa`` does not enter."""
+    return score / tf.maximum(reference, _SMALLEST_REFERENCE)
 
-    Attributes:
-      loss_warmup_steps: optimizer steps of ordinary BCE before confidence enters the loss, >= 0.
-      teacher: ``self``: the model's own prediction in the same forward pass, meant for one pass over the data.
-        ``cross_fit``: out-of-fold scores, for several epochs.
-      lambda_: share of global confidence, in [0, 1]; ``lambda`` in YAML and on the command line.
-      mu: share of local confidence (corrected by AdGate), in [0, 1]; lambda + mu <= 1, the rest is plain BCE.
-      min_confidence: lower clip, > 0.
-      max_confidence: upper clip.
-      num_folds: folds of the ``cross_fit`` teacher, >= 2.
+
+def ratio(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """(score / reference)^kappa: the same factor everywhere for the same relative difference."""
+    return tf.pow(mean_one(score, reference, spread, kappa), kappa)
+
+
+def additive(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """1 + kappa * (score - reference): with kappa = 1 and a converged AdGate, score + correction."""
+    return 1.0 + kappa * (score - reference)
+
+
+def standardised(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """1 + kappa * (score - reference) / spread: of a strength that does not depend on the click rate."""
+    return 1.0 + kappa * tf.math.divide_no_nan(score - reference, spread)
+
+
+def raw(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """score itself: the trap. Where the click rate is below one half, the fixed point of training is pctr = 0."""
+    return score
+
+
+# Form -> function of teacher_score [batch], its mean over clicks (all of them, or those of the row's user group), its
+# standard deviation around that mean over clicks, and kappa.
+FORMS: Mapping[Form, Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float], tf.Tensor]] = {
+    "mean_one": mean_one,
+    "ratio": ratio,
+    "additive": additive,
+    "standardised": standardised,
+    "raw": raw,
+}
+
+
+class ClickMeans(tf.Module):
+    """Means over clicks: of the batch (momentum 0), or moving ones, sums of which decay by ``momentum`` per step.
+
+    A mean is sum(click_weight * values) / sum(click_weight), and 1 as long as no click was seen. Each name is a mean of
+    its own.
     """
 
-    loss_warmup_steps: int = pydantic.Field(100, ge=0)
-    teacher: Literal["self", "cross_fit"] = "cross_fit"
-    lambda_: float = pydantic.Field(0.5, ge=0, le=1, alias="lambda")
-    mu: float = pydantic.Field(0.5, ge=0, le=1)
-    min_confidence: float = pydantic.Field(0.05, gt=0)
-    max_confidence: float = pydantic.Field(3.0, gt=0)
-    num_folds: int = pydantic.Field(5, ge=2)
+    NAMES = ("score", "global_variance", "global", "local_variance", "local")
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> ClsdConfig:
-        if self.lambda_ + self.mu > 1:
-            raise ValueError(f"lambda + mu must be at most 1. Received: {self.lambda_:g} + {self.mu:g}")
-        if self.min_confidence >= self.max_confidence:
-            raise ValueError(
-                "min_confidence must be below max_confidence. "
-                f"Received: {self.min_confidence:g} and {self.max_confidence:g}"
-            )
-        return self
+    def __init__(self, momentum: float):
+        super().__init__()
+        self._momentum = momentum
+        names = self.NAMES if momentum else ()
+        self._sums = {name: tf.Variable([0.0, 0.0], trainable=False, name=f"{name}_sums") for name in names}
+
+    def __call__(self, name: str, values: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
+        sums = tf.stack([tf.tensordot(click_weight, values, 1), tf.reduce_sum(click_weight)])
+        if self._momentum:
+            sums = self._sums[name].assign(self._momentum * self._sums[name] + sums)
+        return tf.where(sums[1] > 0, tf.math.divide_no_nan(sums[0], sums[1]), 1.0)
 
 
-def mean_over_clicks(values: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
-    """sum(click_weight * values) / sum(click_weight), or 1 in a batch without clicks.
-
-    Args:
-      values: [batch].
-      click_weight: labels * sample_weight, [batch].
-    """
-    total = tf.reduce_sum(click_weight)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(click_weight * values), total)
-    return tf.where(total > 0, mean, 1.0)
-
-
-def global_confidence(teacher_score: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig) -> tf.Tensor:
-    """clip(teacher_score / mean_over_clicks(teacher_score), min_confidence, max_confidence).
+def global_confidence(
+    teacher_score: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
+) -> tf.Tensor:
+    """FORMS[global_form](teacher_score, mean of teacher_score over clicks, ...), clipped and normalised.
 
     Args:
       teacher_score: estimated click probability, [batch], in [0, 1].
       click_weight: labels * sample_weight, [batch].
-      config: the clip range.
+      config: form, strength and clip range.
+      means: of the batch, or moving ones.
 
     Returns:
-      [batch], mean 1 over clicks before clipping.
+      [batch], in [min_confidence, max_confidence], with mean 1 over clicks (a little off where clipping bites twice).
     """
-    ratio = tf.math.divide_no_nan(teacher_score, mean_over_clicks(teacher_score, click_weight))
-    return tf.stop_gradient(tf.clip_by_value(ratio, config.min_confidence, config.max_confidence))
+    reference = means("score", teacher_score, click_weight)
+    return _confidence("global", teacher_score, reference, click_weight, config, means)
 
 
 def local_confidence(
-    teacher_score: tf.Tensor, correction: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig
+    teacher_score: tf.Tensor, correction: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
 ) -> tf.Tensor:
-    """clip(teacher_score + correction, ...) / its mean over clicks.
+    """FORMS[local_form](teacher_score, 1 - correction, ...), clipped and normalised.
 
-    With AdGate's correction at its optimum, 1 - E[teacher_score | click, group], this is 1 + (teacher_score - group
-    mean): every user group keeps mean confidence 1.
+    AdGate's correction is 1 - E[teacher_score | click, group] at its optimum. There ``additive`` is teacher_score +
+    correction, the paper's form, and every user group keeps mean confidence 1; so it does with ``mean_one``.
 
     Args:
       teacher_score: [batch], in [0, 1].
       correction: AdGate's output, [batch].
       click_weight: labels * sample_weight, [batch].
-      config: the clip range.
+      config: form, strength and clip range.
+      means: of the batch, or moving ones.
 
     Returns:
-      [batch], mean 1 over clicks.
+      As ``global_confidence``.
     """
-    clipped = tf.clip_by_value(teacher_score + correction, config.min_confidence, config.max_confidence)
-    return tf.stop_gradient(clipped / mean_over_clicks(clipped, click_weight))
+    return _confidence("local", teacher_score, 1.0 - correction, click_weight, config, means)
+
+
+def _confidence(
+    part: str, score: tf.Tensor, reference: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
+) -> tf.Tensor:
+    form = config.global_form if part == "global" else config.local_form
+    if form == "raw":  # As the trap stands in the literature: neither clipped nor normalised.
+        return tf.stop_gradient(score)
+    spread = tf.constant(1.0)
+    if form == "standardised":
+        spread = tf.sqrt(means(f"{part}_variance", tf.square(score - reference), click_weight))
+    clipped = _clip(FORMS[form](score, reference, spread, config.kappa), config)
+    # Clipped again, since dividing moves the ends of the range.
+    return tf.stop_gradient(_clip(clipped / means(part, clipped, click_weight), config))
+
+
+def _clip(confidence: tf.Tensor, config: ClsdConfig) -> tf.Tensor:
+    return tf.clip_by_value(confidence, config.min_confidence, config.max_confidence)
 
 
 def mixed_confidence(
@@ -103,7 +136,23 @@ def mixed_confidence(
 ) -> tf.Tensor:
     """(1 - lambda - mu) + lambda * global_part + mu * local_part for clicks, 1 for the rest.
 
-    With lambda = mu = 0 this is 1 everywhere, and the weighted loss is BCE.
+    With lambda = mu = 0 this is 1 everywhere, and the weighted loss is the ordinary one.
     """
     for_clicks = (1.0 - lambda_ - mu) + lambda_ * global_part + mu * local_part
     return tf.where(labels > 0.5, for_clicks, tf.ones_like(for_clicks))
+
+
+def shuffled_among_clicks(confidence: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The placebo: confidence of the batch's clicks dealt out among them at random.
+
+    Args:
+      confidence: [batch].
+      labels: [batch].
+      seed: int64 [2], a new one per step.
+
+    Returns:
+      [batch]: the same values over clicks in another order; rows without a click keep theirs.
+    """
+    clicks = tf.where(labels > 0.5)
+    dealt = tf.random.experimental.stateless_shuffle(tf.gather_nd(confidence, clicks), seed=seed)
+    return tf.tensor_scatter_nd_update(confidence, clicks, dealt)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from clsd_tf.backbones.base import Features
-from clsd_tf.clsd.ad_gate import AdGate, ad_gate_loss
-from clsd_tf.clsd.confidence import ClsdConfig, global_confidence, local_confidence, mixed_confidence
-from clsd_tf.clsd.monitors import Extremum, MeanPerGroup
+from clsd_tf.clsd.ad_gate import AdGate
+from clsd_tf.clsd.confidence import (
+    ClickMeans,
+    global_confidence,
+    local_confidence,
+    mixed_confidence,
+    shuffled_among_clicks,
+)
+from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
+from clsd_tf.clsd.guards import ConfidenceGuard, GuardState
+from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share
 from clsd_tf.losses import bce_from_logits, weighted_mean
+
+_WATCHED = ("loss", "bce", "mean_pctr")
+_WATCHED_CLICKS = ("ad_gate_loss", "effective_click_share")
 
 
 class ClsdModel(tfrs.Model):
     """A CTR model whose clicks are weighted by confidence.
 
-    For step < loss_warmup_steps the loss is BCE. From then on
+    For step < loss_warmup_steps the loss is the ordinary one. From then on
 
-      loss = weighted_mean(click_confidence * bce_from_logits(labels, logits), sample_weight)
+      loss = weighted_mean(click_confidence * loss_function(labels, logits), sample_weight)
 
-    with click_confidence from ``mixed_confidence`` of the teacher's scores. The teacher is the model itself in the
-    same forward pass, behind a stop-gradient (which is the model as the previous batch left it), or
-    ``features["teacher_score"]``. AdGate learns from its own loss, with its own optimizer, from the first step on.
+    with click_confidence from ``mixed_confidence`` of the teacher's scores. An online teacher is the model itself in
+    the same forward pass, behind a stop-gradient (which is the model as the previous batch left it), or its moving
+    average; other teachers' scores come in ``features["teacher_score"]``. AdGate learns from its own loss, with its own
+    optimizer, from the first step on. Guards end training when confidence goes wrong.
 
     Source: arXiv 2309.16322; the equations are this package's reading of its abstract.
 
@@ -31,28 +44,51 @@ class ClsdModel(tfrs.Model):
       backbone: any ``tf.keras.Model`` from a feature dict to logits, float32 [batch].
       ad_gate: the local correction; None needs mu = 0.
       config: how clicks are weighted.
+      loss_function: (labels, logits) -> loss of each row, [batch].
+      teacher_backbone: a second backbone like the first, which the ``ema`` teacher turns into its moving average.
 
     Returns:
-      ``call`` maps the feature dict to pctr, float32 [batch].
+      ``call`` maps the feature dict to pctr, float32 [batch]: calibrated once ``calibration`` is set, a layer from
+      (logits, features) to pctr.
     """
 
-    def __init__(self, backbone: tf.keras.Model, ad_gate: AdGate | None = None, config: ClsdConfig | None = None):
+    def __init__(
+        self,
+        backbone: tf.keras.Model,
+        ad_gate: AdGate | None = None,
+        config: ClsdConfig | None = None,
+        *,
+        loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = bce_from_logits,
+        teacher_backbone: tf.keras.Model | None = None,
+    ):
         super().__init__()
-        config = config or ClsdConfig(teacher="self", mu=0.5 if ad_gate else 0.0)
+        config = config or ClsdConfig(teacher="self", **({} if ad_gate else {"lambda": 1.0, "mu": 0.0}))
         if ad_gate is None and config.mu > 0:
             raise ValueError(f"mu > 0 needs an AdGate. Received: mu={config.mu:g}, ad_gate=None. Give one or set mu=0")
+        if (config.teacher == "ema") != (teacher_backbone is not None):
+            raise ValueError(
+                "teacher='ema' and teacher_backbone go together. "
+                f"Received: teacher={config.teacher!r}, teacher_backbone={teacher_backbone}"
+            )
         self.backbone = backbone
         self.ad_gate = ad_gate
         self.config = config
-        self._means = {name: tf.keras.metrics.Mean(name=name) for name in ("loss", "bce", "ad_gate_loss", "mean_pctr")}
-        self._extrema = [
-            Extremum("min_click_confidence", largest=False),
-            Extremum("max_click_confidence", largest=True),
-        ]
+        self.calibration: tf.keras.layers.Layer | None = None
+        self._loss_function = loss_function
+        self._teacher_backbone = teacher_backbone
+        self._click_means = ClickMeans(config.normaliser_momentum)
+        self.guard_state = GuardState()
+        self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
+        self._range = Range("click_confidence")
         self._per_group = [
-            (group, MeanPerGroup("click_confidence", group), MeanPerGroup("ad_gate", group))
+            (group.name, MeansPerGroup(("click_confidence", "ad_gate"), group))
             for group in (ad_gate.groups if ad_gate else ())
         ]
+
+    @property
+    def weights_clicks(self) -> bool:
+        """Whether confidence ever enters the loss."""
+        return self.config.lambda_ + self.config.mu > 0
 
     def compile(
         self,
@@ -66,7 +102,7 @@ class ClsdModel(tfrs.Model):
 
         Args:
           optimizer: trains the backbone.
-          ad_gate_optimizer: trains AdGate; Adam with learning rate 1e-3 by default.
+          ad_gate_optimizer: trains AdGate; by default Adam with the config's learning rate.
           metrics: Keras metrics on (labels, pctr).
 
         Raises:
@@ -78,10 +114,22 @@ class ClsdModel(tfrs.Model):
                 "ClsdConfig(lambda_=0, mu=0) trains with plain BCE"
             )
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
-        self.ad_gate_optimizer = tf.keras.optimizers.get(ad_gate_optimizer or tf.keras.optimizers.Adam(1e-3))
+        default = tf.keras.optimizers.Adam(self.config.ad_gate.learning_rate)
+        self.ad_gate_optimizer = tf.keras.optimizers.get(ad_gate_optimizer or default)
+
+    def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> tf.keras.callbacks.History:
+        """As ``tf.keras.Model.fit``, with the guards on.
+
+        Raises:
+          ConfidenceGuardError: confidence collapsed.
+        """
+        if self.weights_clicks:
+            callbacks = [*(callbacks or []), ConfidenceGuard()]
+        return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
-        return tf.sigmoid(self.logits(features, training=training))
+        logits = self.logits(features, training=training)
+        return tf.sigmoid(logits) if self.calibration is None else self.calibration(logits, features)
 
     def logits(self, features: Features, training: bool = False) -> tf.Tensor:
         """The backbone's output as float32 [batch]; a backbone may also give [batch, 1].
@@ -89,17 +137,12 @@ class ClsdModel(tfrs.Model):
         Raises:
           ValueError: any other shape.
         """
-        logits = tf.cast(self.backbone(features, training=training), tf.float32)
-        if logits.shape.rank == 2 and logits.shape[1] == 1:
-            return tf.squeeze(logits, axis=1)
-        if logits.shape.rank != 1:
-            raise ValueError(f"a backbone gives logits [batch] or [batch, 1]. Received: shape {logits.shape}")
-        return logits
+        return _as_logits(self.backbone(features, training=training))
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
-        """Logit, the self teacher's score (pctr) and AdGate's correction, each float32 [batch].
+        """Logit, the self teacher's score (uncalibrated pctr) and AdGate's correction, each float32 [batch].
 
-        The scores of a cross_fit teacher exist for training rows only; what serves is the model itself.
+        The scores of other teachers exist for training rows only; what serves is the model itself.
         """
         logits = self.logits(features)
         correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
@@ -125,24 +168,29 @@ class ClsdModel(tfrs.Model):
         Returns:
           float32 [batch], without gradient.
         """
+        config, ones = self.config, tf.ones_like(labels)
         click_weight = labels * sample_weight
+        global_part, local_part = ones, ones
+        if config.lambda_:
+            global_part = global_confidence(teacher_score, click_weight, config, self._click_means)
+        if config.mu:
+            local_part = local_confidence(teacher_score, correction, click_weight, config, self._click_means)
         # Arithmetic on the step tensor: a Python condition would be frozen when the step is traced.
-        is_on = tf.cast(step >= self.config.loss_warmup_steps, tf.float32)
-        return mixed_confidence(
-            labels,
-            global_confidence(teacher_score, click_weight, self.config),
-            local_confidence(teacher_score, correction, click_weight, self.config),
-            is_on * self.config.lambda_,
-            is_on * self.config.mu,
-        )
+        is_on = tf.cast(step >= config.resolved_loss_warmup_steps, tf.float32)
+        confidence = mixed_confidence(labels, global_part, local_part, is_on * config.lambda_, is_on * config.mu)
+        if config.placebo == "shuffled_confidence":
+            confidence = shuffled_among_clicks(confidence, labels, _step_seed(step))
+        return confidence
 
     def _teacher_score(self, features: Features, logits: tf.Tensor) -> tf.Tensor:
-        if self.config.teacher == "self":
+        if self.config.teacher == "self" or not self.weights_clicks:
             return tf.stop_gradient(tf.sigmoid(logits))
+        if self.config.teacher == "ema":
+            return tf.stop_gradient(tf.sigmoid(_as_logits(self._teacher_backbone(features))))
         if "teacher_score" not in features:
             raise ValueError(
-                f"teacher={self.config.teacher!r} needs features['teacher_score']. Received: {sorted(features)}. "
-                "Add the scores with input_pipeline.with_teacher_scores, or use teacher='self'"
+                f"teacher={self.config.teacher!r} needs features['teacher_score']. Received: {sorted(features)}. Add "
+                f"the scores with input_pipeline.with_teacher_scores, or use one of {', '.join(ONLINE_TEACHERS)}"
             )
         return features["teacher_score"]
 
@@ -151,57 +199,126 @@ class ClsdModel(tfrs.Model):
         step = self.optimizer.iterations
         with tf.GradientTape() as tape:
             logits = self.logits(features, training=True)
-            teacher_score = self._teacher_score(features, logits)
+            losses = self._loss_function(labels, logits)
             with tape.stop_recording():
-                correction = self._train_ad_gate(features, labels, teacher_score, sample_weight)
-            confidence = self.click_confidence(labels, teacher_score, correction, sample_weight, step)
-            bce = bce_from_logits(labels, logits)
-            loss = weighted_mean(confidence * bce, sample_weight) + tf.add_n([0.0, *self.backbone.losses])
+                batch = self._weigh(features, labels, sample_weight, logits, step)
+            loss = weighted_mean(batch.confidence * losses, sample_weight) + tf.add_n([0.0, *self.backbone.losses])
         variables = self.backbone.trainable_variables
         self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-
-        self._means["loss"].update_state(loss)
-        self._means["bce"].update_state(bce, sample_weight)
-        self._watch(features, labels, logits, confidence, correction, sample_weight)
+        if self._teacher_backbone is not None:
+            self._move_teacher(step)
+        self._watch(features, batch, loss, step)
         return self._updated_metrics(labels, logits, sample_weight)
 
+    def _weigh(
+        self, features: Features, labels: tf.Tensor, sample_weight: tf.Tensor, logits: tf.Tensor, step: tf.Tensor
+    ) -> _WeighedBatch:
+        """Teacher, AdGate and confidence of a batch; nothing here is for the backbone's gradient."""
+        bce = bce_from_logits(labels, logits)
+        teacher_score = self._teacher_score(features, logits)
+        click_weight = labels * sample_weight
+        correction, gate_loss = tf.zeros_like(logits), tf.constant(0.0)
+        if self.ad_gate is not None:
+            correction, gate_loss = self._train_ad_gate(features, teacher_score, bce, click_weight, step)
+        confidence = self.click_confidence(labels, teacher_score, correction, sample_weight, step)
+        return _WeighedBatch(
+            labels, sample_weight, click_weight, logits, bce, teacher_score, correction, gate_loss, confidence
+        )
+
     def _train_ad_gate(
-        self, features: Features, labels: tf.Tensor, teacher_score: tf.Tensor, sample_weight: tf.Tensor
-    ) -> tf.Tensor:
-        """One step of AdGate on its own loss; returns the correction from before the step, float32 [batch]."""
-        if self.ad_gate is None:
-            return tf.zeros_like(teacher_score)
+        self, features: Features, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step of AdGate on its own loss; returns the correction from before the step, [batch], and the loss."""
+        seen = {name: features[name] for name in self.ad_gate.features}
+        if self.config.placebo == "permuted_groups":
+            rows = tf.range(tf.shape(teacher_score)[0])
+            rows = tf.random.experimental.stateless_shuffle(rows, seed=_step_seed(step))
+            seen = {name: tf.gather(values, rows) for name, values in seen.items()}
         with tf.GradientTape() as tape:
-            correction = self.ad_gate(features)
-            loss = ad_gate_loss(correction, teacher_score, labels * sample_weight)
+            correction = self.ad_gate(seen)
+            loss = self.ad_gate.loss(correction, teacher_score, bce, click_weight)
         variables = self.ad_gate.trainable_variables
         self.ad_gate_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        self._means["ad_gate_loss"].update_state(loss)
-        return tf.stop_gradient(correction)
+        return tf.stop_gradient(correction), loss
 
-    def _watch(self, features, labels, logits, confidence, correction, sample_weight) -> None:
-        click_weight = labels * sample_weight
-        self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)
-        for metric in self._extrema:
-            metric.update_state(confidence, click_weight)
-        for group, of_confidence, of_correction in self._per_group:
-            of_confidence.update_state(features[group.name], confidence, click_weight)
-            of_correction.update_state(features[group.name], correction, click_weight)
+    def _move_teacher(self, step: tf.Tensor) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * backbone, with a small momentum in the first steps."""
+        count = tf.cast(step, tf.float32)
+        momentum = tf.minimum(self.config.ema_momentum, count / (count + 10.0))
+        for slow, fast in zip(self._teacher_backbone.variables, self.backbone.variables, strict=True):
+            slow.assign(momentum * slow + (1.0 - momentum) * fast)
+
+    def _watch(self, features: Features, batch: _WeighedBatch, loss: tf.Tensor, step: tf.Tensor) -> None:
+        rows, clicks = tf.reduce_sum(batch.sample_weight), tf.reduce_sum(batch.click_weight)
+        mean_bce = weighted_mean(batch.bce, batch.sample_weight)
+        mean_pctr = weighted_mean(tf.sigmoid(batch.logits), batch.sample_weight)
+        values, counts = [loss, mean_bce, mean_pctr], [rows] * 3
+        if self.weights_clicks:
+            click_share = effective_click_share(batch.confidence, batch.click_weight)
+            values, counts = [*values, batch.gate_loss, click_share], [*counts, clicks, clicks]
+            self._update_guards(batch, mean_pctr, click_share, step)
+            self._range.update_state(batch.confidence, batch.click_weight)
+            for name, means in self._per_group:
+                means.update_state(features[name], (batch.confidence, batch.correction), batch.click_weight)
+        self._means.update_state(values, counts)
+
+    def _update_guards(
+        self, batch: _WeighedBatch, mean_pctr: tf.Tensor, click_share: tf.Tensor, step: tf.Tensor
+    ) -> None:
+        drift = tf.constant(0.0)
+        if self.ad_gate is not None:
+            drift = tf.abs(weighted_mean(batch.correction + batch.teacher_score - 1.0, batch.click_weight))
+        self.guard_state.update(
+            mean_pctr=mean_pctr,
+            click_rate=weighted_mean(batch.labels, batch.sample_weight),
+            click_share=click_share,
+            drift=drift,
+            is_warming_up=step < self.config.resolved_loss_warmup_steps,
+        )
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates with plain BCE: the loss of different confidences would not be comparable."""
         features, labels, sample_weight = _unpack(data)
         logits = self.logits(features)
-        bce = bce_from_logits(labels, logits)
-        self._means["loss"].update_state(bce, sample_weight)
-        self._means["mean_pctr"].update_state(tf.sigmoid(logits), sample_weight)
+        bce, pctr = bce_from_logits(labels, logits), tf.sigmoid(logits)
+        means = [weighted_mean(bce, sample_weight)] * 2 + [weighted_mean(pctr, sample_weight)]
+        idle = [0.0] * (len(self._means.names) - 3)
+        self._means.update_state([*means, *idle], [*[tf.reduce_sum(sample_weight)] * 3, *idle])
         metrics = self._updated_metrics(labels, logits, sample_weight)
-        watched_in_training = {"bce", "ad_gate_loss", *(metric.name for metric in self._extrema)}
-        return {name: value for name, value in metrics.items() if name not in watched_in_training and "/" not in name}
+        watched = {*_WATCHED_CLICKS, "bce", *self._range.result()}
+        return {name: value for name, value in metrics.items() if name not in watched and "/" not in name}
 
     def _updated_metrics(self, labels, logits, sample_weight) -> dict[str, tf.Tensor]:
         self.compiled_metrics.update_state(labels, tf.sigmoid(logits), sample_weight)
         return self.get_metrics_result()
+
+
+class _WeighedBatch(NamedTuple):
+    """What a training step found out about its batch; all [batch] but ``gate_loss``."""
+
+    labels: tf.Tensor
+    sample_weight: tf.Tensor
+    click_weight: tf.Tensor
+    logits: tf.Tensor
+    bce: tf.Tensor
+    teacher_score: tf.Tensor
+    correction: tf.Tensor
+    gate_loss: tf.Tensor
+    confidence: tf.Tensor
+
+
+def _as_logits(output: tf.Tensor) -> tf.Tensor:
+    logits = tf.cast(output, tf.float32)
+    if logits.shape.rank == 2 and logits.shape[1] == 1:
+        return tf.squeeze(logits, axis=1)
+    if logits.shape.rank != 1:
+        raise ValueError(f"a backbone gives logits [batch] or [batch, 1]. Received: shape {logits.shape}")
+    return logits
+
+
+def _step_seed(step: tf.Tensor) -> tf.Tensor:
+    """A seed per step for the placebos' permutations."""
+    return tf.stack([tf.constant(0, tf.int64), tf.cast(step, tf.int64)])
 
 
 def _unpack(data: Any) -> tuple[Features, tf.Tensor, tf.Tensor]:

@@ -1,0 +1,1 @@
+"""Commands that print a ratio against a peer or a floor measured in the same run."""

@@ -1,0 +1,104 @@
+"""Config -> model: built anew, or loaded from a finished run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from clsd_tf import input_pipeline
+from clsd_tf.artifacts import DatasetDir, WorkDir, read_json
+from clsd_tf.backbones import build_backbone
+from clsd_tf.calibration import Calibration, CalibrationLayer
+from clsd_tf.callbacks import best_weights
+from clsd_tf.clsd import AdGate, ClsdModel
+from clsd_tf.losses import bce_from_logits, focal_loss, label_smoothed_bce
+from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.train_config import TrainConfig, parse_config
+
+EVALUATION_BATCH_SIZE = 4096
+
+
+def make_deterministic() -> None:
+    """Makes TensorFlow's ops give the same bits on every run of this process; call it before anything is built."""
+    tf.config.experimental.enable_op_determinism()
+
+
+def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
+    """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
+    tf.keras.utils.set_random_seed(config.seed)
+    backbone = _build_backbone(config, inputs)
+    clsd = config.effective_clsd
+    model = ClsdModel(
+        backbone,
+        AdGate(inputs, clsd.ad_gate) if clsd.mu > 0 else None,
+        clsd,
+        loss_function=_loss_function(config),
+        teacher_backbone=_build_backbone(config, inputs) if clsd.teacher == "ema" else None,
+    )
+    model.compile(tf.keras.optimizers.Adam(config.learning_rate))
+    _build_variables(model, inputs)
+    return model
+
+
+def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
+    return build_backbone(
+        config.backbone,
+        inputs,
+        embedding_dim=config.embedding_dim,
+        hidden_units=config.hidden_units,
+        dropout=config.dropout,
+        **config.backbone_arguments,
+    )
+
+
+def _loss_function(config: TrainConfig) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    if config.loss == "label_smoothing":
+        return functools.partial(label_smoothed_bce, smoothing=config.label_smoothing)
+    if config.loss == "focal":
+        return functools.partial(focal_loss, gamma=config.focal_gamma)
+    return bce_from_logits
+
+
+def _build_variables(model: ClsdModel, inputs: ModelInputs) -> None:
+    """Creates weights and optimizer slots now, so that a checkpoint can be restored into them."""
+    features: dict[str, tf.Tensor] = {"teacher_score": tf.zeros([1])}
+    for entry in inputs.categorical:
+        features[entry.name] = tf.zeros([1] if entry.max_values is None else [1, entry.max_values], tf.int64)
+    features |= {name: tf.zeros([1]) for name in inputs.numeric}
+    features |= {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
+    model(features)
+    model.debug_outputs(features)
+    model.optimizer.build(model.backbone.trainable_variables)
+    if model.ad_gate is not None:
+        model.ad_gate_optimizer.build(model.ad_gate.trainable_variables)
+
+
+def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
+    """The model of a finished run with its best weights and its calibration.
+
+    Raises:
+      ArtifactError: the run is not complete, or was trained on another dataset.
+    """
+    work_dir.require_complete(dataset)
+    config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
+    model = build_model(config, dataset.inputs)
+    best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+    if work_dir.calibration.exists():
+        model.calibration = CalibrationLayer(Calibration.from_dict(read_json(work_dir.calibration)))
+    return model
+
+
+def predict(model: ClsdModel, dataset: DatasetDir, split: str) -> np.ndarray:
+    """pctr of every row of a split, in file order, float32 [num_rows]."""
+    batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
+    return model.predict(batches, verbose=0)
+
+
+def predict_logits(model: ClsdModel, dataset: DatasetDir, split: str) -> np.ndarray:
+    """Logits of every row of a split before calibration, in file order, float32 [num_rows]."""
+    batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
+    # Not traced: for a pass over large batches, tracing would take longer than it saves.
+    return np.concatenate([model.logits(features).numpy() for features, _, _ in batches])

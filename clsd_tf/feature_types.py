@@ -1,0 +1,125 @@
+"""The kinds of features and user groups that a feature spec declares."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+import pydantic
+
+from clsd_tf.model_inputs import OTHER_GROUP, UNKNOWN_GROUP
+from clsd_tf.tables import Name
+from clsd_tf.validation import StrictModel
+
+
+class Vocabulary(StrictModel):
+    """Ids by frequency in the training split: 0 missing, then ``num_oov_indices`` ids, then values by count.
+
+    Attributes:
+      min_count: a value seen less often in training is out of vocabulary.
+      max_size: keep at most this many values.
+      num_oov_indices: out-of-vocabulary values are hashed into this many ids.
+    """
+
+    min_count: int = pydantic.Field(1, ge=1)
+    max_size: int | None = pydantic.Field(None, ge=1)
+    num_oov_indices: int = pydantic.Field(1, ge=1)
+
+
+class IdFeature(StrictModel):
+    """What becomes ids: by a vocabulary of the training split, or by hash."""
+
+    name: Name
+    column: Name
+    vocabulary: Vocabulary | None = None
+    hash_buckets: int | None = pydantic.Field(None, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _one_encoding(self):
+        if self.vocabulary and self.hash_buckets:
+            raise ValueError("give vocabulary or hash_buckets. Received: both")
+        return self
+
+    @property
+    def resolved_vocabulary(self) -> Vocabulary | None:
+        """The vocabulary's rule, or None when values are hashed."""
+        return None if self.hash_buckets else self.vocabulary or Vocabulary()
+
+
+class CategoricalFeature(IdFeature):
+    """One value -> one id, by vocabulary (default) or by hash."""
+
+    type: Literal["categorical"]
+
+
+class MultiValuedFeature(IdFeature):
+    """Text with separated values -> the first ``max_values`` ids, padded with 0; pooled by their mean embedding."""
+
+    type: Literal["multi_valued"]
+    separator: str = pydantic.Field(min_length=1)
+    max_values: int = pydantic.Field(8, ge=1)
+
+
+class NumericFeature(StrictModel):
+    """A number: ``log1p`` first, then ``scaling`` by statistics of the training split; missing = training mean.
+
+    ``quantile_buckets`` turns the number into an id (0 = missing) with ``num_buckets`` buckets of equal mass.
+    """
+
+    type: Literal["numeric"]
+    name: Name
+    column: Name
+    log1p: bool = False
+    scaling: Literal["none", "standardise", "min_max", "quantile_buckets"] = "standardise"
+    num_buckets: int = pydantic.Field(10, ge=2)
+
+
+class HistoryFeature(StrictModel):
+    """The user's last ``max_length`` values of the categorical feature ``of`` strictly before the event, oldest first.
+
+    Shares the vocabulary (and so the embedding table) of ``of``. In a serving request it is a list of values.
+    """
+
+    type: Literal["history"]
+    name: Name
+    of: Name
+    max_length: int = pydantic.Field(20, ge=1)
+
+
+Feature = Annotated[
+    CategoricalFeature | MultiValuedFeature | NumericFeature | HistoryFeature, pydantic.Field(discriminator="type")
+]
+
+
+class UserGroup(StrictModel):
+    """A user-profile attribute that AdGate reads and every report is sliced by.
+
+    Ids: 0 unknown; then one id per interval of ``boundaries`` ([b0, b1), ...) or per entry of ``values``, then other.
+    """
+
+    name: Name
+    column: Name
+    boundaries: tuple[float, ...] | None = pydantic.Field(None, min_length=1)
+    values: tuple[str, ...] | None = pydantic.Field(None, min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> UserGroup:
+        if (self.boundaries is None) == (self.values is None):
+            raise ValueError("a user group has either boundaries (numbers) or values (text). Received: both or none")
+        if self.boundaries and list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError(f"boundaries must increase. Received: {list(self.boundaries)}")
+        reserved = {UNKNOWN_GROUP, OTHER_GROUP, ""} & set(self.values or ())
+        if reserved:
+            raise ValueError(f"{UNKNOWN_GROUP!r}, {OTHER_GROUP!r} and '' have ids of their own. Received: {reserved}")
+        if self.values and len(set(self.values)) != len(self.values):
+            raise ValueError(f"values must differ. Received: {list(self.values)}")
+        return self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A readable label per id."""
+        if self.values is not None:
+            return (UNKNOWN_GROUP, *self.values, OTHER_GROUP)
+        edges = [str(int(edge)) if edge.is_integer() else str(edge) for edge in self.boundaries]
+        between = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
+        return (UNKNOWN_GROUP, f"<{edges[0]}", *between, f">={edges[-1]}")

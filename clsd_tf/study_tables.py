@@ -1,0 +1,244 @@
+"""Tables of a study: differences to the baseline over paired seeds, with tests, as Markdown and HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from clsd_tf.plots import render_page, svg, tidy
+from clsd_tf.significance import PairedDifference, holm, paired_difference, rela_impr
+from clsd_tf.study import BASELINE, OVERALL
+
+# Metrics of the tables, in order: key, heading.
+METRICS = (
+    ("auc", "AUC"),
+    ("gauc", "GAUC"),
+    ("group_auc", "AUC within groups"),
+    ("intensity_auc", "intensity AUC"),
+    ("intensity_auc_among_clicks", "intensity AUC among clicks"),
+    ("genuine_auc", "genuine AUC"),
+    ("genuine_group_auc", "genuine AUC within groups"),
+    ("log_loss", "log loss"),
+    ("pcoc", "PCOC"),
+    ("ece", "ECE"),
+    ("uncalibrated_pcoc", "PCOC uncalibrated"),
+    ("uncalibrated_ece", "ECE uncalibrated"),
+)
+CONSOLE_METRICS = ("auc", "gauc", "intensity_auc", "genuine_auc", "genuine_group_auc", "pcoc")  # What fits a terminal.
+TESTED = ("auc", "gauc", "intensity_auc", "intensity_auc_among_clicks", "genuine_auc", "genuine_group_auc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One metric of one method: over its seeds, and against the baseline over the seeds that both have.
+
+    Attributes:
+      place: (data, backbone, slice): where the comparison was made.
+      difference: None for the baseline itself, and where no seed has both.
+      holm_p: the paired t-test's p-value, adjusted for all comparisons of this metric in the table.
+      lift: RelaImpr, for AUCs.
+    """
+
+    place: tuple[str, str, str]
+    method: str
+    metric: str
+    mean: float
+    std: float | None
+    num_seeds: int
+    difference: PairedDifference | None = None
+    holm_p: float | None = None
+    lift: float | None = None
+
+
+def compare(results: Iterable[dict[str, Any]]) -> list[Row]:
+    """Results -> rows, in the order of the results.
+
+    Args:
+      results: from ``clsd_tf.study.read_results``: the rows of one grid, which is the family of Holm's correction.
+    """
+    values: dict[tuple[tuple[str, str, str], str, str], dict[int, float]] = {}
+    for found in results:
+        place = (found["data"], found["backbone"], found["slice"])
+        by_seed = values.setdefault((place, found["method"], found["metric"]), {})
+        by_seed[found["seed"]] = found["value"]
+    rows = [
+        _row(place, method, metric, by_seed, values.get((place, BASELINE, metric), {}))
+        for (place, method, metric), by_seed in values.items()
+    ]
+    return _with_holm(rows)
+
+
+def _row(
+    place: tuple[str, str, str], method: str, metric: str, by_seed: dict[int, float], baseline: dict[int, float]
+) -> Row:
+    found = list(by_seed.values())
+    mean, std = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
+    row = Row(place, method, metric, mean, std, len(found))
+    seeds = sorted(by_seed.keys() & baseline.keys())
+    if method == BASELINE or not seeds:
+        return row
+    difference = paired_difference([by_seed[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+    base = float(np.mean([baseline[seed] for seed in seeds]))
+    lift = rela_impr(base + difference.mean, base) if metric.endswith("auc") else None
+    return dataclasses.replace(row, difference=difference, lift=lift)
+
+
+def _with_holm(rows: list[Row]) -> list[Row]:
+    adjusted = list(rows)
+    for metric in {row.metric for row in rows}:
+        family = [index for index, row in enumerate(rows) if row.metric == metric and row.difference is not None]
+        # Slices are other questions than the whole: each makes a family of its own.
+        for part in {rows[index].place[2] for index in family}:
+            members = [index for index in family if rows[index].place[2] == part]
+            p_values = holm([rows[index].difference.t_p_value for index in members])
+            for index, p_value in zip(members, p_values, strict=True):
+                adjusted[index] = dataclasses.replace(rows[index], holm_p=p_value)
+    return adjusted
+
+
+def summary_table(
+    rows: Sequence[Row], metrics: Sequence[str] = tuple(dict(METRICS))
+) -> tuple[list[str], list[list[str]]]:
+    """(columns, lines): a line of means per data, backbone and method, and below it one of differences."""
+    measured = {row.metric for row in rows}
+    shown = [(key, heading) for key, heading in METRICS if key in measured and key in metrics]
+    lines = []
+    for place, method in _runs(rows):
+        found = {row.metric: row for row in rows if (row.place, row.method) == (place, method)}
+        lines.append([*place[:2], method, *(_mean_text(found.get(key)) for key, _ in shown)])
+        if method != BASELINE:
+            lines.append(["", "", f"minus {BASELINE}", *(_difference_text(found.get(key)) for key, _ in shown)])
+    return ["data", "backbone", "method", *(heading for _, heading in shown)], lines
+
+
+def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(columns, lines): a line per comparison of a tested metric."""
+    columns = ["data", "backbone", "method", "metric", "difference", "95 % interval", "RelaImpr"]
+    columns += ["p (t)", "p (permutation)", "p (t, Holm)", "pairs"]
+    headings, lines = dict(METRICS), []
+    for row in rows:
+        if row.difference is None or row.metric not in TESTED:
+            continue
+        found = row.difference
+        lift = "" if row.lift is None else f"{row.lift:+.2%}"
+        p_values = [_p_text(value) for value in (found.t_p_value, found.permutation_p_value, row.holm_p)]
+        measured = [str(found), _interval_text(found.confidence_interval), lift, *p_values, str(found.num_pairs)]
+        lines.append([*row.place[:2], row.method, headings[row.metric], *measured])
+    return columns, lines
+
+
+def group_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(columns, lines): per user group and method, means and differences of what is measured within it."""
+    sliced = [row for row in rows if row.place[2] != OVERALL]
+    metrics = [(key, heading) for key, heading in METRICS if any(row.metric == key for row in sliced)]
+    metrics += [("click_noise_floor", "click noise floor")]
+    lines = []
+    for place, method in _runs(sliced):
+        found = {row.metric: row for row in sliced if (row.place, row.method) == (place, method)}
+        texts = [_mean_text(found.get(key)) for key, _ in metrics]
+        if method != BASELINE:
+            differences = [_difference_text(found.get(key)) for key, _ in metrics]
+            texts = [f"{text}; {change}" for text, change in zip(texts, differences, strict=True)]
+        lines.append([*place[:2], place[2], method, *texts])
+    return ["data", "backbone", "group", "method", *(heading for _, heading in metrics)], lines
+
+
+def _runs(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], str]]:
+    return list(dict.fromkeys((row.place, row.method) for row in rows))
+
+
+def overall(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.place[2] == OVERALL]
+
+
+def _mean_text(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row.mean:.4f}" + ("" if row.std is None else f" ({row.std:.4f})")
+
+
+def _difference_text(row: Row | None) -> str:
+    if row is None or row.difference is None:
+        return "-"
+    return f"{row.difference}{_stars(row.holm_p)}"
+
+
+def _stars(p_value: float | None) -> str:
+    """*, **, *** for adjusted p-values below .05, .01 and .001."""
+    return "" if p_value is None else "*" * sum(p_value < limit for limit in (0.05, 0.01, 0.001))
+
+
+def _interval_text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def _p_text(p_value: float | None) -> str:
+    if p_value is None:
+        return ""
+    return f"{p_value:.4f}" if p_value >= 1e-4 else f"{p_value:.0e}"
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    cells = [columns, ["---"] * len(columns), *lines]
+    # An asterisk would start emphasis, a vertical bar a new cell.
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("*", "\\*").replace("|", "\\|") for cell in line) + " |" for line in cells
+    )
+
+
+def render_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]], notes: Sequence[str]) -> str:
+    """The tables of a study as Markdown.
+
+    Args:
+      facts: what the study was: command, date, versions, seeds.
+      grids: (title, rows of ``compare``).
+      notes: lines about cells that did not finish.
+    """
+    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND]
+    parts += [f"* {note}" for note in notes]
+    for title, rows in grids:
+        parts += [f"### {title}", markdown_table(*summary_table(overall(rows))), "Tests against the baseline:"]
+        parts += [markdown_table(*tests_table(overall(rows)))]
+        columns, lines = group_table(rows)
+        if lines:
+            parts += ["Within user groups:", markdown_table(columns, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = (
+    f"Mean (standard deviation) over seeds; below it the paired difference to {BASELINE} ± its standard error. Stars: "
+    "Holm-adjusted p-value of the paired t-test below .05 (*), .01 (**), .001 (***); one family is one metric of one "
+    "table. RelaImpr = (AUC - .5) / (baseline AUC - .5) - 1. Placebo rows are named after what they shuffle."
+).replace("*", "\\*")
+
+
+def render_html(name: str, facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]], notes: Sequence[str]) -> str:
+    """The same as a self-contained page, with the differences as plots."""
+    sections = []
+    for title, rows in grids:
+        plots = [svg(figure) for metric in TESTED if (figure := _forest(overall(rows), metric)) is not None]
+        tables = [("", summary_table(overall(rows))), ("Tests against the baseline", tests_table(overall(rows)))]
+        tables += [("Within user groups", group_table(rows))]
+        sections.append({"title": title, "plots": plots, "tables": [entry for entry in tables if entry[1][1]]})
+    return render_page("study.html", name=name, facts=facts, notes=notes, sections=sections)
+
+
+def _forest(rows: Sequence[Row], metric: str) -> Figure | None:
+    """Differences to the baseline with their 95 % intervals, a line per data, backbone and method."""
+    shown = [row for row in rows if row.metric == metric and row.difference is not None]
+    if not shown:
+        return None
+    figure = Figure(figsize=(7.5, 0.9 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for height, row in enumerate(reversed(shown)):
+        low, high = row.difference.confidence_interval or (row.difference.mean,) * 2
+        axes.plot([low, high], [height, height], color="#0072B2", linewidth=1.6)
+        axes.plot([row.difference.mean], [height], "o", color="#0072B2", markersize=4)
+    axes.axvline(0, color="#999999", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(shown)), [" ".join((*row.place[:2], row.method)) for row in reversed(shown)])
+    tidy(axes, dict(METRICS)[metric], f"difference to {BASELINE}, 95 % interval", "")
+    return figure

@@ -1,0 +1,116 @@
+"""The configuration of a training run: read, checked, and kept as it was resolved."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from clsd_tf.calibration import CalibrationConfig
+from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
+from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
+
+
+class TrainConfig(StrictModel):
+    """A training run, complete: written to the work directory as it was resolved.
+
+    Attributes:
+      method: ``clsd`` weights clicks as ``clsd`` says; ``bce`` counts every click the same.
+      loss: of each row. ``bce``, or two of its variants that studies compare with.
+      label_smoothing: of ``loss: label_smoothing``, in [0, 1).
+      focal_gamma: of ``loss: focal``, >= 0.
+      clicks: ``all``, or only ``intense`` ones: clicks without the intensity label are left out. Not for production,
+        it is the oracle of a study.
+      backbone: a name in ``clsd_tf.backbones.BACKBONES``.
+      backbone_arguments: the backbone's own arguments, by name.
+      embedding_dim: size of each field's embedding.
+      hidden_units: units of the backbone's hidden layers.
+      dropout: rate after each hidden layer, in [0, 1).
+      batch_size: examples per optimizer step.
+      learning_rate: of Adam, for the backbone.
+      max_epochs: passes over the training split at most.
+      patience_epochs: stop after this many epochs without a better validation AUC.
+      seed: of initial weights, row order and folds.
+      clsd: how clicks are weighted.
+      calibration: fitted on the validation split after training; part of the model from then on.
+    """
+
+    method: Literal["bce", "clsd"] = "clsd"
+    loss: Literal["bce", "label_smoothing", "focal"] = "bce"
+    label_smoothing: float = pydantic.Field(0.1, ge=0, lt=1)
+    focal_gamma: float = pydantic.Field(1.0, ge=0)
+    clicks: Literal["all", "intense"] = "all"
+    backbone: str = "deepfm"
+    backbone_arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
+    embedding_dim: int = pydantic.Field(10, ge=1)
+    hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (128, 64)
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    batch_size: int = pydantic.Field(512, ge=1)
+    learning_rate: float = pydantic.Field(2e-3, gt=0)
+    max_epochs: int = pydantic.Field(10, ge=1)
+    patience_epochs: int = pydantic.Field(2, ge=1)
+    seed: int = pydantic.Field(1, ge=0)
+    clsd: ClsdConfig = ClsdConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def effective_clsd(self) -> ClsdConfig:
+        """``clsd``, or nothing of it where the method is ``bce``."""
+        if self.method == "clsd":
+            return self.clsd
+        return self.clsd.model_copy(update={"lambda_": 0.0, "mu": 0.0, "teacher": "self"})
+
+    @property
+    def uses_stored_scores(self) -> bool:
+        """Whether the teacher scores all rows before training begins."""
+        return self.method == "clsd" and self.clsd.teacher not in ONLINE_TEACHERS
+
+
+def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
+    """Reads a YAML config (defaults if None) and applies ``key=value`` assignments, ``clsd.mu=0.3`` for nested keys.
+
+    Raises:
+      SpecError: unknown key or value out of range; says what is allowed.
+    """
+    content = parse_yaml_mapping(pathlib.Path(path).read_text(encoding="utf-8"), path) if path is not None else {}
+    for assignment in assignments:
+        _assign(content, assignment)
+    return parse_config(content, path or "--set")
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    """Applies ``a.b=value`` to nested mappings."""
+    key, separator, value = assignment.partition("=")
+    if not separator:
+        raise SpecError(f"--set takes key=value. Received: {assignment!r}. For example: --set clsd.mu=0.3")
+    *parents, leaf = key.split(".")
+    node = content
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"--set {assignment}: {parent} is a single value. Received: {key!r}")
+    node[leaf] = parse_yaml(value, f"--set {assignment}")
+
+
+def parse_config(content: dict[str, Any], source: str) -> TrainConfig:
+    """Checks a config; errors as ``load_config``."""
+    try:
+        return TrainConfig.model_validate_json(json.dumps(content))
+    except pydantic.ValidationError as error:
+        raise SpecError(explain_validation_error(error, TrainConfig, source)) from error
+
+
+def teacher_warning(config: TrainConfig) -> str | None:
+    """What to tell a user whose teacher is overconfident, or None."""
+    if config.method != "clsd" or config.clsd.teacher not in ONLINE_TEACHERS or config.max_epochs == 1:
+        return None
+    return (
+        f"from the second epoch on, teacher={config.clsd.teacher} judges clicks that it was trained on, and is "
+        f"overconfident. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1"
+    )

@@ -1,0 +1,67 @@
+"""Ranks user-profile features by how much the confidence of clicks differs with them: candidates for AdGate.
+
+Example:
+  python -m pipelines.rank_profile_features --dataset_dir=demo/dataset --work_dir=demo/clsd
+
+AdGate corrects click confidence for users whose clicks score higher or lower than those of others. The ranking tells
+which features these users differ by: analysis of variance, over each feature, of the users' mean of 1 - score. It reads
+clicks of the training split with the teacher's scores, or of the validation split with the model's predictions where
+the run has none. Candidates are all user groups and all single-valued features of the user table.
+
+What to do with it: train with the few features at the top whose p (Holm) is small and whose omega squared is worth it
+(.01 is a small effect, .06 a medium one), for example
+  python -m pipelines.train ... --set 'clsd.ad_gate.features=[age_group, occupation]'
+Of a feature and a group made from the same column, take one. Prints a table; leaves profile_features.json in the work
+directory.
+"""
+
+from absl import flags
+
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
+from clsd_tf.input_pipeline import read_columns
+from clsd_tf.profile_features import HEADLINES, rank_features, table_rows
+from clsd_tf.teachers import stored_scores
+from pipelines.scores import split_scores
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)
+
+
+def candidate_features(dataset: DatasetDir) -> list[str]:
+    """All that AdGate may read.
+
+    Raises:
+      ValueError: the spec declares none of both.
+    """
+    names = [*(group.name for group in dataset.inputs.groups), *dataset.inputs.user_features]
+    if not names:
+        raise ValueError(
+            "AdGate reads user groups and features of the user table. Received: a spec with neither. "
+            "Declare user_groups in the spec and build the dataset again"
+        )
+    return names
+
+
+def main(argv) -> None:
+    dataset, work_dir = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value)
+    names = candidate_features(dataset)
+    work_dir.require_complete(dataset)
+    split = "train" if stored_scores(work_dir, dataset) is not None else "validation"
+    with console.step(f"rank {len(names)} profile features on clicks of {split}"):
+        columns = read_columns(dataset, split, ["label", "sample_weight", "user_hash", *names])
+        scores, source = split_scores(work_dir, dataset, split)
+        kept = (columns["label"] > 0.5) & (columns["sample_weight"] > 0)
+        features = {name: columns[name][kept] for name in names}
+        ranking = rank_features(1.0 - scores[kept], columns["user_hash"][kept], features)
+    path = work_dir.path / "profile_features.json"
+    facts = {"split": split, "scores": source, "dataset_fingerprint": dataset.fingerprint}
+    write_json(path, {**facts, "features": ranking})
+    console.print_table(
+        f"users' mean of 1 - score, {split} clicks", [heading for _, heading in HEADLINES], table_rows(ranking)
+    )
+    console.console.print(str(path), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    console.run(main)

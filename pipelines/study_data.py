@@ -1,0 +1,94 @@
+"""Datasets of a study: fetched, simulated or read from the user's directories, and built once each."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import feature_specs
+from clsd_tf.features import FeatureSpec, parse_spec
+from pipelines.build import BuildConfig, build_dataset
+from pipelines.feed import simulate_feed
+from pipelines.movielens import fetch
+from pipelines.study_config import StudyData
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """Where one dataset of a study lies. A simulated feed is one for each seed, others are shared by all seeds."""
+
+    data: StudyData
+    seed: int | None
+    study_dir: pathlib.Path
+    given_dataset_dir: pathlib.Path | None
+    given_input_dir: pathlib.Path | None
+
+    @property
+    def _directory(self) -> pathlib.Path:
+        name = self.data.name if self.seed is None else f"{self.data.name}_seed_{self.seed}"
+        return self.study_dir / "data" / name
+
+    @property
+    def dataset_dir(self) -> pathlib.Path:
+        return self.given_dataset_dir or self._directory / "dataset"
+
+    @property
+    def truth(self) -> str | None:
+        """The planted truth of a simulated feed."""
+        return str(self._directory / "raw" / "truth.parquet") if self.data.simulate is not None else None
+
+    def prepare(self) -> None:
+        """Fetches or simulates the tables and builds the dataset, unless they are there."""
+        if self.dataset_dir.exists():
+            return
+        raw_dir = self._raw_dir()
+        build_dataset(study_spec(self.data), BuildConfig(input_dir=str(raw_dir)), self.dataset_dir)
+
+    def _raw_dir(self) -> pathlib.Path:
+        raw_dir = self._directory / "raw"
+        if self.data.simulate is not None:
+            if not raw_dir.exists():
+                simulate_feed(self.data.simulate.model_copy(update={"seed": self.seed}), raw_dir)
+            return raw_dir
+        if self.data.fetch is not None:
+            if not raw_dir.exists():
+                fetch(raw_dir)
+            return raw_dir
+        return self.given_input_dir
+
+
+def study_spec(data: StudyData) -> FeatureSpec:
+    """The feature spec with the study's changes of its split."""
+    spec = feature_specs.get_spec(data.spec)
+    if not data.split:
+        return spec
+    content: dict[str, Any] = spec.model_dump(mode="json")
+    content["split"] |= data.split
+    return parse_spec(content, f"{data.name}: {data.spec} with another split")
+
+
+def prepared_data(
+    data: StudyData,
+    seed: int,
+    study_dir: pathlib.Path,
+    dataset_dirs: Mapping[str, pathlib.Path],
+    input_dirs: Mapping[str, pathlib.Path],
+) -> PreparedData:
+    """Where the dataset of a cell lies, or will lie.
+
+    Raises:
+      ValueError: the tables are the user's own, and nothing says where they are.
+    """
+    source = data.input or data.name
+    is_given = data.name in dataset_dirs or source in input_dirs
+    if not (data.fetch or data.simulate or is_given):
+        raise ValueError(
+            f"the tables of data set {data.name!r} are not part of the study. Received: no directory for it. "
+            f"Add --input_dir={source}=<directory with the tables of {data.spec}>"
+        )
+    is_simulated = data.simulate is not None and data.name not in dataset_dirs
+    return PreparedData(
+        data, seed if is_simulated else None, study_dir, dataset_dirs.get(data.name), input_dirs.get(source)
+    )

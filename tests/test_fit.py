@@ -1,0 +1,268 @@
+"""The fit loop: what it leaves, its resume, the weights it keeps, and what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clsd_tf import input_pipeline, metrics
+from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
+from clsd_tf.assembly import build_model, predict
+from clsd_tf.callbacks import CheckpointAndStop, TrainingDivergedError
+from clsd_tf.fit import claim, fit, steps_per_epoch
+from clsd_tf.input_pipeline import RowValues
+from clsd_tf.train_config import parse_config
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+
+@pytest.fixture(scope="module")
+def train_ids(feed_dataset):
+    return input_pipeline.read_columns(feed_dataset, "train", ["row_id"])["row_id"]
+
+
+def validation_auc(model, dataset):
+    columns = input_pipeline.read_columns(dataset, "validation", ["label", "sample_weight"])
+    return metrics.auc(columns["label"], predict(model, dataset, "validation"), columns["sample_weight"])
+
+
+# What a fit leaves.
+
+
+def test_a_work_directory_holds_all_that_later_jobs_need(clsd_run, feed_dataset):
+    work_dir = clsd_run.work_dir
+    assert work_dir.resolved_config == {
+        "train": clsd_run.config.to_dict(),
+        "dataset_fingerprint": feed_dataset.fingerprint,
+    }
+    assert parse_config(work_dir.resolved_config["train"], "config.json") == clsd_run.config
+    assert read_json(work_dir.history) == clsd_run.history
+    assert list(work_dir.checkpoints.glob("ckpt-2.index"))
+    assert work_dir.best_weights.with_name("weights.index").is_file()
+    assert not list(work_dir.path.glob("*incomplete*"))
+
+
+def test_history_has_finite_numbers_for_each_epoch(clsd_run):
+    assert [entry["epoch"] for entry in clsd_run.history] == [0, 1]
+    names = {
+        "loss", "bce", "mean_pctr", "ad_gate_loss", "effective_click_share", "min_click_confidence",
+        "max_click_confidence", "val_auc", "val_log_loss",
+    }  # fmt: skip
+    for entry in clsd_run.history:
+        assert all(np.isfinite(entry[name]) for name in names)
+        assert np.isfinite(entry["click_confidence/age_group/18-30"])
+        # The feed has no user of unknown age: a mean of nothing is written as null.
+        assert entry["click_confidence/age_group/unknown"] is None
+    assert clsd_run.history[1]["bce"] < clsd_run.history[0]["bce"]
+
+
+def test_tensorboard_events_hold_the_scalars_of_every_user_group(clsd_run, feed_dataset):
+    events = EventAccumulator(str(clsd_run.work_dir.tensorboard)).Reload()
+    tags = set(events.Tags()["tensors"])
+    for group in feed_dataset.inputs.groups:
+        for label in group.labels:
+            assert f"click_confidence/{group.name}/{label}" in tags
+            assert f"ad_gate/{group.name}/{label}" in tags
+    for name in ("loss", "val_auc", "click_confidence/age_group/18-30"):
+        values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(name)]
+        assert values == pytest.approx([entry[name] for entry in clsd_run.history])
+        assert [event.step for event in events.Tensors(name)] == [13, 26]  # Optimizer steps.
+
+
+@pytest.fixture(scope="module")
+def overfitted(feed_dataset, tiny, tmp_path_factory):
+    """A fit that learns much too fast: the model that it gave and its AUC on validation after each epoch."""
+    config = tiny("method=bce", "learning_rate=0.05", "max_epochs=12", "patience_epochs=2")
+    model, history = fit(feed_dataset, config, WorkDir(tmp_path_factory.mktemp("runs") / "overfitted"), title=None)
+    return model, [entry["val_auc"] for entry in history]
+
+
+def test_the_model_has_the_weights_of_the_best_epoch_not_of_the_last(overfitted, feed_dataset):
+    model, aucs = overfitted
+    assert max(aucs) > aucs[-1] + 0.001
+    assert validation_auc(model, feed_dataset) == max(aucs)
+
+
+def test_a_fit_stops_when_patience_runs_out(overfitted):
+    _, aucs = overfitted
+    assert len(aucs) < 12
+    best = int(np.argmax(aucs))
+    assert len(aucs) == best + 1 + 2  # Two epochs without a better AUC.
+
+
+def test_progress_is_one_line_an_epoch_under_the_title(feed_dataset, tiny, tmp_path, capsys):
+    config = tiny("method=bce", "backbone=lr")
+    _, history = fit(feed_dataset, config, WorkDir(tmp_path / "run"), title="my run")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": loss")[0] for line in lines] == ["my run epoch 1", "my run epoch 2"]
+    assert f"validation AUC {history[1]['val_auc']:.4f}" in lines[1]
+
+
+# Resume.
+
+
+_CHILD = """
+import json, sys
+import clsd_tf
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from clsd_tf.assembly import make_deterministic
+from clsd_tf.fit import fit
+from clsd_tf.train_config import parse_config
+make_deterministic()
+fit(DatasetDir(sys.argv[1]), parse_config(json.loads(sys.argv[2]), "argv"), WorkDir(sys.argv[3]), title=None)
+"""
+
+
+def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(feed_dataset, tiny, tmp_path):
+    # Epochs of 100 steps, so that the kill lands before the last of them. All that lives between steps is in use:
+    # both optimizers, moving means over clicks, the moving average of the model, and the guards.
+    config = tiny(
+        "backbone=lr", "batch_size=32", "max_epochs=3", "patience_epochs=3", "clsd.loss_warmup_steps=150",
+        "clsd.teacher=ema", "clsd.ema_momentum=0.9", "clsd.normaliser_momentum=0.9", "clsd.global_form=standardised",
+    )  # fmt: skip
+    killed = WorkDir(tmp_path / "killed")
+    arguments = [str(feed_dataset.path), json.dumps(config.to_dict()), str(killed.path)]
+    with subprocess.Popen([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        while not (killed.checkpoints / "checkpoint").exists() and time.monotonic() < deadline:
+            assert child.poll() is None, "the run ended before its first checkpoint"
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+    assert 1 <= len(read_json(killed.history)) < config.max_epochs
+
+    resumed, history = fit(feed_dataset, config, killed, title=None)
+    uninterrupted, expected = fit(feed_dataset, config, WorkDir(tmp_path / "uninterrupted"), title=None)
+    assert history == expected
+    for one, other in zip(resumed.get_weights(), uninterrupted.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_fit_that_is_done_trains_no_further(clsd_run, feed_dataset):
+    checkpoints = sorted(clsd_run.work_dir.checkpoints.iterdir())
+    before = [path.stat().st_mtime_ns for path in checkpoints]
+    model, history = fit(feed_dataset, clsd_run.config, clsd_run.work_dir, title=None)
+    assert history == clsd_run.history
+    assert [path.stat().st_mtime_ns for path in checkpoints] == before
+    assert validation_auc(model, feed_dataset) == max(entry["val_auc"] for entry in history)
+
+
+# Checkpoints and best weights.
+
+
+def keeper_with_model(config, inputs, work_dir, **arguments):
+    keeper = CheckpointAndStop(work_dir, **{"patience_epochs": 2, "first_counted_step": 0, **arguments})
+    model = build_model(config, inputs)
+    assert keeper.resume(model) == 0
+    keeper.set_model(model)
+    return keeper, model
+
+
+def end_epoch(keeper, model, epoch, *, step, val_auc):
+    """Ends an epoch with all weights equal to its number + 1."""
+    model.backbone.set_weights([np.full(weight.shape, epoch + 1.0) for weight in model.backbone.get_weights()])
+    model.optimizer.iterations.assign(step)
+    keeper.on_epoch_end(epoch, {"val_auc": val_auc})
+
+
+def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_dataset, tiny, tmp_path):
+    work_dir = WorkDir(tmp_path)
+    keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, work_dir, first_counted_step=20)
+    end_epoch(keeper, model, 0, step=10, val_auc=0.9)
+    end_epoch(keeper, model, 1, step=20, val_auc=0.95)  # Steps 0 to 19 were warm-up: still plain BCE.
+    assert not list(tmp_path.rglob("weights.index"))
+    end_epoch(keeper, model, 2, step=30, val_auc=0.6)
+    end_epoch(keeper, model, 3, step=40, val_auc=0.5)
+    saved = tf.train.load_checkpoint(str(work_dir.best_weights))
+    names = [name for name in saved.get_variable_to_shape_map() if name.startswith("backbone/")]
+    assert len(names) == len(model.backbone.weights)
+    assert all((saved.get_tensor(name) == 3.0).all() for name in names)  # Those of epoch 2.
+    assert not keeper.is_exhausted  # One epoch without gain: those of the warm-up do not count.
+
+
+def test_patience_counts_epochs_since_the_best_and_survives_a_resume(feed_dataset, tiny, tmp_path):
+    keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, WorkDir(tmp_path))
+    for epoch, val_auc in enumerate((0.6, 0.7, 0.7)):  # An equal AUC is no gain.
+        end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
+        assert not keeper.is_exhausted
+    again = CheckpointAndStop(WorkDir(tmp_path), patience_epochs=2, first_counted_step=0)
+    model = build_model(tiny(), feed_dataset.inputs)
+    assert again.resume(model) == 3
+    assert [entry["val_auc"] for entry in again.history] == [0.6, 0.7, 0.7]
+    assert all((weight == 3.0).all() for weight in model.backbone.get_weights())
+    again.set_model(model)
+    model.stop_training = False
+    end_epoch(again, model, 3, step=40, val_auc=0.65)
+    assert again.is_exhausted
+    assert model.stop_training
+
+
+# What stops or refuses a fit.
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(feed_dataset, tiny, train_ids, tmp_path):
+    # An infinite weight on a row of the fifth batch.
+    config = tiny("backbone=lr")
+    batches = input_pipeline.training_epochs(
+        feed_dataset, batch_size=config.batch_size, seed=config.seed, first_epoch=0, num_epochs=1
+    )
+    fifth, _, _ = next(iter(batches.skip(4)))
+    weights = np.where(train_ids == fifth["row_id"][0].numpy(), np.inf, 1.0).astype(np.float32)
+    work_dir = WorkDir(tmp_path / "run")
+    with pytest.raises(TrainingDivergedError, match=r"the loss must be finite. Received: loss=(nan|inf) at step 5\."):
+        fit(feed_dataset, config, work_dir, title=None, row_weights=RowValues(train_ids, weights))
+    assert not list(work_dir.checkpoints.glob("*.index"))
+
+
+def test_a_training_row_without_a_teacher_score_stops_the_fit(feed_dataset, tiny, train_ids, tmp_path):
+    config = tiny("backbone=lr", "clsd.teacher=cross_fit", "clsd.loss_warmup_steps=0", "max_epochs=1")
+    scores = RowValues(train_ids[1:], np.full(len(train_ids) - 1, 0.5, np.float32))
+    with pytest.raises(TrainingDivergedError, match="the loss must be finite. Received: loss=nan"):
+        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=scores)
+
+
+def test_a_huge_learning_rate_stops_the_fit_with_advice(feed_dataset, tiny, tmp_path):
+    with pytest.raises(TrainingDivergedError, match="Lower learning_rate"):
+        fit(feed_dataset, tiny("method=bce", "learning_rate=1e30"), WorkDir(tmp_path / "run"), title=None)
+
+
+@pytest.mark.parametrize("steps", [26, 1000])  # 2 epochs of 13 steps.
+def test_a_loss_warmup_that_never_ends_is_refused(feed_dataset, tiny, tmp_path, steps):
+    assert steps_per_epoch(feed_dataset, tiny()) == 13  # 3,200 rows in batches of 256.
+    with pytest.raises(ValueError, match=rf"loss_warmup_steps .* Received: {steps}. Allowed: less than 26"):
+        fit(feed_dataset, tiny(f"clsd.loss_warmup_steps={steps}"), WorkDir(tmp_path / "run"), title=None)
+
+
+def test_a_refused_config_does_not_claim_the_work_directory(feed_dataset, tiny, tmp_path):
+    # The user corrects the value and runs the same command again.
+    for refused in ("clsd.loss_warmup_steps=1000", "backbone=deep_fm", "backbone_arguments={depth: 3}"):
+        work_dir = WorkDir(tmp_path / "run")
+        with pytest.raises(ValueError, match="Received"):
+            fit(feed_dataset, tiny(refused), work_dir, title=None)
+        assert not work_dir.config.exists()
+
+
+def test_another_config_in_the_same_work_directory_is_refused(clsd_run, feed_dataset, tiny):
+    other = tiny("calibration.user_group=age_group", "learning_rate=0.5", "seed=3")
+    with pytest.raises(ArtifactError) as error:
+        claim(clsd_run.work_dir, other, feed_dataset)
+    message = str(error.value)
+    assert "Received: {'learning_rate': 0.5, 'seed': 3}" in message
+    assert "Allowed: {'learning_rate': 0.002, 'seed': 1}" in message
+    assert "Choose another --work_dir" in message
+
+
+def test_another_dataset_in_the_same_work_directory_is_refused(clsd_run, feed_dataset, tmp_path):
+    path = tmp_path / "dataset"
+    shutil.copytree(feed_dataset.path, path)
+    layout = DatasetLayout(path)
+    layout.counts.write_text(json.dumps({**read_json(layout.counts), "note": "another"}), encoding="utf-8")
+    layout.mark_complete(feed_dataset.spec)
+    with pytest.raises(ArtifactError, match="trained on another dataset"):
+        claim(clsd_run.work_dir, clsd_run.config, DatasetDir(path))
