@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Both create .venv and install on first use.
+# Three commands: `make demo`, `make test` and `make study`. Each creates .venv and install on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test study lint clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipelines.demo --demo_dir=demo
@@ -12,6 +12,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
+
+study: $(INSTALLED)
+	$(BIN)/python -m pipelines.study --study=small --study_dir=study
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -16,6 +16,8 @@ RUNTIME = [
     "pydantic>=2.7",
     "pyyaml",
     "rich",
+    "scikit-learn>=1.5",
+    "scipy>=1.15",
     "tensorboard",
     "tensorflow>=2.21,<2.22",
     "tensorflow-datasets",
@@ -23,7 +25,7 @@ RUNTIME = [
     "tensorflow-serving-api",
     "tf-keras>=2.21,<2.22",
 ]
-DEVELOPMENT = ["hypothesis", "pytest", "ruff", "scikit-learn"]
+DEVELOPMENT = ["hypothesis", "pytest", "ruff"]
 
 setup(
     name="clsd_tf",
@@ -41,8 +43,9 @@ setup(
         "export",
         "feature_specs",
         "pipelines",
+        "benchmarks",
     ],
-    package_data={"feature_specs": ["*.yaml"], "clsd_tf": ["*.html"]},
+    package_data={"feature_specs": ["*.yaml"], "clsd_tf": ["*.html"], "pipelines": ["studies/*.yaml"]},
     install_requires=RUNTIME,
     extras_require={"dev": DEVELOPMENT},
 )

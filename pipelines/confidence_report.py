@@ -64,9 +64,10 @@ def analyse(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[s
 
 def main(argv) -> None:
     dataset, work_dir, split = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value), _SPLIT.value
-    with console.step(f"measure click confidence on {split}"):
+    with console.step(f"measure click confidence on {split}") as note:
         columns, source = scored_columns(work_dir, dataset, split)
         measured, noise_floor = analyse(columns, dataset)
+        note(source)
     if split == "train" and source == MODEL:
         console.warn("the model was trained on the clicks it judges here, and is overconfident. Use --split=validation")
     facts = {

@@ -171,34 +171,19 @@ class _World:
 
     def __init__(self, config: FeedConfig):
         self._config = config
-        self._random = random = np.random.default_rng(config.seed)
-        ages = random.integers(*_AGES, config.num_users)
+        # Streams of their own: other items leave the users as they are.
+        of_users, of_items, self._random = np.random.default_rng(config.seed).spawn(3)
+        ages = of_users.integers(*_AGES, config.num_users)
         self._age_groups = np.digitize(ages, AGE_BOUNDARIES)
-        self._user_interests = random.normal(size=[config.num_users, config.rank])
-        self._item_interests = random.normal(size=[config.num_items, config.rank])
-        self._item_biases = random.normal(0.0, _ITEM_BIAS_STD, config.num_items)
+        self._user_interests = of_users.normal(size=[config.num_users, config.rank])
+        self._item_interests = of_items.normal(size=[config.num_items, config.rank])
+        self._item_biases = of_items.normal(0.0, _ITEM_BIAS_STD, config.num_items)
         num_click_bait = round(config.click_bait_share * config.num_items)
-        self._is_click_bait = random.permutation(config.num_items) < num_click_bait
+        self._is_click_bait = of_items.permutation(config.num_items) < num_click_bait
         popularity = np.arange(1, config.num_items + 1) ** -config.popularity_exponent
         self._popularity = popularity / popularity.sum()
-        self.users = self._users_table(ages)
-        self.items = self._items_table()
-
-    def _users_table(self, ages: np.ndarray) -> pa.Table:
-        count = self._config.num_users
-        genders = self._random.choice(_GENDERS, count, p=[0.48, 0.48, 0.04])
-        return pa.table({"user_id": [f"u{user}" for user in range(count)], "age": ages, "gender": genders})
-
-    def _items_table(self) -> pa.Table:
-        random, count = self._random, self._config.num_items
-        return pa.table(
-            {
-                "item_id": [f"i{item}" for item in range(count)],
-                "category": random.choice(_CATEGORIES, count),
-                "tags": ["|".join(random.choice(_TAGS, random.integers(1, 4), replace=False)) for _ in range(count)],
-                "duration_seconds": np.round(random.lognormal(3.5, 1.0, count), 1),
-            }
-        )
+        self.users = _users_table(ages, of_users)
+        self.items = _items_table(config.num_items, of_items)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -258,3 +243,20 @@ class _World:
             },
             schema=_LOG_SCHEMA,
         )
+
+
+def _users_table(ages: np.ndarray, random: np.random.Generator) -> pa.Table:
+    count = len(ages)
+    genders = random.choice(_GENDERS, count, p=[0.48, 0.48, 0.04])
+    return pa.table({"user_id": [f"u{user}" for user in range(count)], "age": ages, "gender": genders})
+
+
+def _items_table(count: int, random: np.random.Generator) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": [f"i{item}" for item in range(count)],
+            "category": random.choice(_CATEGORIES, count),
+            "tags": ["|".join(random.choice(_TAGS, random.integers(1, 4), replace=False)) for _ in range(count)],
+            "duration_seconds": np.round(random.lognormal(3.5, 1.0, count), 1),
+        }
+    )

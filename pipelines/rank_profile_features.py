@@ -48,11 +48,12 @@ def main(argv) -> None:
     names = candidate_features(dataset)
     work_dir.require_complete(dataset)
     split = "train" if stored_scores(work_dir, dataset) is not None else "validation"
-    with console.step(f"rank {len(names)} profile features on clicks of {split}"):
+    with console.step(f"rank {len(names)} profile features on clicks of {split}") as note:
         columns = read_columns(dataset, split, ["label", "sample_weight", "user_hash", *names])
         scores, source = split_scores(work_dir, dataset, split)
         kept = (columns["label"] > 0.5) & (columns["sample_weight"] > 0)
         features = {name: columns[name][kept] for name in names}
+        note(source)
         ranking = rank_features(1.0 - scores[kept], columns["user_hash"][kept], features)
     path = work_dir.path / "profile_features.json"
     facts = {"split": split, "scores": source, "dataset_fingerprint": dataset.fingerprint}

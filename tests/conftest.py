@@ -112,6 +112,8 @@ _TINY = [
     "clsd.teacher=self",
     "clsd.loss_warmup_steps=5",
     "clsd.num_folds=2",
+    "clsd.lambda=0.5",
+    "clsd.mu=0.5",
 ]
 
 
@@ -153,10 +155,13 @@ def clsd_run(run_of, tiny, deterministic):
 
 @pytest.fixture(scope="session")
 def with_changed_records():
-    """(dataset, path, change) -> a copy of the dataset after ``change(feature)`` of each training record."""
+    """(dataset, path, change) -> a copy of the dataset after ``change(feature)`` of each training record.
+
+    Stored teacher scores stay behind.
+    """
 
     def changed(dataset, path, change):
-        shutil.copytree(dataset.path, path)
+        shutil.copytree(dataset.path, path, ignore=shutil.ignore_patterns("teacher_scores"))
         copy = DatasetDir(path)
         for file in map(pathlib.Path, copy.record_files("train")):
             examples = [tf.train.Example.FromString(text.numpy()) for text in tf.data.TFRecordDataset(str(file))]

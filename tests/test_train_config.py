@@ -39,7 +39,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
 
 
 def test_lambda_is_assigned_under_its_own_name():
-    assert load_config(None, ["clsd.lambda=0.3"]).clsd.lambda_ == 0.3
+    assert load_config(None, ["clsd.lambda=0.3", "clsd.mu=0.0"]).clsd.lambda_ == 0.3
 
 
 def test_assignments_reach_every_depth():
@@ -90,7 +90,7 @@ def test_a_config_survives_its_way_through_json_and_yaml(content):
 
 
 def test_the_dict_form_is_complete_and_uses_the_names_of_the_command_line():
-    content = load_config(None, ["clsd.lambda=0.25", "clsd.ad_gate.hidden_units=[3]"]).to_dict()
+    content = load_config(None, ["clsd.lambda=0.25", "clsd.mu=0.0", "clsd.ad_gate.hidden_units=[3]"]).to_dict()
     assert content.keys() == TrainConfig.model_fields.keys()
     assert content["clsd"]["lambda"] == 0.25
     assert "lambda_" not in content["clsd"]
@@ -121,7 +121,7 @@ def test_the_dict_form_is_complete_and_uses_the_names_of_the_command_line():
         ("clsd.num_folds=1", ["clsd.num_folds: ", "greater than or equal to 2", "Received: 1"]),
         ("clsd.num_repeats=0", ["clsd.num_repeats: ", "greater than or equal to 1", "Received: 0"]),
         ("clsd.fold_by=item", ["clsd.fold_by: ", "'row' or 'user'", "Received: 'item'"]),
-        ("clsd.mu=0.75", ["clsd: lambda + mu must be at most 1", "Received: 0.5 + 0.75"]),
+        ("clsd={lambda: 0.5, mu: 0.75}", ["clsd: lambda + mu must be at most 1", "Received: 0.5 + 0.75"]),
         ("clsd.global_form=raw", ["drives every prediction to 0", "Received: raw", "allow_raw=true"]),
         ("hidden_units=8", ["hidden_units: ", "Received: 8"]),
         ("hidden_units=[8, 0]", ["hidden_units.1: ", "Received: 0"]),

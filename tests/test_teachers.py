@@ -1,0 +1,341 @@
+"""Teachers that score before training: no row is scored by a model that saw it, and scores are kept and found again."""
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from clsd_tf import input_pipeline, metrics
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
+from clsd_tf.assembly import predict
+from clsd_tf.fit import fit
+from clsd_tf.hashing import mix_row_ids
+from clsd_tf.input_pipeline import RowValues
+from clsd_tf.teachers import scores_file, stored_scores, teacher_scores
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+DAY_MICROSECONDS = 86_400_000_000
+NUM_FOLDS = 2
+
+
+@pytest.fixture(scope="module")
+def quick(tiny):
+    """Assignments -> a config whose teacher is logistic regression in one epoch."""
+    sizes = ["backbone=lr", "max_epochs=1", "learning_rate=0.05", f"clsd.num_folds={NUM_FOLDS}"]
+    return lambda *assignments: tiny(*sizes, *assignments)
+
+
+@pytest.fixture(scope="module")
+def cross_fit(quick):
+    return lambda *assignments: quick("clsd.teacher=cross_fit", *assignments)
+
+
+@pytest.fixture(scope="module")
+def prequential(quick):
+    return quick("clsd.teacher=prequential")
+
+
+@pytest.fixture(scope="module")
+def dataset(feed_dataset, tmp_path_factory):
+    """A copy of the feed's dataset, since teachers add their scores to it."""
+    path = tmp_path_factory.mktemp("teachers") / "dataset"
+    shutil.copytree(feed_dataset.path, path)
+    return DatasetDir(path)
+
+
+@pytest.fixture(scope="module")
+def rows(dataset):
+    names = ["row_id", "user_hash", "label", "sample_weight", "event_time"]
+    return input_pipeline.read_columns(dataset, "train", names)
+
+
+def fold_of(keys, seed=1):
+    return mix_row_ids(keys, seed) % np.uint64(NUM_FOLDS)
+
+
+def flip(feature):
+    feature["label"].float_list.value[0] = 1 - feature["label"].float_list.value[0]
+
+
+# Cross-fit.
+
+
+@pytest.fixture(scope="module")
+def in_fold_0(rows):
+    """The rows that lie in fold 0 both by row and by user, about a quarter of them."""
+    return (fold_of(rows["row_id"]) == 0) & (fold_of(rows["user_hash"]) == 0)
+
+
+@pytest.fixture(scope="module")
+def flipped(dataset, rows, in_fold_0, with_changed_records, tmp_path_factory):
+    """The dataset with the labels of ``in_fold_0`` turned round, in the records alone."""
+    row_ids = set(rows["row_id"][in_fold_0])
+
+    def change(feature):
+        if feature["row_id"].int64_list.value[0] in row_ids:
+            flip(feature)
+
+    return with_changed_records(dataset, tmp_path_factory.mktemp("flipped") / "dataset", change)
+
+
+@pytest.fixture(scope="module")
+def by_row(dataset, cross_fit):
+    return teacher_scores(dataset, cross_fit(), title=None)
+
+
+@pytest.fixture(scope="module")
+def by_user(dataset, cross_fit):
+    return teacher_scores(dataset, cross_fit("clsd.fold_by=user"), title=None)
+
+
+def test_every_training_row_gets_a_score_that_predicts_its_label(by_row, by_user, rows):
+    for scores in (by_row, by_user):
+        np.testing.assert_array_equal(scores.row_ids, rows["row_id"])
+        assert scores.values.dtype == np.float32
+        assert ((scores.values > 0) & (scores.values < 1)).all()
+        assert metrics.auc(rows["label"], scores.values) > 0.52
+
+
+@pytest.mark.parametrize("fold_by", ["row", "user"])
+def test_each_row_is_scored_by_a_model_that_never_saw_its_label(
+    fold_by, request, flipped, rows, in_fold_0, cross_fit
+):  # fmt: skip
+    scores = request.getfixturevalue(f"by_{fold_by}")
+    of_flipped = teacher_scores(flipped, cross_fit(f"clsd.fold_by={fold_by}"), title=None)
+    folds = fold_of(rows["row_id" if fold_by == "row" else "user_hash"])
+    assert abs((folds == 0).mean() - 0.5) < 0.15
+    # Fold 0 is scored by a model of fold 1, where no label differs: bit for bit the same, also where its own differ.
+    assert in_fold_0[folds == 0].mean() > 0.3
+    np.testing.assert_array_equal(scores.values[folds == 0], of_flipped.values[folds == 0])
+    # Fold 1 is scored by a model of fold 0, half of whose labels differ.
+    assert (scores.values[folds == 1] != of_flipped.values[folds == 1]).mean() > 0.9
+
+
+def test_folds_by_user_keep_the_rows_of_a_user_together(rows):
+    folds = fold_of(rows["user_hash"])
+    for user in np.unique(rows["user_hash"]):
+        assert len(np.unique(folds[rows["user_hash"] == user])) == 1
+    by_row = fold_of(rows["row_id"])
+    assert len(np.unique(by_row[rows["user_hash"] == rows["user_hash"][0]])) == NUM_FOLDS
+
+
+def test_repeats_are_averaged(dataset, rows, cross_fit, by_row, tmp_path):
+    found = teacher_scores(dataset, cross_fit("clsd.num_repeats=2"), title=None)
+    # The second division into folds has the seed 1001; its first model is the third of all, with the seed 3001.
+    held_out = fold_of(rows["row_id"], seed=1001) == 0
+    model, _ = fit(
+        dataset,
+        cross_fit("method=bce", "seed=3001"),
+        WorkDir(tmp_path / "fold"),
+        title=None,
+        row_weights=RowValues(rows["row_id"], (~held_out).astype(np.float32)),
+    )
+    second = predict(model, dataset, "train")[held_out]
+    np.testing.assert_allclose(found.values[held_out], (by_row.values[held_out] + second) / 2, rtol=0, atol=1e-7)
+    assert np.abs(second - by_row.values[held_out]).mean() > 0.005
+
+
+# Scores are stored.
+
+
+def test_scores_are_taken_from_the_dataset_the_second_time(dataset, cross_fit, by_row):
+    file = scores_file(dataset, cross_fit())
+    assert file.is_relative_to(dataset.path / "teacher_scores")
+    assert {path.name for path in file.parent.iterdir()} == {"scores.npz", "teacher.json", ".lock"}  # No models.
+    written = file.stat().st_mtime_ns
+    (file.parent / "models").write_text("Here no model can be trained.", encoding="utf-8")
+    again = teacher_scores(dataset, cross_fit("clsd.kappa=2.0"), title=None)
+    np.testing.assert_array_equal(again.row_ids, by_row.row_ids)
+    np.testing.assert_array_equal(again.values, by_row.values)
+    assert file.stat().st_mtime_ns == written
+
+
+def test_what_the_scores_depend_on_is_written_beside_them(dataset, cross_fit, by_row):
+    told = read_json(scores_file(dataset, cross_fit()).with_name("teacher.json"))
+    assert told["dataset_fingerprint"] == dataset.fingerprint
+    assert (told["teacher"], told["num_folds"], told["fold_by"]) == ("cross_fit", NUM_FOLDS, "row")
+    assert (told["train"]["backbone"], told["train"]["method"]) == ("lr", "bce")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "seed=2", "backbone=fm", "embedding_dim=5", "hidden_units=[9]", "dropout=0.5", "batch_size=100",
+        "learning_rate=0.1", "max_epochs=3", "patience_epochs=5", "backbone_arguments={a: 1}", "clsd.num_folds=3",
+        "clsd.fold_by=user", "clsd.num_repeats=2", "clsd.teacher=prequential",
+    ],
+)  # fmt: skip
+def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, assignment):
+    assert scores_file(dataset, cross_fit(assignment)) != scores_file(dataset, cross_fit())
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "clsd.kappa=2.0", "clsd.lambda=0.1", "clsd.mu=0.1", "clsd.global_form=mean_one", "clsd.loss_warmup_steps=7",
+        "clsd.placebo=shuffled_confidence", "clsd.ad_gate.learning_rate=0.5", "clsd.guards.min_pctr_ratio=0.1",
+        "calibration.method=none", "loss=focal",
+    ],
+)  # fmt: skip
+def test_runs_that_differ_in_the_use_of_scores_alone_share_them(dataset, cross_fit, assignment):
+    assert scores_file(dataset, cross_fit(assignment)) == scores_file(dataset, cross_fit())
+
+
+def test_folds_do_not_enter_where_there_are_none(dataset, quick, prequential):
+    assert scores_file(dataset, quick("clsd.teacher=prequential", "clsd.num_folds=7")) == scores_file(
+        dataset, prequential
+    )
+
+
+def test_a_killed_job_goes_on_with_the_folds_that_it_had_not_finished(feed_dataset, cross_fit, by_row, tmp_path):
+    shutil.copytree(feed_dataset.path, tmp_path / "dataset")
+    dataset = DatasetDir(tmp_path / "dataset")
+    models = scores_file(dataset, cross_fit()).with_name("models")
+    models.mkdir(parents=True)
+    (models / "fold_1").write_text("The second fold ends the job here.", encoding="utf-8")
+
+    def finished_files():
+        return {path: path.stat().st_mtime_ns for path in (models / "fold_0").rglob("*") if path.is_file()}
+
+    found = []
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="fold_1"):
+            teacher_scores(dataset, cross_fit(), title=None)
+        found.append(finished_files())
+    assert any("best_weights" in str(path) for path in found[0])
+    assert found[0] == found[1]  # The first fold was not trained again.
+    (models / "fold_1").unlink()
+    np.testing.assert_array_equal(teacher_scores(dataset, cross_fit(), title=None).values, by_row.values)
+    assert not models.exists()
+
+
+def test_two_processes_do_not_train_the_same_teacher(dataset, cross_fit):
+    config = cross_fit("seed=5")
+    with (
+        WorkDir(scores_file(dataset, config).parent).exclusive(),
+        pytest.raises(ArtifactError, match="only one process may train"),
+    ):
+        teacher_scores(dataset, config, title=None)
+
+
+class _Trap:
+    """Unpickling it leaves a directory behind."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._path),)
+
+
+def test_stored_scores_are_never_unpickled(dataset, cross_fit, tmp_path):
+    file = scores_file(dataset, cross_fit("seed=6"))
+    file.parent.mkdir(parents=True)
+    np.savez(file, row_ids=np.arange(3), values=np.array([_Trap(tmp_path / "sprung")], dtype=object))
+    with pytest.raises((ArtifactError, ValueError)):
+        teacher_scores(dataset, cross_fit("seed=6"), title=None)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", ["text", "nothing", "half"])
+def test_a_file_that_cannot_be_read_is_named(dataset, cross_fit, by_row, content):
+    file = scores_file(dataset, cross_fit("seed=7"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = scores_file(dataset, cross_fit()).read_bytes()
+    file.write_bytes({"text": b"no scores", "nothing": b"", "half": whole[: len(whole) // 2]}[content])
+    with pytest.raises(ArtifactError, match=re.escape(str(file))):
+        teacher_scores(dataset, cross_fit("seed=7"), title=None)
+
+
+def test_online_teachers_have_no_scores_to_store(dataset, quick):
+    for assignments in (["clsd.teacher=self"], ["clsd.teacher=ema"], ["method=bce", "clsd.teacher=cross_fit"]):
+        assert teacher_scores(dataset, quick(*assignments), title=None) is None
+
+
+def test_scores_are_found_for_a_run(clsd_run, dataset, cross_fit, by_row, tmp_path):
+    work_dir = WorkDir(tmp_path)
+    work_dir.config.write_text(
+        f'{{"train": {cross_fit().model_dump_json(by_alias=True)}, "dataset_fingerprint": "{dataset.fingerprint}"}}',
+        encoding="utf-8",
+    )
+    np.testing.assert_array_equal(stored_scores(work_dir, dataset).values, by_row.values)
+    shutil.copytree(dataset.path, tmp_path / "bare", ignore=shutil.ignore_patterns("teacher_scores"))
+    assert stored_scores(work_dir, DatasetDir(tmp_path / "bare")) is None  # Somebody tidied up.
+    assert stored_scores(clsd_run.work_dir, dataset) is None  # The self teacher.
+
+
+# Prequential.
+
+
+@pytest.fixture(scope="module")
+def weighted(dataset, with_changed_records, tmp_path_factory):
+    """The dataset with sample weight 3 on every other row."""
+
+    def change(feature):
+        feature["sample_weight"].float_list.value[0] = 3.0 if feature["row_id"].int64_list.value[0] % 2 else 1.0
+
+    return with_changed_records(dataset, tmp_path_factory.mktemp("weighted") / "dataset", change)
+
+
+@pytest.fixture(scope="module")
+def of_days(weighted, prequential):
+    return teacher_scores(weighted, prequential, title=None)
+
+
+@pytest.fixture(scope="module")
+def days(rows):
+    return (rows["event_time"] - rows["event_time"].min()) // DAY_MICROSECONDS
+
+
+def test_the_feed_trains_on_eight_days(days):
+    assert np.unique(days).tolist() == list(range(8))
+
+
+def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
+    weighted, days, rows, of_days, prequential, with_changed_records, tmp_path
+):
+    row_ids = set(rows["row_id"][days >= 4])
+
+    def change(feature):
+        if feature["row_id"].int64_list.value[0] in row_ids:
+            flip(feature)
+
+    changed = teacher_scores(with_changed_records(weighted, tmp_path / "dataset", change), prequential, title=None)
+    np.testing.assert_array_equal(changed.row_ids, of_days.row_ids)
+    before = (days > 0) & (days <= 4)  # Day 0 takes its score from the other days.
+    np.testing.assert_array_equal(changed.values[before], of_days.values[before])
+    assert (changed.values[days > 4] != of_days.values[days > 4]).mean() > 0.9
+
+
+def test_scores_of_later_days_predict_their_labels(of_days, days, rows):
+    np.testing.assert_array_equal(of_days.row_ids, rows["row_id"])
+    late = days >= 4
+    assert metrics.auc(rows["label"][late], of_days.values[late]) > 0.52
+
+
+def test_the_first_day_is_weighted_neutrally(of_days, weighted, days):
+    columns = input_pipeline.read_columns(weighted, "train", ["label", "sample_weight"])
+    later_clicks = (days > 0) & (columns["label"] == 1)
+    weights = columns["sample_weight"][later_clicks]
+    assert set(weights) == {1.0, 3.0}
+    expected = (of_days.values[later_clicks] * weights).sum() / weights.sum()
+    np.testing.assert_allclose(of_days.values[days == 0], expected, rtol=1e-6)
+
+
+def test_a_split_of_one_day_is_refused(dataset, prequential, with_changed_records, tmp_path):
+    def change(feature):
+        feature["event_time"].int64_list.value[0] = 1_700_000_000_000_000 + feature["row_id"].int64_list.value[0]
+
+    one_day = with_changed_records(dataset, tmp_path / "dataset", change)
+    with pytest.raises(ValueError, match=r"two days or more\. Received: one day\. Use teacher=cross_fit"):
+        teacher_scores(one_day, prequential, title=None)
+
+
+def test_progress_names_the_run_and_the_part(dataset, cross_fit, prequential, capsys):
+    teacher_scores(dataset, prequential, title="my run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[7] == "my run: teacher scored 400 rows of day 8"
