@@ -58,15 +58,16 @@ class ValidationAuc(tf.keras.callbacks.Callback):
 class CheckpointAndStop(tf.keras.callbacks.Callback):
     """Keeps the best weights by ``val_auc``, stops when they get no better, and checkpoints each epoch for a resume.
 
-    Epochs that end within loss warm-up do not compete: their weights are those of plain BCE.
+    Epochs that end within loss warm-up do not compete: their weights are those of plain BCE. Without patience, the last
+    epoch counts as the best, and nothing stops.
 
     Args:
       work_dir: where checkpoints, history and best weights go.
-      patience_epochs: stop after this many epochs without a better AUC.
+      patience_epochs: stop after this many epochs without a better AUC; None for a fixed number of epochs.
       first_counted_step: optimizer steps before an epoch may count as best.
     """
 
-    def __init__(self, work_dir: WorkDir, *, patience_epochs: int, first_counted_step: int):
+    def __init__(self, work_dir: WorkDir, *, patience_epochs: int | None, first_counted_step: int):
         super().__init__()
         self._work_dir = work_dir
         self._patience_epochs = patience_epochs
@@ -94,7 +95,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
     @property
     def is_exhausted(self) -> bool:
         """Whether patience had run out when the run was last checkpointed."""
-        return int(self._epochs_without_gain) >= self._patience_epochs
+        return self._patience_epochs is not None and int(self._epochs_without_gain) >= self._patience_epochs
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         competes = int(self.model.optimizer.iterations) > self._first_counted_step
@@ -110,7 +111,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
             self.model.stop_training = True
 
     def _compete(self, val_auc: float) -> None:
-        if val_auc > float(self._best_auc):
+        if self._patience_epochs is None or val_auc > float(self._best_auc):
             self._best_auc.assign(val_auc)
             self._epochs_without_gain.assign(0)
             best_weights(self.model).write(str(self._work_dir.best_weights))

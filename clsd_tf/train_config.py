@@ -32,7 +32,8 @@ class TrainConfig(StrictModel):
       batch_size: examples per optimizer step.
       learning_rate: of Adam, for the backbone.
       max_epochs: passes over the training split at most.
-      patience_epochs: stop after this many epochs without a better validation AUC.
+      patience_epochs: stop after this many epochs without a better validation AUC, and keep the best epoch's weights;
+        null trains max_epochs whatever the validation says and keeps the last.
       seed: of initial weights, row order and folds.
       clsd: how clicks are weighted.
       calibration: fitted on the validation split after training; part of the model from then on.
@@ -51,7 +52,7 @@ class TrainConfig(StrictModel):
     batch_size: int = pydantic.Field(512, ge=1)
     learning_rate: float = pydantic.Field(2e-3, gt=0)
     max_epochs: int = pydantic.Field(10, ge=1)
-    patience_epochs: int = pydantic.Field(2, ge=1)
+    patience_epochs: int | None = pydantic.Field(2, ge=1)
     seed: int = pydantic.Field(1, ge=0)
     clsd: ClsdConfig = ClsdConfig()
     calibration: CalibrationConfig = CalibrationConfig()

@@ -4,10 +4,10 @@ Example:
   python -m pipelines.simulate_feed --raw_dir=/tmp/feed --num_rows=50000 --click_bait_share=0.1
   python -m pipelines.build_dataset --spec=simulated_feed --input_dir=/tmp/feed --dataset_dir=/tmp/feed_dataset
 
-Only a simulation knows why each click was made. The truth is written beside the log and never read by a job:
+Only a simulation knows why each click was made. The truth is written beside the log, and no dataset holds it:
 truth.parquet (per row of the log: probability of genuine interest, cause of the click) and truth.json (the planted
-parameters). Any number of rows fits in memory. The spec simulated_pairs reads the same files and sees nothing but the
-ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
+parameters). Rows are streamed, so any number fits in memory. The spec simulated_pairs reads the same files and sees
+nothing but the ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
 """
 
 import pathlib
@@ -29,7 +29,9 @@ _SETTINGS = [
     flags.DEFINE_integer("rank", _DEFAULT.rank, "Dimensions of interest, >= 1."),
     flags.DEFINE_float("interest_scale", _DEFAULT.interest_scale, "Weight of the match of user and item in the logit."),
     flags.DEFINE_float("click_bait_share", _DEFAULT.click_bait_share, "Share of items with a misleading title."),
-    flags.DEFINE_float("click_bait_rate", _DEFAULT.click_bait_rate, "Probability that such a title draws a click."),
+    flags.DEFINE_float(
+        "click_bait_rate", _DEFAULT.click_bait_rate, "Probability that a misleading title alone draws a click."
+    ),
     flags.DEFINE_float(
         "popularity_exponent",
         _DEFAULT.popularity_exponent,

@@ -141,7 +141,7 @@ def _facts(study: StudyConfig, seconds: float) -> dict[str, str]:
         "command": f"python -m pipelines.study --study={_STUDY.value}",
         "date": dt.date.today().isoformat(),
         "versions": f"Python {platform.python_version()}, {versions}",
-        "seeds": f"1 to {study.seeds}, paired",
+        "seeds": f"{study.seeds} unless a table says otherwise, paired",
         "split": study.split,
         "this session took": f"{dt.timedelta(seconds=round(seconds))} with {_NUM_PROCESSES.value} processes",
     }
@@ -165,7 +165,8 @@ def main(argv) -> None:
     start = time.monotonic()
     study = load_study(_STUDY.value)
     if _SEEDS.value is not None:
-        study = study.model_copy(update={"seeds": _SEEDS.value})
+        grids = tuple(grid.model_copy(update={"seeds": None}) for grid in study.grids)
+        study = study.model_copy(update={"seeds": _SEEDS.value, "grids": grids})
     study_dir = pathlib.Path(_STUDY_DIR.value)
     # Grids may share cells; each is run once.
     cells = list({str(cell): cell for grid in study.grids for cell in study.cells(grid)}.values())

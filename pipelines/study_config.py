@@ -69,6 +69,7 @@ class Grid(StrictModel):
       data: names of declared data sets.
       backbones: names in the registry, or of declared backbones.
       methods: names of known or declared methods; the baseline and the placebos come by themselves.
+      seeds: number of paired seeds, instead of the study's.
       placebos: whether placebo rows are added; a grid of nothing but placebos needs none.
     """
 
@@ -76,6 +77,7 @@ class Grid(StrictModel):
     data: tuple[str, ...] = pydantic.Field(min_length=1)
     backbones: tuple[str, ...] = ("deepfm",)
     methods: tuple[str, ...] = pydantic.Field(min_length=1)
+    seeds: int | None = pydantic.Field(None, ge=1)
     placebos: bool = True
 
 
@@ -150,7 +152,7 @@ class StudyConfig(StrictModel):
                 methods = with_placebos(methods, shared)
             for backbone in grid.backbones:
                 for method in methods:
-                    for seed in range(1, self.seeds + 1):
+                    for seed in range(1, (grid.seeds or self.seeds) + 1):
                         config = cell_config(shared, method, self.backbone(backbone), seed)
                         yield Cell(data, backbone, method.name, seed, config)
 

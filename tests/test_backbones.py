@@ -446,7 +446,7 @@ def _linear_and_heads(weights):
     return linear, bias, heads
 
 
-def din_formula(backbone, activation=relu):
+def din_formula(backbone):
     fields = fields_of(backbone)  # All but the history.
     *hidden, kernel, bias = parts(backbone.get_layer("attention_recent_items"))
     (layer,) = [layer for layer in backbone.layers if isinstance(layer, FieldEmbeddings)]
@@ -511,7 +511,7 @@ def test_dice_by_hand():
     alpha, moving_mean, moving_variance = dice.weights
     alpha.assign([0.5])
     np.testing.assert_allclose(dice(x, training=True), expected, rtol=1e-5)
-    np.testing.assert_allclose(moving_mean, [0.02], rtol=1e-5)  # One batch moves it by 1 % of the way to 2.
+    np.testing.assert_allclose(moving_mean, [0.2], rtol=1e-5)  # One batch moves it by a tenth of the way to 2.
 
     # Afterwards a row gets what the moving averages say, whatever its batch.
     moving_mean.assign([2.0])

@@ -1,6 +1,7 @@
 """Real Beam runs: what a dataset holds, that nothing looks ahead, and that bad input publishes nothing."""
 
 import csv
+import datetime as dt
 import functools
 import json
 import math
@@ -193,6 +194,8 @@ def test_records_hold_labels_weights_and_ids_of_their_own_row(shop_dataset):
             assert record["label"] == [event["clicked"]]
             assert record["intensity_label"] == [event["seconds"] >= 20]
             assert record["sample_weight"] == [event["weight"]]
+            assert record["event_time"] == [event["time"] * 1_000_000]
+            assert math.isnan(record["intensity_value"][0])  # The shop declares none.
             expected = [event["item_id"]] if event["item_id"] != "late" else [None]
             assert values_of(record["item"], item_values, 2) == expected
             assert values_of(record["user_city"], cities, 1) == [profile["city"]]
@@ -200,6 +203,14 @@ def test_records_hold_labels_weights_and_ids_of_their_own_row(shop_dataset):
             age = profile["age"]
             assert record["age_group"] == [1 if age < 18 else 2 if age < 30.5 else 3 if age < 60 else 4]
             assert record["city_group"] == [{"Rome": 1, "Oslo": 2, "Paris": 3}[profile["city"]]]
+
+
+def test_records_hold_the_declared_intensity_value(feed_dataset, feed_dir):
+    with (feed_dir / "log.csv").open(encoding="utf-8") as file:
+        seconds = [float(row["read_seconds"]) for row in csv.DictReader(file)]
+    for split in SPLITS:
+        for record in records(feed_dataset, split):
+            assert record["intensity_value"] == [pytest.approx(seconds[record["row_id"][0] - 2], rel=1e-6)]
 
 
 def test_user_hash_tells_users_apart(shop_dataset):
@@ -375,6 +386,21 @@ def test_split_rule_can_be_overridden(shop_spec, shop_dir, tmp_path):
     assert sum(sizes) == 198
     assert sizes != [158, 20, 20]  # What the time rule gives.
     assert "test_from" not in counts
+
+
+def test_days_from_until_on_are_kept_back(shop_content, shop_dir, tmp_path):
+    # Events are a minute apart: 100 train, 40 validate, 40 test, the last 20 are in no split and in no vocabulary.
+    moments = (100, 140, 180)
+    names = ("validation_from", "test_from", "until")
+    texts = [dt.datetime.fromtimestamp(T0 + 60 * event, dt.timezone.utc).isoformat() for event in moments]
+    shop_content["split"] = dict(zip(names, texts, strict=True))
+    dataset = build(parse_spec(shop_content, "shop"), shop_dir, tmp_path / "dataset")
+    for split, first, end in (("train", 0, 100), ("validation", 100, 140), ("test", 140, 180)):
+        assert sorted(lines_of(dataset, split)) == [2 + event for event in range(first, end) if event not in (12, 23)]
+    assert [dataset.counts[name] for name in names] == texts
+    assert dataset.counts["tables"]["log"]["rows"] == 200
+    sample = pa.parquet.read_table(dataset.layout.serving_sample)
+    assert sample.column("row_id").to_pylist() == list(range(142, 182))
 
 
 # --- Bad input that the job survives ---------------------------------------------------------------------------------

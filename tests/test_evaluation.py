@@ -4,19 +4,19 @@ import re
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from scipy.special import expit
+from sklearn.metrics import log_loss, roc_auc_score
 
 from clsd_tf import input_pipeline
+from clsd_tf.assembly import build_model, load_model, predict, predict_logits
 from clsd_tf.evaluation import HEADLINES, evaluate, measure, table_rows
 from clsd_tf.report import render_report
-from clsd_tf.training import build_model, load_config, predict
-
-CONFIG = load_config(None, ["embedding_dim=4", "hidden_units=[8]", "clsd.teacher=self"])
 
 
 @pytest.fixture(scope="module")
-def evaluated(feed_dataset):
-    model = build_model(CONFIG, feed_dataset.inputs)
+def evaluated(clsd_run, feed_dataset):
+    """Evaluation and predictions of a run that is calibrated in each age group."""
+    model = load_model(clsd_run.work_dir, feed_dataset)
     return evaluate(model, feed_dataset, "test"), predict(model, feed_dataset, "test")
 
 
@@ -40,9 +40,47 @@ def test_groups_cover_all_rows_once(evaluated):
         assert sum(entry["rows"] for entry in groups.values()) == evaluation["overall"]["rows"]
 
 
-def test_dropout_is_off_when_a_model_is_evaluated(feed_dataset):
-    model = build_model(CONFIG.model_copy(update={"dropout": 0.9}), feed_dataset.inputs)
-    np.testing.assert_array_equal(predict(model, feed_dataset, "test"), predict(model, feed_dataset, "test"))
+def test_calibrated_and_uncalibrated_predictions_are_measured_side_by_side(clsd_run, feed_dataset, evaluated):
+    evaluation, pctr = evaluated
+    label = input_pipeline.read_columns(feed_dataset, "test", ["label"])["label"]
+    logits = predict_logits(load_model(clsd_run.work_dir, feed_dataset), feed_dataset, "test")
+    for part, scores in (("overall", pctr), ("uncalibrated", expit(logits.astype(np.float64)))):
+        assert evaluation[part]["pcoc"] == pytest.approx(scores.mean() / label.mean(), rel=1e-5)
+        assert evaluation[part]["log_loss"] == pytest.approx(log_loss(label, scores), rel=1e-5)
+        assert evaluation[part]["auc"] == pytest.approx(roc_auc_score(label, scores), abs=1e-5)
+    assert abs(evaluation["overall"]["pcoc"] - evaluation["uncalibrated"]["pcoc"]) > 0.01
+
+
+def test_without_calibration_both_measures_agree(feed_dataset, tiny):
+    model = build_model(tiny("backbone=lr", "method=bce"), feed_dataset.inputs)
+    evaluation = evaluate(model, feed_dataset, "test")
+    assert evaluation["overall"].keys() == evaluation["uncalibrated"].keys()
+    for name, value in evaluation["overall"].items():
+        if name != "calibration_bins":
+            assert evaluation["uncalibrated"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_rows_of_weight_0_are_left_out(feed_dataset, tiny, with_changed_records, tmp_path):
+    def change(feature):
+        feature["sample_weight"].float_list.value[0] = feature["row_id"].int64_list.value[0] % 2
+
+    model = build_model(tiny("backbone=lr", "method=bce"), feed_dataset.inputs)
+    weighted = with_changed_records(feed_dataset, tmp_path / "dataset", change)
+    columns = input_pipeline.read_columns(feed_dataset, "train", ["row_id", "label"])
+    counted = columns["row_id"] % 2 == 1
+    overall = evaluate(model, weighted, "train")["overall"]
+    assert overall["rows"] == counted.sum() == 1600
+    assert overall["clicks"] == columns["label"][counted].sum()
+
+
+def test_a_split_without_any_weight_is_refused(feed_dataset, tiny, with_changed_records, tmp_path):
+    def change(feature):
+        feature["sample_weight"].float_list.value[0] = 0.0
+
+    model = build_model(tiny("backbone=lr", "method=bce"), feed_dataset.inputs)
+    weightless = with_changed_records(feed_dataset, tmp_path / "dataset", change)
+    with pytest.raises(ValueError, match=r"must not all have sample weight 0\. Received: train"):
+        evaluate(model, weightless, "train")
 
 
 def test_measures_without_an_intensity_label_or_a_click_are_none():
@@ -72,9 +110,9 @@ def history():
     return [{"epoch": 0, **epoch, **groups}, {"epoch": 1, **epoch, **groups}]
 
 
-def test_report_is_one_file_that_loads_nothing(evaluated):
+def test_report_is_one_file_that_loads_nothing(evaluated, clsd_run):
     evaluation, _ = evaluated
-    page = render_report(evaluation, history(), {"train": CONFIG.to_dict()})
+    page = render_report(evaluation, history(), clsd_run.work_dir.resolved_config)
     assert "<script" not in page
     assert not re.search(r"(src|href)=\"(https?:)?//", page)
     # Training curves, monitors of age_group, calibration of both user groups.
@@ -82,8 +120,15 @@ def test_report_is_one_file_that_loads_nothing(evaluated):
     assert f"{evaluation['overall']['auc']:.4f}" in page
 
 
-def test_report_escapes_what_comes_from_the_spec(evaluated):
+def test_report_shows_a_history_as_training_wrote_it(evaluated, clsd_run):
     evaluation, _ = evaluated
-    page = render_report({**evaluation, "label": "<img src=x>"}, history(), {"train": CONFIG.to_dict()})
+    page = render_report(evaluation, clsd_run.history, clsd_run.work_dir.resolved_config)
+    # Training curves, and calibration and monitors of both user groups.
+    assert page.count("<svg") == 5
+
+
+def test_report_escapes_what_comes_from_the_spec(evaluated, clsd_run):
+    evaluation, _ = evaluated
+    page = render_report({**evaluation, "label": "<img src=x>"}, history(), clsd_run.work_dir.resolved_config)
     assert "<img src=x>" not in page
     assert "&lt;img src=x&gt;" in page

@@ -15,21 +15,19 @@ from google.protobuf import text_format
 from tensorflow_serving.apis import prediction_log_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import WorkDir
+from clsd_tf.artifacts import read_json
+from clsd_tf.assembly import load_model, predict
+from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
-from clsd_tf.training import load_config, load_model, predict, train
 from export import saved_model
 from export.saved_model import ExportError, export_servable
 from export.scoring import LocalServable, score_file
 
-TINY = ["embedding_dim=4", "hidden_units=[8]", "max_epochs=1", "batch_size=256", "clsd.teacher=self"]
-
 
 @pytest.fixture(scope="module")
-def run(feed_dataset, tmp_path_factory):
-    work_dir = WorkDir(tmp_path_factory.mktemp("run") / "work")
-    train(feed_dataset, load_config(None, [*TINY, "clsd.loss_warmup_steps=2"]), work_dir, title=None)
-    return work_dir
+def run(clsd_run):
+    """The work directory of a run that is calibrated in each age group."""
+    return clsd_run.work_dir
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +66,23 @@ def test_raw_values_through_the_servable_equal_records_through_the_model(feed_da
     received = LocalServable(published.path).score(sample)
     assert len(received) == feed_dataset.num_rows("test")
     np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
+
+
+def test_the_servable_calibrates_and_its_debug_outputs_do_not(feed_dataset, run, published, signatures, sample):
+    requests = [
+        example(user_id=[row["user_id"]], item_id=[row["item_id"]], **({"age": [age]} if age is not None else {}))
+        for row, age in zip(sample.slice(0, 60).to_pylist(), [*range(10, 69), None], strict=True)
+    ]
+    ctr = signatures["serving_default"](examples=tf.constant(requests))["ctr"].numpy()
+    debug = signatures["debug"](examples=tf.constant(requests))
+    logits = debug["logit"].numpy().astype(np.float64)
+    # Boundaries 18, 30, 45, 60; id 0 is an unknown age.
+    age_groups = np.array([1 + sum(age >= edge for edge in (18, 30, 45, 60)) for age in range(10, 69)] + [0])
+    stored = read_json(run.calibration)
+    assert len({(curve["slope"], curve["intercept"]) for curve in stored["group_curves"]}) >= 5
+    np.testing.assert_allclose(ctr, Calibration.from_dict(stored).apply(logits, age_groups), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(debug["teacher_score"], 1 / (1 + np.exp(-logits)), rtol=0, atol=1e-6)
+    assert np.abs(ctr - debug["teacher_score"].numpy()).max() > 0.01
 
 
 def test_verification_in_a_fresh_process_covers_every_signature(published, feed_dataset):

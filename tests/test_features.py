@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 import feature_specs
-from clsd_tf.features import Comparison, FeatureSpec, SpecError, UserGroup, load_spec, parse_spec
+from clsd_tf.feature_types import UserGroup
+from clsd_tf.features import FeatureSpec, load_spec, parse_spec
 from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
+from clsd_tf.tables import Comparison
+from clsd_tf.validation import SpecError
 
 
 def error_of(content):
@@ -67,7 +70,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
         ("tables.log.paht", "columns, format, key, path"),
         ("tables.log.columns.0.typ", "name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
-        ("split.ratio", "rule, seed, test, test_from, train, validation, validation_from"),
+        ("split.ratio", "rule, seed, test, test_from, train, until, validation, validation_from"),
         ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
         ("features.1.categorical.vocabulary.min_size", "max_size, min_count, num_oov_indices"),
         ("features.6.history.column", "max_length, name, of, type"),
@@ -222,12 +225,17 @@ def test_user_group_with_the_name_of_a_feature_is_refused(shop_content):
     assert "feature and user group names must be unique. Received: 'user_age' twice" in error_of(shop_content)
 
 
-@pytest.mark.parametrize("name", ["label", "intensity_label", "sample_weight", "user_hash", "row_id"])
+_RESERVED = [
+    "label", "intensity_label", "intensity_value", "sample_weight", "user_hash", "row_id", "event_time", "teacher_score"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _RESERVED)
 def test_feature_with_a_reserved_name_is_refused(shop_content, name):
     feature(shop_content, "user_city")["name"] = name
     message = error_of(shop_content)
     assert f"Received: a feature named {name!r}" in message
-    assert "label, intensity_label, sample_weight, user_hash, row_id, teacher_score are reserved" in message
+    assert f"{', '.join(_RESERVED)} are reserved" in message
 
 
 def test_user_group_with_a_reserved_name_is_refused(shop_content):
@@ -235,7 +243,7 @@ def test_user_group_with_a_reserved_name_is_refused(shop_content):
     assert "Received: a feature named 'row_id'" in error_of(shop_content)
 
 
-@pytest.mark.parametrize("name", ["row_id", "event_time", "user_hash", "label", "intensity_label", "sample_weight"])
+@pytest.mark.parametrize("name", [*_RESERVED, "ctr"])
 def test_feature_column_with_a_name_of_the_joined_rows_is_refused(shop_content, name):
     # The joined rows have these columns already: a raw column of the same name would replace the label, for example.
     shop_content["tables"]["log"]["columns"].append({"name": name, "type": "string"})
@@ -256,9 +264,17 @@ def test_history_with_the_name_of_a_raw_column_is_refused(shop_content):
 
 @pytest.mark.parametrize(
     ("use", "column"),
-    [("label", "clicked"), ("intensity_label", "seconds"), ("sample_weight", "weight"), ("event_time", "time")],
+    [
+        ("label", "clicked"),
+        ("intensity_label", "seconds"),
+        ("intensity_value", "watched"),
+        ("sample_weight", "weight"),
+        ("event_time", "time"),
+    ],
 )
 def test_held_out_column_as_feature_is_refused(shop_content, use, column):
+    shop_content["tables"]["log"]["columns"].append({"name": "watched", "type": "float"})
+    shop_content["intensity_value"] = "watched"
     shop_content["features"].append({"name": "leak", "type": "numeric", "column": column})
     message = error_of(shop_content)
     assert f"a column used as {use} cannot be a model input. Received: {column!r} in 'leak'" in message
@@ -273,7 +289,13 @@ def test_label_column_as_user_group_is_refused(shop_content):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("label", "liked == 1"), ("intensity_label", "liked > 3"), ("sample_weight", "liked")]
+    ("key", "value"),
+    [
+        ("label", "liked == 1"),
+        ("intensity_label", "liked > 3"),
+        ("intensity_value", "liked"),
+        ("sample_weight", "liked"),
+    ],
 )
 def test_use_of_an_undeclared_column_names_the_declared_ones(shop_content, key, value):
     shop_content[key] = value
@@ -293,14 +315,14 @@ def test_event_time_that_is_no_declared_column_is_refused(shop_content):
     assert "event_time must be a declared column. Received: 'when'" in error_of(shop_content)
 
 
-@pytest.mark.parametrize("use", ["event_time", "label", "intensity_label", "sample_weight"])
+@pytest.mark.parametrize("use", ["event_time", "label", "intensity_label", "intensity_value", "sample_weight"])
 def test_what_describes_an_event_cannot_come_from_a_profile_table(shop_content, use):
     # A user without profile would give a row without event time, label or weight.
     shop_content["tables"]["user"]["columns"].append({"name": "since", "type": "int64"})
     if use == "event_time":
         shop_content["event_time"]["column"] = "since"
     else:
-        shop_content[use] = "since" if use == "sample_weight" else "since > 0"
+        shop_content[use] = "since" if use in ("intensity_value", "sample_weight") else "since > 0"
     message = error_of(shop_content)
     assert use in message
     assert "'since'" in message
@@ -317,6 +339,19 @@ def test_label_column_under_a_second_name_is_no_feature(shop_content):
 def test_text_event_time_is_refused(shop_content):
     shop_content["tables"]["log"]["columns"][2]["type"] = "string"
     assert "the event time column must be int64 or float. Received: string" in error_of(shop_content)
+
+
+def test_text_intensity_value_is_refused(shop_content):
+    shop_content["tables"]["log"]["columns"].append({"name": "mood", "type": "string"})
+    shop_content["intensity_value"] = "mood"
+    assert "the intensity_value column must be int64 or float. Received: string" in error_of(shop_content)
+
+
+@pytest.mark.parametrize("column", ["seconds", "clicked"])
+def test_intensity_value_may_be_the_column_of_another_held_out_use(shop_content, column):
+    # Reading for 20 seconds or more is the label, the seconds are the value.
+    shop_content["intensity_value"] = column
+    assert parse_spec(shop_content, "shop").intensity_value == column
 
 
 def test_numeric_feature_of_text_is_refused(shop_content):
@@ -418,6 +453,18 @@ def test_text_column_compared_with_a_number_is_refused(shop_content):
             {"validation_from": "2024-02-01T00:00:00", "test_from": "2024-02-01T00:00:00"},
             "test_from must be after validation_from. Received: 2024-02-01 00:00:00+00:00 <= 2024",
         ),
+        (
+            {"until": "2024-03-01T00:00:00"},
+            "until must come after test_from. Received: 2024-03-01 00:00:00+00:00 and No",
+        ),
+        (
+            {
+                "validation_from": "2024-01-01T00:00:00",
+                "test_from": "2024-02-01T00:00:00",
+                "until": "2024-02-01T00:00:00",
+            },
+            "until must come after test_from. Received: 2024-02-01 00:00:00+00:00 and 2024-02-01",
+        ),
         ({"rule": "by_user"}, "split.rule: Input should be 'time' or 'random'. Received: 'by_user'"),
         ({"seed": -1}, "split.seed"),
     ],
@@ -428,10 +475,13 @@ def test_bad_split_is_refused(shop_content, split, message):
 
 
 def test_cut_off_dates_may_be_yaml_dates_or_date_times(shop_content):
-    shop_content["split"] = yaml.safe_load("{validation_from: 2024-01-01, test_from: 2024-02-01 12:30:00}")
+    shop_content["split"] = yaml.safe_load(
+        "{validation_from: 2024-01-01, test_from: 2024-02-01 12:30:00, until: 2024-03-01}"
+    )
     split = parse_spec(shop_content, "shop").split
     assert split.validation_from.isoformat() == "2024-01-01T00:00:00+00:00"  # UTC unless it says otherwise.
     assert split.test_from.isoformat() == "2024-02-01T12:30:00+00:00"
+    assert split.until.isoformat() == "2024-03-01T00:00:00+00:00"
 
 
 def test_cut_offs_with_and_without_time_zone_are_compared_in_utc(shop_content):
@@ -524,6 +574,7 @@ def test_model_inputs_have_sizes_worked_out_by_hand(shop_spec):
             GroupInput("age_group", ("unknown", "<18", "18-30.5", "30.5-60", ">=60")),
             GroupInput("city_group", ("unknown", "Rome", "Oslo", "other")),
         ),
+        user_features=("user_city", "user_age"),
     )
     assert inputs.num_fields == 7  # 6 categorical + 1 numeric; groups are not fields.
 
@@ -531,6 +582,25 @@ def test_model_inputs_have_sizes_worked_out_by_hand(shop_spec):
 def test_model_inputs_survive_their_dict_form(shop_spec):
     inputs = shop_spec.model_inputs({"item": 5, "user_city": 3, "item_tags": 7})
     assert ModelInputs.from_dict(inputs.to_dict()) == inputs
+
+
+def test_user_features_are_single_values_of_the_profile_and_never_the_user_id(shop_content):
+    lengths = {"item": 5, "user_city": 3, "item_tags": 7, "hobbies": 2}
+    shop_content["tables"]["user"]["columns"].append({"name": "hobby", "type": "string"})
+    shop_content["features"] += [
+        {"name": "hobbies", "type": "multi_valued", "column": "hobby", "separator": "|"},
+        {"name": "years", "type": "numeric", "column": "age"},
+    ]
+    inputs = parse_spec(shop_content, "shop").model_inputs(lengths)
+    # Not: user (the id), hobbies (several values), anything of the item or the log.
+    assert inputs.user_features == ("user_city", "user_age", "years")
+    assert ModelInputs.from_dict(inputs.to_dict()) == inputs
+
+
+def test_without_a_user_table_there_are_no_user_features(shop_content):
+    del shop_content["tables"]["user"], shop_content["user_groups"]
+    shop_content["features"] = [feature(shop_content, "item")]
+    assert parse_spec(shop_content, "shop").model_inputs({"item": 5}).user_features == ()
 
 
 def test_history_of_a_hashed_feature_shares_its_buckets(shop_content):
@@ -597,6 +667,7 @@ def test_fingerprint_is_the_same_in_another_process():
     [
         (("label",), "clicked != 0"),
         (("split",), {"seed": 1}),
+        (("intensity_value",), "seconds"),
         (("event_time", "unit"), "milliseconds"),
         (("features", 0, "hash_buckets"), 11),
         (("features", 6, "max_length"), 4),
@@ -621,10 +692,13 @@ def test_fingerprint_changes_with_the_order_of_features(shop_content, shop_spec)
 # --- Finding specs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["movielens_100k", "movielens_100k_tfds", "simulated_feed"])
+@pytest.mark.parametrize("name", feature_specs.spec_names())
 def test_specs_that_come_with_the_package_are_valid(name):
-    assert name in feature_specs.spec_names()
     assert feature_specs.get_spec(name).name == name
+
+
+def test_the_specs_of_the_readme_come_with_the_package():
+    assert {"movielens_100k", "movielens_100k_tfds", "simulated_feed"} <= set(feature_specs.spec_names())
 
 
 def test_spec_outside_the_package_works_the_same_as_a_name(tmp_path):

@@ -1,4 +1,4 @@
-"""The simulated feed: the log follows the planted equations, and the truth beside it belongs to no job."""
+"""The simulated feed: the log follows the planted equations, and no dataset holds the truth beside it."""
 
 import fnmatch
 import json
@@ -264,7 +264,15 @@ def test_feeds_that_differ_in_noise_alone_share_genuine_interest(tmp_path):
     assert noisy.log["click"].mean() > clean.log["click"].mean() + 0.3
 
 
-# --- The truth and the jobs ------------------------------------------------------------------------------------------
+def test_more_items_leave_the_users_as_they_are_and_more_users_the_items(tmp_path):
+    for name, users, items in (("small", 20, 10), ("more_users", 30, 10), ("more_items", 20, 15)):
+        simulate_feed(FeedConfig(num_rows=10, num_users=users, num_items=items), tmp_path / name)
+    files = {path.parent.name + "/" + path.name: path.read_bytes() for path in tmp_path.glob("*/*.csv")}
+    assert files["small/users.csv"] == files["more_items/users.csv"]
+    assert files["small/items.csv"] == files["more_users/items.csv"]
+
+
+# --- The truth and datasets ------------------------------------------------------------------------------------------
 
 
 def test_row_ids_of_a_dataset_find_the_truth_of_its_rows(tmp_path):

@@ -28,11 +28,11 @@ class CellLogits(tf.keras.Model):
         return self._logits(features["cell"])
 
 
-def fit(config, labels, *, initial_pctr=0.25, optimizer="sgd", num_cells=1, batch_size=BATCH, eager=True, **features):
+def fit(config, labels, *, initial_pctr=0.25, optimizer="sgd", num_cells=1, batch_size=BATCH, **features):
     """One epoch over rows of one cell and one tier, unless told otherwise; returns its history."""
     tf.keras.utils.set_random_seed(0)
     model = ClsdModel(CellLogits(initial_pctr, num_cells), AdGate(INPUTS, config.ad_gate), config)
-    model.compile(optimizer, run_eagerly=eager)
+    model.compile(optimizer)
     zeros = np.zeros(len(labels), np.int64)
     features = {"cell": zeros, "tier": zeros + 1, **features}
     labels = np.asarray(labels, np.float32)
@@ -45,7 +45,8 @@ def clicks(share, num_steps):
 
 
 def clsd(**changes):
-    return ClsdConfig(**{"teacher": "self", "loss_warmup_steps": 5, **changes})
+    mix = {"lambda_": 0.5, "mu": 0.5, "global_form": "ratio", "local_form": "additive"}
+    return ClsdConfig(**{"teacher": "self", "loss_warmup_steps": 5, **mix, **changes})
 
 
 def collapsing(**changes):
@@ -91,22 +92,22 @@ def test_the_limit_of_mean_pctr_is_the_configs():
         fit(collapsing(guards=GuardConfig(min_pctr_ratio=0.9)), labels, optimizer=frozen_for(5))
 
 
-@pytest.mark.parametrize("loss_warmup_steps", [0, 10, 1000])
+@pytest.mark.parametrize("loss_warmup_steps", [0, 10])
 def test_an_untrained_model_that_learns_a_low_click_rate_is_no_collapse(loss_warmup_steps):
     # pctr goes from .5 to 1/16 within a few steps, far below half of what it was.
     config = clsd(loss_warmup_steps=loss_warmup_steps)
     labels = clicks(1 / 16, num_steps=150)
-    history = fit(config, labels, initial_pctr=0.5, optimizer=tf.keras.optimizers.SGD(2.0), eager=False)
+    history = fit(config, labels, initial_pctr=0.5, optimizer=tf.keras.optimizers.SGD(2.0))
     assert history["mean_pctr"][0] < 0.1
 
 
-def test_one_batch_rich_in_clicks_does_not_become_the_reference():
-    # Loss warm-up of 10 batches: half of the first are clicks, a sixteenth of the others, .106 on average. The model
-    # stands at .08, well above half of that.
-    labels = np.concatenate([clicks(0.5, 1), clicks(1 / 16, 29)])
-    optimizer = tf.keras.optimizers.SGD(0.0)
-    history = fit(clsd(loss_warmup_steps=10), labels, initial_pctr=0.08, optimizer=optimizer)
-    assert history["mean_pctr"] == [pytest.approx(0.08)]
+@pytest.mark.parametrize("loss_warmup_steps", [0, 10])
+def test_one_batch_rich_in_clicks_does_not_become_the_reference(loss_warmup_steps):
+    # The first batch has 8 clicks, all others have 1: .09 on average over ten. pctr goes from .5 to 1/16, well above
+    # half of that.
+    labels = np.concatenate([clicks(0.5, 1), clicks(1 / 16, 149)])
+    config, optimizer = clsd(loss_warmup_steps=loss_warmup_steps), tf.keras.optimizers.SGD(2.0)
+    assert fit(config, labels, initial_pctr=0.5, optimizer=optimizer)["mean_pctr"][0] < 0.1
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5])
@@ -178,22 +179,21 @@ def test_the_limit_of_the_drift_is_the_configs():
 # A run that goes well.
 
 
-@pytest.mark.parametrize("teacher", ["self", "cross_fit"])
-def test_a_healthy_run_reaches_its_end(teacher):
-    # Four cells of click rates .05 to .4 in two tiers, 10 epochs' worth of steps of the default forms.
+@pytest.mark.parametrize("config", [clsd(loss_warmup_steps=40), ClsdConfig()], ids=["self", "defaults"])
+def test_a_healthy_run_reaches_its_end(config):
+    # Four cells of click rates .05 to .4 in two tiers; the teacher, where it is not the model itself, knows the rates.
     random = np.random.default_rng(0)
     num_rows = 200 * 64
     cell = random.integers(0, 4, num_rows)
     rates = np.array([0.05, 0.1, 0.2, 0.4])[cell]
     labels = random.random(num_rows) < rates
     history = fit(
-        ClsdConfig(teacher=teacher, loss_warmup_steps=40),
+        config,
         labels,
         initial_pctr=0.5,
         optimizer=tf.keras.optimizers.Adam(0.05),
         num_cells=4,
         batch_size=64,
-        eager=False,
         cell=cell,
         tier=1 + cell // 2,
         teacher_score=rates.astype(np.float32),

@@ -14,21 +14,25 @@ LEVELS = [
     {"tables"},
     {"feature_types"},
     {"features"},
-    {"artifacts", "columns", "hashing", "console", "quiet_start"},
+    {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
     {"transform", "examples"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
-    {"callbacks"},
+    {"train_config", "callbacks"},
+    {"assembly"},
+    {"fit"},
+    {"teachers"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "confidence_report", "profile_features"},
     {"report", "study"},
+    {"study_tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS = {
-    "pipelines.build_dataset", "pipelines.check_spec", "pipelines.demo", "pipelines.evaluate",
-    "pipelines.fetch_movielens", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
-    "export.main", "export.predict", "export.verify",
+    "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.demo",
+    "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.rank_profile_features", "pipelines.simulate_feed",
+    "pipelines.study", "pipelines.train", "export.main", "export.predict", "export.verify",
 }  # fmt: skip
 
 
@@ -80,7 +84,8 @@ def test_rooms_import_only_rooms_below_them(name):
         ("absl.flags", tuple(COMMANDS)),
         ("tensorflow_serving", ("export.",)),
         ("tensorflow_datasets", ("pipelines.",)),
-        ("matplotlib", ("clsd_tf.report",)),
+        ("matplotlib", ("clsd_tf.plots", "clsd_tf.report", "clsd_tf.confidence_report", "clsd_tf.study_tables")),
+        ("jinja2", ("clsd_tf.plots",)),
         ("pickle", ()),
         ("keras", ()),
     ],
@@ -97,6 +102,15 @@ def test_pipelines_and_export_do_not_know_each_other():
         for other in imported(tree):
             assert not (name.startswith("pipelines") and other.startswith("export"))
             assert not (name.startswith("export") and other.startswith(("pipelines", "feature_specs")))
+
+
+def test_every_module_with_a_main_is_listed_as_a_command():
+    with_main = {
+        name
+        for name, tree in MODULES.items()
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    }
+    assert with_main == COMMANDS
 
 
 def test_no_command_is_imported_by_anything():
@@ -116,5 +130,6 @@ def test_the_verifier_of_servables_does_not_import_clsd_tf():
 
 
 def test_the_spec_types_need_no_tensorflow():
-    for name in ("clsd_tf", "clsd_tf.model_inputs", "clsd_tf.features", "clsd_tf.artifacts", "feature_specs"):
+    rooms = ("validation", "model_inputs", "tables", "feature_types", "features", "artifacts")
+    for name in ("clsd_tf", "feature_specs", *(f"clsd_tf.{room}" for room in rooms)):
         assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("tensorflow", "apache_beam")]

@@ -395,6 +395,7 @@ def test_join_gives_each_event_its_profile_item_label_and_history(shop_spec):
         USER_HASH: int(hash_keys(pa.array(["u1"]))[0]),
         "label": 1.0,  # clicked is 3 % 2.
         "intensity_label": 1.0,  # seconds is 30.
+        "intensity_value": pytest.approx(float("nan"), nan_ok=True),  # None is declared.
         "sample_weight": 4.0,
         "user_id": "u1",
         "item_id": "i1",
@@ -426,12 +427,14 @@ def test_join_with_empty_profile_tables_gives_missing_values(shop_spec):
     assert counts == {"user_profile_missing": 1, "item_profile_missing": 1}
 
 
-def test_join_does_not_depend_on_the_order_of_events(shop_spec):
+def test_join_does_not_depend_on_the_order_of_events(shop_content):
+    shop_content["intensity_value"] = "seconds"  # Without it there would be NaN, which equals nothing.
+    spec = parse_spec(shop_content, "shop")
     events = events_table([("u1", "i1", 3), ("u2", "i2", 1), ("u1", "i2", 2), ("u1", "i3", 1)])
     profiles = profiles_of([("u1", 20, "Rome"), ("u2", 30, "Oslo")], [("i1", "a", 1.0)])
-    expected, _ = join_rows(events, profiles, shop_spec)
+    expected, _ = join_rows(events, profiles, spec)
     for order in itertools.permutations(range(4)):
-        assert join_rows(events.take(pa.array(order)), profiles, shop_spec)[0].equals(expected)
+        assert join_rows(events.take(pa.array(order)), profiles, spec)[0].equals(expected)
 
 
 def test_intensity_label_is_the_label_where_none_is_declared(shop_content):
@@ -441,6 +444,35 @@ def test_intensity_label_is_the_label_where_none_is_declared(shop_content):
     table, _ = join_rows(events_table([("u1", "i1", 0), ("u1", "i1", 1)]), profiles, spec)
     assert table.column("intensity_label").to_pylist() == table.column("label").to_pylist() == [0.0, 1.0]
     assert table.column("sample_weight").to_pylist() == [1.0, 1.0]
+
+
+def test_intensity_value_is_that_of_the_event_and_nan_where_it_is_missing(shop_content):
+    shop_content["intensity_value"] = "seconds"
+    spec = parse_spec(shop_content, "shop")
+    events = events_table([("u1", "i1", 0), ("u1", "i1", 1), ("u1", "i1", 2)])
+    position = events.column_names.index("seconds")
+    seconds = pa.array([2.5, None, 40.0], pa.float64())
+    rows, _ = joined_by_row_id(
+        events.set_column(position, "seconds", seconds), profiles_of([("u1", 20, "Rome")], [("i1", "a", 1.0)]), spec
+    )
+    assert [rows[index]["intensity_value"] for index in (0, 2)] == [2.5, 40.0]
+    assert np.isnan(rows[1]["intensity_value"])
+
+
+def test_an_event_without_an_intensity_value_is_no_bad_row(shop_content):
+    shop_content["intensity_value"] = "seconds"
+    del shop_content["intensity_label"]
+    good, bad = parse_rows(raw_batch("log", [{"seconds": ""}]), parse_spec(shop_content, "shop"))
+    assert (good.num_rows, bad) == (1, [])
+
+
+def test_an_integer_intensity_value_becomes_a_float(shop_content):
+    shop_content["intensity_value"] = "clicked"
+    profiles = profiles_of([("u1", 20, "Rome")], [("i1", "a", 1.0)])
+    spec = parse_spec(shop_content, "shop")
+    table, _ = join_rows(events_table([("u1", "i1", 0), ("u1", "i1", 1)]), profiles, spec)
+    assert table.schema.field("intensity_value").type == pa.float32()
+    assert table.column("intensity_value").to_pylist() == [0.0, 1.0]
 
 
 def test_duplicate_rows_gives_the_number_and_the_first_pair():
@@ -530,6 +562,17 @@ def test_cut_off_dates_replace_fractions():
     # 2024-01-02 is 1,704,153,600 s after 1970; without time zone a date is UTC.
     histogram = TimeHistogram().add(np.arange(5))
     assert split_cut_offs(split, histogram) == [1_704_153_600_000_000, 1_704_283_200_000_000]
+
+
+def test_events_from_until_on_are_left_out():
+    day = 86_400_000_000
+    split = Split(
+        validation_from=dt.datetime(1970, 1, 11), test_from=dt.datetime(1970, 1, 21), until=dt.datetime(1970, 1, 31)
+    )
+    cut_offs = split_cut_offs(split, TimeHistogram().add(np.arange(5)))
+    assert cut_offs == [10 * day, 20 * day, 30 * day]
+    times = np.array([0, 10 * day, 20 * day, 30 * day - 1, 30 * day, 99 * day])
+    assert split_indices(split, cut_offs, times, np.arange(6)).tolist() == [0, 1, 2, 2, 3, 3]
 
 
 def test_cut_off_dates_respect_their_time_zone():

@@ -1,68 +1,284 @@
-"""Paired seeds: cells, their configs and the summary."""
+"""Cells of a study: their configs and placebos, what is measured of a run, and which runs are kept."""
 
-import json
-
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clsd_tf.artifacts import WorkDir
-from clsd_tf.study import METRICS, Cell, run_cell, summarise, table_rows
-from clsd_tf.training import load_config
+from clsd_tf import input_pipeline
+from clsd_tf.artifacts import ArtifactError, read_json
+from clsd_tf.assembly import load_model, predict
+from clsd_tf.evaluation import evaluate
+from clsd_tf.study import (
+    BASELINE,
+    METHODS,
+    OVERALL,
+    Cell,
+    Method,
+    cell_config,
+    merged,
+    read_results,
+    run_cell,
+    stopped_cells,
+    with_placebos,
+)
+from clsd_tf.train_config import TrainConfig
+from clsd_tf.validation import SpecError
 
-TINY = load_config(None, ["embedding_dim=4", "hidden_units=[8]", "max_epochs=1", "clsd.loss_warmup_steps=2"])
+pytestmark = pytest.mark.usefixtures("deterministic")
 
+# Configs.
 
-def test_cells_of_one_seed_share_everything_but_the_method():
-    bce, clsd = Cell("bce", 3).config(TINY), Cell("clsd_self", 3).config(TINY)
-    assert bce.method == "bce"
-    assert clsd.method == "clsd"
-    assert clsd.clsd.teacher == "self"
-    assert clsd.clsd.loss_warmup_steps == 2  # From the shared config.
-    assert bce.model_copy(update={"method": "clsd", "clsd": clsd.clsd}) == clsd
-    assert bce.seed == clsd.seed == 3
-
-
-def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"Received: 'magic'. Allowed: bce, clsd_self, clsd_cross_fit"):
-        Cell("magic", 1).config(TINY)
-
-
-def write_results(study_dir, values):
-    for (method, seed), auc in values.items():
-        path = Cell(method, seed).work_dir(study_dir).evaluation("test")
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"overall": {**dict.fromkeys(METRICS), "auc": auc}}))
-    return [Cell(method, seed) for method, seed in values]
-
-
-def test_summary_pairs_seeds(tmp_path):
-    cells = write_results(
-        tmp_path, {("bce", 1): 0.70, ("bce", 2): 0.72, ("clsd_self", 1): 0.71, ("clsd_self", 2): 0.75}
-    )
-    found = summarise(cells, tmp_path, "test")
-    assert found["bce"]["auc"]["mean"] == pytest.approx(0.71)
-    assert "difference" not in found["bce"]["auc"]
-    # Differences .01 and .03: mean .02, sd .01 * sqrt(2), standard error .01.
-    assert found["clsd_self"]["auc"]["difference"] == pytest.approx(0.02)
-    assert found["clsd_self"]["auc"]["standard_error"] == pytest.approx(0.01)
-    assert "gauc" not in found["bce"]  # A metric that is not defined is left out, not invented.
-    assert table_rows(found, ["auc", "gauc"])[1:] == [
-        ["clsd_self", "0.7300 (0.0283)", "-"],
-        ["  minus bce", "+0.0200 +- 0.0100", "-"],
-    ]
+_SETTINGS = st.recursive(
+    st.integers() | st.lists(st.integers()), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8
+)
+_MAPPINGS = st.dictionaries(st.sampled_from("abc"), _SETTINGS)
 
 
-def test_one_seed_has_no_standard_error(tmp_path):
-    cells = write_results(tmp_path, {("bce", 1): 0.70, ("clsd_self", 1): 0.71})
-    found = summarise(cells, tmp_path, "test")["clsd_self"]["auc"]
-    assert found["standard_error"] is None
-    assert found["std"] is None
+def test_mappings_are_merged_key_by_key_and_other_values_replaced():
+    base = {"clsd": {"mu": 0.5, "ad_gate": {"bound": 0.3, "hidden_units": [16]}}, "seed": 1, "hidden_units": [8, 4]}
+    changes = {"clsd": {"ad_gate": {"bound": 0.1}, "kappa": 2.0}, "hidden_units": [2], "backbone": "fm"}
+    assert merged(base, changes) == {
+        "clsd": {"mu": 0.5, "kappa": 2.0, "ad_gate": {"bound": 0.1, "hidden_units": [16]}},
+        "seed": 1,
+        "hidden_units": [2],
+        "backbone": "fm",
+    }
+    assert base["clsd"] == {"mu": 0.5, "ad_gate": {"bound": 0.3, "hidden_units": [16]}}
 
 
-def test_a_finished_cell_is_kept(feed_dataset, tmp_path):
-    cell = Cell("bce", 1)
-    run_cell(cell, str(feed_dataset.path), str(tmp_path), TINY, "test")
-    work_dir: WorkDir = cell.work_dir(tmp_path)
-    assert work_dir.is_complete
-    before = work_dir.evaluation("test").stat().st_mtime_ns
-    run_cell(cell, str(feed_dataset.path), str(tmp_path), TINY, "test")
-    assert work_dir.evaluation("test").stat().st_mtime_ns == before
+@given(_MAPPINGS, _MAPPINGS)
+def test_a_second_merge_changes_nothing_and_every_change_is_there(base, changes):
+    once = merged(base, changes)
+    assert merged(once, changes) == once
+    assert once.keys() == base.keys() | changes.keys()
+    assert {key: once[key] for key in base.keys() - changes.keys()} == {
+        key: base[key] for key in base.keys() - changes.keys()
+    }
+    assert merged({}, changes) == changes
+
+
+def known(*names):
+    return [Method(name, METHODS[name]) for name in names]
+
+
+def test_every_known_method_is_a_valid_config_with_the_default_settings():
+    for method in known(*METHODS):
+        assert cell_config({}, method, {}, 3).seed == 3
+    assert cell_config({}, *known(BASELINE), {}, 1).method == "bce"
+
+
+def test_the_method_goes_over_the_backbone_and_the_backbone_over_what_is_shared():
+    shared = {"backbone": "deepfm", "learning_rate": 0.5, "batch_size": 7, "clsd": {"kappa": 3.0, "mu": 0.1}}
+    backbone = {"backbone": "fm", "learning_rate": 0.25}
+    method = Method("mine", {"learning_rate": 0.125, "clsd": {"mu": 0.2, "lambda": 0.3}})
+    config = cell_config(shared, method, backbone, 4)
+    assert (config.backbone, config.learning_rate, config.batch_size, config.seed) == ("fm", 0.125, 7, 4)
+    assert (config.clsd.kappa, config.clsd.mu, config.clsd.lambda_) == (3.0, 0.2, 0.3)
+
+
+def test_methods_of_one_seed_share_everything_else():
+    shared = {"learning_rate": 0.5, "clsd": {"teacher": "self"}}
+    configs = [cell_config(shared, method, {}, 2) for method in known(BASELINE, "global", "oracle")]
+    for config in configs:
+        same = config.model_copy(update={"method": "bce", "clicks": "all", "clsd": configs[0].clsd})
+        assert same == configs[0]
+
+
+def test_a_setting_out_of_range_names_the_method():
+    with pytest.raises(SpecError, match=r"method mine is not valid:\n  clsd\.kapa: unknown key.*kappa"):
+        cell_config({}, Method("mine", {"clsd": {"kapa": 1.0}}), {}, 1)
+
+
+# Placebos.
+
+
+@pytest.mark.parametrize(
+    ("methods", "placebos"),
+    [
+        (["both"], ["both_shuffled_confidence", "both_permuted_groups"]),
+        (["global", "local"], ["global_shuffled_confidence", "local_permuted_groups"]),
+        (["local", "global"], ["local_shuffled_confidence", "local_permuted_groups"]),
+        (["global"], ["global_shuffled_confidence"]),  # Without AdGate there are no groups to permute.
+        (["label_smoothing", "focal", "oracle"], []),
+    ],
+)
+def test_placebos_of_the_first_methods_that_weight_clicks_and_have_a_gate_are_added(methods, placebos):
+    methods = known(BASELINE, *methods)
+    found = with_placebos(methods, {})
+    assert found[: len(methods)] == methods
+    assert [method.name for method in found[len(methods) :]] == placebos
+
+
+def test_a_placebo_differs_from_its_method_in_the_placebo_alone():
+    shared = {"clsd": {"kappa": 2.0, "teacher": "self"}}
+    treated = Method("mine", {"clsd": {"lambda": 0.2, "mu": 0.7}})
+    _, shuffled, permuted = with_placebos([treated], shared)
+    config = cell_config(shared, treated, {}, 1)
+    for method, placebo in ((shuffled, "shuffled_confidence"), (permuted, "permuted_groups")):
+        found = cell_config(shared, method, {}, 1)
+        assert found.clsd.placebo == placebo
+        changed = found.clsd.model_copy(update={"placebo": "none"})
+        assert found.model_copy(update={"clsd": changed}) == config
+
+
+def test_a_placebo_that_is_listed_already_is_not_added_twice():
+    methods = with_placebos(known("both"), {})
+    assert [method.name for method in with_placebos(methods, {})] == [method.name for method in methods]
+
+
+# Cells.
+
+
+@pytest.fixture(scope="module")
+def quick(tiny):
+    """Assignments -> config of a quick cell."""
+    return lambda *assignments: tiny("backbone=lr", "max_epochs=1", "learning_rate=0.05", *assignments)
+
+
+def run(cell, dataset, study_dir, truth=None):
+    run_cell(cell, str(dataset.path), study_dir, "test", truth)
+
+
+@pytest.fixture(scope="module")
+def truth(feed_dataset, tmp_path_factory):
+    """A planted truth by hand: a row is genuine if its id is even. It has more rows than the dataset, from id 0 on."""
+    path = tmp_path_factory.mktemp("truth") / "truth.parquet"
+    row_ids = np.arange(5000)
+    pa.parquet.write_table(pa.table({"is_genuine": row_ids % 2 == 0, "row_id": row_ids}), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(feed_dataset, quick, truth, tmp_path_factory):
+    """A cell that has run, and its study directory. Read-only."""
+    cell, study_dir = Cell("feed", "lr", BASELINE, 1, quick("method=bce")), tmp_path_factory.mktemp("study")
+    run(cell, feed_dataset, study_dir, truth)
+    return cell, study_dir
+
+
+def values(cell, study_dir):
+    return {(row["slice"], row["metric"]): row["value"] for row in read_results([cell], study_dir)}
+
+
+def test_a_cell_is_measured_as_evaluation_measures_its_run(finished, feed_dataset):
+    cell, study_dir = finished
+    found = values(cell, study_dir)
+    evaluation = evaluate(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
+    for metric in ("auc", "gauc", "log_loss", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks"):
+        assert found[OVERALL, metric] == pytest.approx(evaluation["overall"][metric], rel=1e-6)
+    for metric in ("log_loss", "pcoc", "ece"):
+        assert found[OVERALL, f"uncalibrated_{metric}"] == pytest.approx(evaluation["uncalibrated"][metric], rel=1e-4)
+    for group, labels in evaluation["groups"].items():
+        for label, entry in labels.items():
+            for metric in ("auc", "pcoc", "ece", "intensity_auc"):
+                assert found[f"{group}={label}", metric] == pytest.approx(entry[metric], rel=1e-6)
+    assert np.isfinite(list(found.values())).all()
+
+
+def test_auc_within_groups_is_the_mean_of_the_groups_by_their_rows(finished, feed_dataset):
+    cell, study_dir = finished
+    found = values(cell, study_dir)
+    ids = input_pipeline.read_columns(feed_dataset, "test", ["age_group"])["age_group"]
+    (group,) = [group for group in feed_dataset.inputs.groups if group.name == "age_group"]
+    total = sum(np.sum(ids == i) * found[f"age_group={group.labels[i]}", "auc"] for i in np.unique(ids))
+    assert found[OVERALL, "group_auc"] == pytest.approx(total / len(ids), rel=1e-9)
+
+
+def test_the_noise_floor_of_a_group_lies_below_its_mean_prediction(finished, feed_dataset):
+    cell, study_dir = finished
+    found = values(cell, study_dir)
+    ids = input_pipeline.read_columns(feed_dataset, "test", ["age_group"])["age_group"]
+    floors = {part: value for (part, metric), value in found.items() if metric == "click_noise_floor"}
+    assert {f"age_group={label}" for label in ("18-30", "30-45", "45-60")} <= floors.keys()
+    assert len(np.unique(ids)) >= 3
+    assert all(0 < floor < found[OVERALL, "uncalibrated_pcoc"] for floor in floors.values())
+
+
+def test_the_truth_is_joined_by_row_id(finished, feed_dataset):
+    cell, study_dir = finished
+    row_ids = input_pipeline.read_columns(feed_dataset, "test", ["row_id"])["row_id"]
+    pctr = predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
+    even, odd = pctr[row_ids % 2 == 0], pctr[row_ids % 2 == 1]
+    # AUC: the share of pairs that are in the right order, ties counting half.
+    wins = (even[:, None] > odd).mean() + (even[:, None] == odd).mean() / 2
+    assert values(cell, study_dir)[OVERALL, "genuine_auc"] == pytest.approx(wins, abs=1e-9)
+
+
+def test_without_a_planted_truth_none_is_measured(feed_dataset, quick, tmp_path):
+    cell = Cell("feed", "lr", BASELINE, 1, quick("method=bce"))
+    run(cell, feed_dataset, tmp_path)
+    assert not [key for key in values(cell, tmp_path) if "genuine" in key[1]]
+
+
+def test_a_finished_cell_is_kept(finished, feed_dataset):
+    cell, study_dir = finished
+    assert cell.work_dir(study_dir).is_complete
+    assert not list(cell.work_dir(study_dir).checkpoints.iterdir())  # What the best weights do not need is gone.
+    before = cell.result(study_dir).stat().st_mtime_ns
+    run(cell, feed_dataset, study_dir)
+    assert cell.result(study_dir).stat().st_mtime_ns == before
+
+
+def test_a_finished_cell_of_other_settings_is_refused(finished, feed_dataset, quick):
+    # Somebody changed the study and kept its directory: the old numbers must not stand under the new settings.
+    cell, study_dir = finished
+    changed = Cell(cell.data, cell.backbone, cell.method, cell.seed, quick("method=bce", "embedding_dim=5"))
+    with pytest.raises(ArtifactError, match="another config"):
+        run(changed, feed_dataset, study_dir)
+
+
+def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finished, feed_dataset, truth):
+    cell, study_dir = finished
+    expected, written = values(cell, study_dir), cell.work_dir(study_dir).success.stat().st_mtime_ns
+    cell.result(study_dir).unlink()
+    run(cell, feed_dataset, study_dir, truth)
+    assert values(cell, study_dir) == expected
+    assert cell.work_dir(study_dir).success.stat().st_mtime_ns == written
+
+
+def test_cells_of_a_study_have_directories_of_their_own(tmp_path):
+    config = TrainConfig()
+    cells = [
+        Cell(data, backbone, method, seed, config)
+        for data in ("a", "b") for backbone in ("lr", "fm") for method in ("x", "y") for seed in (1, 2)
+    ]  # fmt: skip
+    assert len({cell.work_dir(tmp_path).path for cell in cells}) == len({str(cell) for cell in cells}) == 16
+    assert str(cells[0]) == "a lr x seed 1"
+
+
+@pytest.fixture(scope="module")
+def stopped(feed_dataset, quick, tmp_path_factory):
+    """A cell that a guard stopped: AdGate starts about .5 away from 1 - teacher_score."""
+    cell = Cell("feed", "lr", "local", 1, quick("clsd.guards.max_ad_gate_drift=0.001"))
+    study_dir = tmp_path_factory.mktemp("stopped")
+    run(cell, feed_dataset, study_dir)
+    return cell, study_dir
+
+
+def test_a_cell_that_a_guard_stops_is_a_finding(stopped, feed_dataset):
+    cell, study_dir = stopped
+    assert not cell.work_dir(study_dir).is_complete
+    assert read_results([cell], study_dir) == []
+    before = cell.result(study_dir).stat().st_mtime_ns
+    run(cell, feed_dataset, study_dir)  # And it is not tried again.
+    assert cell.result(study_dir).stat().st_mtime_ns == before
+
+
+def test_stopped_cells_come_with_the_guards_message(stopped, finished):
+    cell, study_dir = stopped
+    found = stopped_cells([cell], study_dir)
+    assert list(found) == [cell]
+    assert "AdGate's mean correction" in found[cell]
+    assert "at step 13. Allowed: 0.001" in found[cell]
+    assert stopped_cells([finished[0]], finished[1]) == {}
+
+
+def test_results_have_a_row_for_each_number(finished):
+    cell, study_dir = finished
+    rows = read_results([cell, cell], study_dir)
+    assert len(rows) == 2 * len(read_json(cell.result(study_dir))["rows"])
+    assert all(list(row) == ["data", "backbone", "method", "seed", "slice", "metric", "value"] for row in rows)
+    assert {(row["data"], row["backbone"], row["method"], row["seed"]) for row in rows} == {("feed", "lr", "bce", 1)}

@@ -56,7 +56,8 @@ class Dice(tf.keras.layers.Layer):
     """
 
     def build(self, input_shape: Any) -> None:
-        self._standardise = tf.keras.layers.BatchNormalization(center=False, scale=False, epsilon=1e-8)
+        # With Keras' momentum of 0.99, a short training would serve averages that still remember where they started.
+        self._standardise = tf.keras.layers.BatchNormalization(momentum=0.9, center=False, scale=False, epsilon=1e-8)
         self._alpha = self.add_weight(name="alpha", shape=[input_shape[-1]], initializer="zeros")
         super().build(input_shape)
 

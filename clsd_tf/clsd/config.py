@@ -51,7 +51,7 @@ class GuardConfig(StrictModel):
 class ClsdConfig(StrictModel):
     """How clicks are weighted.
 
-    By default each click counts (teacher_score / mean teacher_score over the clicks of its user group)^kappa, which
+    By default each click counts 1 + teacher_score - the mean teacher_score over the clicks of its user group, which
     leaves the mean of every user group at 1. ``lambda = 1, mu = 0`` compares with all clicks instead.
 
     Attributes:
@@ -88,7 +88,7 @@ class ClsdConfig(StrictModel):
     lambda_: float = pydantic.Field(0.0, ge=0, le=1, alias="lambda")
     mu: float = pydantic.Field(1.0, ge=0, le=1)
     global_form: Form = "ratio"
-    local_form: Form = "ratio"
+    local_form: Form = "additive"
     kappa: float = pydantic.Field(1.0, gt=0)
     min_confidence: float = pydantic.Field(0.05, gt=0, lt=1)
     max_confidence: float = pydantic.Field(3.0, gt=1)
