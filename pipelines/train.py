@@ -40,9 +40,11 @@ def main(argv) -> None:
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
     history = train(DatasetDir(_DATASET_DIR.value), config, work_dir)
-    best = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])
+    kept = history[-1]
+    if config.patience_epochs is not None:
+        kept = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])
     console.console.print(
-        f"best validation AUC {best['val_auc']:.4f} in epoch {best['epoch'] + 1}; run in {work_dir.path}",
+        f"kept epoch {kept['epoch'] + 1} with validation AUC {kept['val_auc']:.4f}; run in {work_dir.path}",
         soft_wrap=True,
     )
 

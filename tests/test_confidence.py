@@ -248,6 +248,16 @@ def test_moving_means_are_reference_spread_and_normaliser(traced):
     assert confidence(tf.constant([0.6]), tf.ones([1])).numpy() == pytest.approx([2.17670 / 1.60085], rel=1e-4)
 
 
+@pytest.mark.parametrize("form", ["mean_one", "standardised"])
+def test_global_and_local_confidence_keep_moving_means_of_their_own(form):
+    config, together, of_global, of_local = config_of(form), ClickMeans(0.5), ClickMeans(0.5), ClickMeans(0.5)
+    for scores in (TEACHER, TEACHER**2):
+        batch = scores, CLICK_WEIGHT, config
+        received = global_confidence(*batch, together), local_confidence(scores, CORRECTION, *batch[1:], together)
+        alone = global_confidence(*batch, of_global), local_confidence(scores, CORRECTION, *batch[1:], of_local)
+        np.testing.assert_array_equal(received, alone)
+
+
 # Settings.
 
 

@@ -203,6 +203,20 @@ def test_patience_counts_epochs_since_the_best_and_survives_a_resume(feed_datase
     assert model.stop_training
 
 
+def test_without_patience_the_last_epoch_is_kept_and_nothing_stops(feed_dataset, tiny, tmp_path):
+    work_dir = WorkDir(tmp_path)
+    arguments = {"patience_epochs": tiny("patience_epochs=null").patience_epochs, "first_counted_step": 20}
+    keeper, model = keeper_with_model(tiny("backbone=lr"), feed_dataset.inputs, work_dir, **arguments)
+    for epoch, val_auc in enumerate((0.9, 0.95, 0.7, 0.6, 0.5)):  # Two of them within loss warm-up.
+        end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
+        assert work_dir.best_weights.with_name("weights.index").exists() == (epoch >= 2)
+    assert not keeper.is_exhausted
+    saved = tf.train.load_checkpoint(str(work_dir.best_weights))
+    names = [name for name in saved.get_variable_to_shape_map() if name.startswith("backbone/")]
+    assert names
+    assert all((saved.get_tensor(name) == 5.0).all() for name in names)
+
+
 # What stops or refuses a fit.
 
 

@@ -1,0 +1,87 @@
+"""Field embeddings: which rows they look up, and what padding and histories become."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from backbone_inputs import FEATURES, INPUTS
+
+from clsd_tf.embeddings import FieldEmbeddings
+
+
+@pytest.fixture
+def embeddings():
+    layer = FieldEmbeddings(INPUTS, 2)
+    layer(FEATURES)
+    random = np.random.default_rng(0)
+    layer.set_weights([random.normal(size=weight.shape) for weight in layer.get_weights()])
+    return layer
+
+
+def _table(layer, vocabulary):
+    """Rows of one vocabulary in the variable of all of them: 7 items, then 4 cities, then 5 tags."""
+    rows_of = {"item": slice(0, 7), "city": slice(7, 11), "tags": slice(11, 16)}
+    (tables,) = [weight.numpy() for weight in layer.weights if "tables" in weight.name]
+    return tables[rows_of[vocabulary]]
+
+
+def _history(layer, ids):
+    row = {name: values[:1] for name, values in FEATURES.items()} | {"recent_items": tf.constant([ids], tf.int64)}
+    return layer(row).numpy()[0, 2]
+
+
+def test_fields_come_in_the_order_of_the_inputs(embeddings):
+    received = embeddings(FEATURES).numpy()
+    assert received.shape == (7, INPUTS.num_fields, 2)
+    np.testing.assert_array_equal(received[:, 0], _table(embeddings, "item")[FEATURES["item"]])
+    np.testing.assert_array_equal(received[:, 1], _table(embeddings, "city")[FEATURES["city"]])
+    np.testing.assert_allclose(received[0, 3], _table(embeddings, "tags")[1:3].mean(axis=0), rtol=1e-6)
+    vectors = next(w.numpy() for w in embeddings.weights if "numeric_vectors" in w.name)
+    np.testing.assert_allclose(received[:, 4], FEATURES["price"].numpy()[:, None] * vectors[0], rtol=1e-6)
+    np.testing.assert_allclose(received[:, 5], FEATURES["age"].numpy()[:, None] * vectors[1], rtol=1e-6)
+
+
+def test_a_history_shares_the_rows_of_its_item(embeddings):
+    np.testing.assert_allclose(_history(embeddings, [4, 0, 0]), _table(embeddings, "item")[4], rtol=1e-6)
+
+
+def test_lookup_gives_the_rows_of_a_vocabulary_for_ids_of_any_shape(embeddings):
+    for vocabulary, ids in (("item", [[6, 0], [1, 1]]), ("city", [3, 0]), ("tags", 4)):
+        received = embeddings.lookup(vocabulary, tf.constant(ids, tf.int64))
+        np.testing.assert_array_equal(received, _table(embeddings, vocabulary)[np.array(ids)])
+
+
+def test_padding_does_not_enter_the_mean_of_a_history(embeddings):
+    table = _table(embeddings, "item")
+    np.testing.assert_allclose(_history(embeddings, [1, 5, 0]), (table[1] + table[5]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(_history(embeddings, [0, 5, 1]), (table[1] + table[5]) / 2, rtol=1e-6)
+
+
+def test_repeated_values_count_each_time(embeddings):
+    table = _table(embeddings, "item")
+    np.testing.assert_allclose(_history(embeddings, [2, 2, 6]), (2 * table[2] + table[6]) / 3, rtol=1e-6)
+
+
+def test_an_empty_history_is_the_zero_vector(embeddings):
+    assert _history(embeddings, [0, 0, 0]).tolist() == [0.0, 0.0]
+
+
+def test_padding_gets_no_gradient_from_a_history(embeddings):
+    tables = next(weight for weight in embeddings.trainable_weights if "tables" in weight.name)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(embeddings(FEATURES)[:, 2])
+    gradient = tf.convert_to_tensor(tape.gradient(total, tables)).numpy()
+    assert not gradient[0].any()
+    assert gradient[1:7].all()
+    assert not gradient[7:].any()  # No other vocabulary's.
+
+
+def test_field_embeddings_survive_get_config_and_from_config(embeddings):
+    copy = FieldEmbeddings.from_config(embeddings.get_config())
+    copy(FEATURES)
+    copy.set_weights(embeddings.get_weights())
+    np.testing.assert_array_equal(copy(FEATURES), embeddings(FEATURES))
+
+
+def test_embedding_dim_of_0_is_refused():
+    with pytest.raises(ValueError, match=r"embedding_dim must be at least 1. Received: 0"):
+        FieldEmbeddings(INPUTS, 0)
