@@ -44,12 +44,15 @@ def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
 
 
 def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
+    # A user's own factory need not know of the penalty until it is asked for.
+    penalty = {"embedding_l2": config.embedding_l2} if config.embedding_l2 else {}
     return build_backbone(
         config.backbone,
         inputs,
         embedding_dim=config.embedding_dim,
         hidden_units=config.hidden_units,
         dropout=config.dropout,
+        **penalty,
         **config.backbone_arguments,
     )
 

@@ -22,17 +22,21 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     Args:
       inputs: the model inputs.
       embedding_dim: size of each embedding, >= 1.
+      l2: penalty l2 * sum(table^2) over the whole table, added to the layer's losses; >= 0.
 
     Returns:
       ``call`` maps the feature dict to [batch, num_fields, embedding_dim] in the layer's compute dtype (float32 by
       default), fields in the order of ``inputs``.
     """
 
-    def __init__(self, inputs: ModelInputs, embedding_dim: int, **kwargs: Any):
+    def __init__(self, inputs: ModelInputs, embedding_dim: int, l2: float = 0.0, **kwargs: Any):
         super().__init__(**kwargs)
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be at least 1. Received: {embedding_dim}")
+        if l2 < 0:
+            raise ValueError(f"l2 must be at least 0. Received: {l2}")
         self._inputs = inputs
+        self._l2 = l2
         self._embedding_dim = embedding_dim
         sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}
         offsets = itertools.accumulate(sizes.values(), initial=0)
@@ -48,7 +52,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     def _add_vectors(self, name: str, count: int) -> tf.Variable:
         initializer = tf.keras.initializers.RandomNormal(stddev=0.01)  # One each: shared, it would repeat itself.
-        return self.add_weight(name=name, shape=[count, self._embedding_dim], initializer=initializer)
+        penalty = tf.keras.regularizers.L2(self._l2) if self._l2 else None
+        shape = [count, self._embedding_dim]
+        return self.add_weight(name=name, shape=shape, initializer=initializer, regularizer=penalty)
 
     def call(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         fields = self._embed_ids(features) if self._inputs.categorical else []
@@ -90,7 +96,12 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "inputs": self._inputs.to_dict(), "embedding_dim": self._embedding_dim}
+        return {
+            **super().get_config(),
+            "inputs": self._inputs.to_dict(),
+            "embedding_dim": self._embedding_dim,
+            "l2": self._l2,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FieldEmbeddings:

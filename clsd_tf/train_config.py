@@ -27,6 +27,7 @@ class TrainConfig(StrictModel):
       backbone: a name in ``clsd_tf.backbones.BACKBONES``.
       backbone_arguments: the backbone's own arguments, by name.
       embedding_dim: size of each field's embedding.
+      embedding_l2: the loss gets embedding_l2 * the sum of squares of the embedding tables, >= 0.
       hidden_units: units of the backbone's hidden layers.
       dropout: rate after each hidden layer, in [0, 1).
       batch_size: examples per optimizer step.
@@ -47,6 +48,7 @@ class TrainConfig(StrictModel):
     backbone: str = "deepfm"
     backbone_arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
     embedding_dim: int = pydantic.Field(10, ge=1)
+    embedding_l2: float = pydantic.Field(0.0, ge=0)
     hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (128, 64)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     batch_size: int = pydantic.Field(512, ge=1)

@@ -1,5 +1,7 @@
 """Cells of a study: their configs and placebos, what is measured of a run, and which runs are kept."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from clsd_tf import input_pipeline
-from clsd_tf.artifacts import ArtifactError, read_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, read_json
 from clsd_tf.assembly import load_model, predict, predict_logits
 from clsd_tf.evaluation import evaluate
 from clsd_tf.study import (
@@ -20,11 +22,13 @@ from clsd_tf.study import (
     Method,
     cell_config,
     merged,
+    prepare_teacher,
     read_results,
     run_cell,
     stopped_cells,
     with_placebos,
 )
+from clsd_tf.teachers import scores_file
 from clsd_tf.train_config import TrainConfig
 from clsd_tf.validation import SpecError
 
@@ -214,12 +218,6 @@ def test_the_truth_is_joined_by_row_id(finished, feed_dataset):
     assert values(cell, study_dir)[OVERALL, "genuine_auc"] == pytest.approx(wins, abs=1e-9)
 
 
-def test_without_a_planted_truth_none_is_measured(feed_dataset, quick, tmp_path):
-    cell = Cell("feed", "lr", BASELINE, 1, quick("method=bce"))
-    run(cell, feed_dataset, tmp_path)
-    assert not [key for key in values(cell, tmp_path) if "genuine" in key[1]]
-
-
 def test_a_finished_cell_is_kept(finished, feed_dataset):
     cell, study_dir = finished
     assert cell.work_dir(study_dir).is_complete
@@ -237,13 +235,26 @@ def test_a_finished_cell_of_other_settings_is_refused(finished, feed_dataset, qu
         run(changed, feed_dataset, study_dir)
 
 
-def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finished, feed_dataset, truth):
+def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finished, feed_dataset, tmp_path):
     cell, study_dir = finished
-    expected, written = values(cell, study_dir), cell.work_dir(study_dir).success.stat().st_mtime_ns
-    cell.result(study_dir).unlink()
-    run(cell, feed_dataset, study_dir, truth)
-    assert values(cell, study_dir) == expected
-    assert cell.work_dir(study_dir).success.stat().st_mtime_ns == written
+    shutil.copytree(study_dir, tmp_path / "study")
+    cell.result(tmp_path / "study").unlink()
+    written = cell.work_dir(tmp_path / "study").success.stat().st_mtime_ns
+    run(cell, feed_dataset, tmp_path / "study", truth=None)
+    assert cell.work_dir(tmp_path / "study").success.stat().st_mtime_ns == written
+    # Without a planted truth nothing is measured by it.
+    expected = {key: value for key, value in values(cell, study_dir).items() if "genuine" not in key[1]}
+    assert values(cell, tmp_path / "study") == expected != values(cell, study_dir)
+
+
+def test_a_teacher_is_prepared_for_all_cells_that_share_it(feed_dataset, quick, tmp_path):
+    shutil.copytree(feed_dataset.path, tmp_path / "dataset", ignore=shutil.ignore_patterns("teacher_scores"))
+    dataset = DatasetDir(tmp_path / "dataset")
+    config = quick("clsd.teacher=cross_fit")
+    prepare_teacher(str(dataset.path), config)
+    for other in (config, quick("clsd.teacher=cross_fit", "clsd.placebo=shuffled_confidence", "clsd.mu=0.0")):
+        assert scores_file(dataset, other).exists()
+    assert not scores_file(dataset, quick("clsd.teacher=cross_fit", "seed=2")).exists()
 
 
 def test_cells_of_a_study_have_directories_of_their_own(tmp_path):

@@ -266,8 +266,8 @@ data:
 methods:
   - {name: stopped, like: local, set: {clsd: {guards: {max_ad_gate_drift: 0.001}}}}
 grids:
-  - {title: Both seeds, data: [feed], backbones: [fm], methods: [global, stopped]}
-  - {title: One seed, data: [feed], backbones: [fm], methods: [global], seeds: 1, placebos: false}
+  - {title: Both seeds, data: [feed], backbones: [fm], methods: [global]}
+  - {title: One seed, data: [feed], backbones: [fm], methods: [global, stopped], seeds: 1, placebos: false}
 """
 
 
@@ -318,9 +318,8 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     page = (study_dir / "report.html").read_text(encoding="utf-8")
     for shown in (text, page, (study_dir.parent / "output.txt").read_text(encoding="utf-8")):
         assert "global_shuffled_confidence" in shown
-    for seed in (1, 2):
-        assert f"* feed fm stopped seed {seed} was stopped: AdGate" in text
-        assert f"<li>feed fm stopped seed {seed} was stopped: AdGate" in page
+    assert "* feed fm stopped seed 1 was stopped: AdGate" in text
+    assert "<li>feed fm stopped seed 1 was stopped: AdGate" in page
     assert "age_group=18-30" in text
 
 

@@ -295,7 +295,7 @@ def test_the_feed_trains_on_eight_days(days):
 
 
 def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
-    weighted, days, rows, of_days, prequential, with_changed_records, tmp_path
+    weighted, days, rows, of_days, prequential, with_changed_records, tmp_path, capsys
 ):
     row_ids = set(rows["row_id"][days >= 4])
 
@@ -303,11 +303,13 @@ def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
         if feature["row_id"].int64_list.value[0] in row_ids:
             flip(feature)
 
-    changed = teacher_scores(with_changed_records(weighted, tmp_path / "dataset", change), prequential, title=None)
+    changed = teacher_scores(with_changed_records(weighted, tmp_path / "dataset", change), prequential, title="my run")
     np.testing.assert_array_equal(changed.row_ids, of_days.row_ids)
     before = (days > 0) & (days <= 4)  # Day 0 takes its score from the other days.
     np.testing.assert_array_equal(changed.values[before], of_days.values[before])
     assert (changed.values[days > 4] != of_days.values[days > 4]).mean() > 0.9
+    progress = capsys.readouterr().out.splitlines()
+    assert progress == [f"my run: teacher scored 400 rows of day {day}" for day in range(1, 9)]
 
 
 def test_scores_of_later_days_predict_their_labels(of_days, days, rows):
@@ -332,10 +334,3 @@ def test_a_split_of_one_day_is_refused(dataset, prequential, with_changed_record
     one_day = with_changed_records(dataset, tmp_path / "dataset", change)
     with pytest.raises(ValueError, match=r"two days or more\. Received: one day\. Use teacher=cross_fit"):
         teacher_scores(one_day, prequential, title=None)
-
-
-def test_progress_names_the_run_and_the_part(dataset, cross_fit, prequential, capsys):
-    teacher_scores(dataset, prequential, title="my run")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert lines[7] == "my run: teacher scored 400 rows of day 8"

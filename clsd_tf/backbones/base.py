@@ -24,6 +24,7 @@ class Backbone(tf.keras.Model):
     Args:
       inputs: what the transform gives.
       embedding_dim: size of each field's embedding, >= 1.
+      embedding_l2: penalty embedding_l2 * sum(table^2), part of ``losses``, >= 0.
       hidden_units: units of the hidden layers; empty for none.
       dropout: rate after each hidden layer, in [0, 1).
 
@@ -38,6 +39,7 @@ class Backbone(tf.keras.Model):
         inputs: ModelInputs,
         *,
         embedding_dim: int = 10,
+        embedding_l2: float = 0.0,
         hidden_units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
         **kwargs: Any,
@@ -55,6 +57,7 @@ class Backbone(tf.keras.Model):
         self._config = {
             "inputs": inputs.to_dict(),
             "embedding_dim": embedding_dim,
+            "embedding_l2": embedding_l2,
             "hidden_units": list(hidden_units),
             "dropout": dropout,
         }

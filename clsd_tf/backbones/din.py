@@ -109,7 +109,9 @@ class Din(Backbone):
         others = tuple(entry for entry in inputs.categorical if entry.name not in self._target_of)
         self._position = {entry.name: index for index, entry in enumerate(others)}
         self._embeddings = FieldEmbeddings(
-            dataclasses.replace(inputs, categorical=others), self._config["embedding_dim"]
+            dataclasses.replace(inputs, categorical=others),
+            self._config["embedding_dim"],
+            self._config["embedding_l2"],
         )
         self._attentions = {
             name: TargetAttention(attention_units, name=f"attention_{name}") for name in self._target_of

@@ -19,7 +19,7 @@ class Dnn(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"], self._config["embedding_l2"])
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 

@@ -22,7 +22,7 @@ class Lr(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, 1)
+        self._embeddings = FieldEmbeddings(inputs, 1, self._config["embedding_l2"])
         self._bias = LogitBias()
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
