@@ -11,6 +11,8 @@ study that grew by a method only runs what is new. Leaves results.parquet (every
 report.html in the study directory.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import datetime as dt
 import functools
@@ -41,7 +43,7 @@ _SEEDS = flags.DEFINE_integer("seeds", None, "Number of paired seeds, instead of
 _INPUT_DIR = flags.DEFINE_multi_string("input_dir", [], "<name>=<directory> with the tables of a data set.")
 _DATASET_DIR = flags.DEFINE_multi_string("dataset_dir", [], "<data>=<dataset directory> that is built already.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 2, "Runs side by side, one thread each.", 1)
-_MAX_TASKS_PER_PROCESS = 40  # A fresh process now and then: TensorFlow keeps a little of every graph.
+_TASKS_PER_PROCESS = 40
 
 
 def _directories(flag: str, values: Iterable[str]) -> dict[str, pathlib.Path]:
@@ -55,39 +57,50 @@ def _directories(flag: str, values: Iterable[str]) -> dict[str, pathlib.Path]:
     return found
 
 
-class _Pool:
-    """Processes that run the tasks of a phase side by side, under one bar with the time left."""
+def _run_tasks(title: str, tasks: dict[str, tuple[Callable, ...]]) -> None:
+    """Runs ``label -> (function, *arguments)`` side by side in processes, under one bar with the time left.
 
-    def __init__(self, num_processes: int):
-        self._num_processes = num_processes
-
-    def run(self, title: str, tasks: dict[str, tuple[Callable, ...]]) -> None:
-        """Runs ``label -> (function, *arguments)``; the first error ends the study, and finished work is kept."""
-        if not tasks:
-            return
-        # Spawned, since TensorFlow's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            self._num_processes, context, use_one_thread, max_tasks_per_child=_MAX_TASKS_PER_PROCESS
-        ) as pool:
-            pending = {pool.submit(*task): label for label, task in tasks.items()}
-            try:
-                _watch(title, pending)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _watch(title: str, pending: dict[concurrent.futures.Future, str]) -> None:
+    The first error ends the study; finished work is kept.
+    """
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-    start = time.monotonic()
     with rich.progress.Progress(*columns, console=console.console, disable=not console.console.is_terminal) as bar:
-        task = bar.add_task(title, total=len(pending))
-        for count, done in enumerate(concurrent.futures.as_completed(pending), start=1):
-            done.result()
-            bar.advance(task)
-            left = dt.timedelta(seconds=round((time.monotonic() - start) / count * (len(pending) - count)))
-            bar.console.print(f"[green]done[/] {pending[done]} ({count}/{len(pending)}, about {left} left)")
+        progress = _Progress(bar, title, len(tasks))
+        for batch in _batches(list(tasks.items()), _TASKS_PER_PROCESS * _NUM_PROCESSES.value):
+            _run_batch(dict(batch), progress)
+
+
+def _batches(items: list, size: int) -> Iterable[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _run_batch(tasks: dict[str, tuple[Callable, ...]], progress: _Progress) -> None:
+    """Runs tasks in fresh processes: TensorFlow keeps a little of every graph it has seen."""
+    # Spawned, since TensorFlow's threads do not survive a fork. The executor's own max_tasks_per_child can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, use_one_thread) as pool:
+        pending = {pool.submit(*task): label for label, task in tasks.items()}
+        try:
+            for done in concurrent.futures.as_completed(pending):
+                done.result()
+                progress.advance(pending[done])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _Progress:
+    """A bar, a line per finished task, and about how long the rest will take."""
+
+    def __init__(self, bar: rich.progress.Progress, title: str, total: int):
+        self._bar, self._total, self._count, self._start = bar, total, 0, time.monotonic()
+        self._task = bar.add_task(title, total=total)
+
+    def advance(self, label: str) -> None:
+        self._count += 1
+        seconds = (time.monotonic() - self._start) / self._count * (self._total - self._count)
+        self._bar.advance(self._task)
+        left = dt.timedelta(seconds=round(seconds))
+        self._bar.console.print(f"[green]done[/] {label} ({self._count}/{self._total}, about {left} left)")
 
 
 def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) -> dict[Cell, PreparedData]:
@@ -102,15 +115,14 @@ def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path) -> None
     located = _locate(study, cells, study_dir)
     for warning in {teacher_warning(cell.config) for cell in cells if "self" not in cell.method}:
         console.warn(warning)
-    pool = _Pool(_NUM_PROCESSES.value)
     todo = [cell for cell in cells if not cell.result(study_dir).exists()]
     datasets = {str(located[cell].dataset_dir): located[cell] for cell in todo}
-    pool.run(
+    _run_tasks(
         "datasets",
         {path: (data.prepare,) for path, data in datasets.items() if not pathlib.Path(path).exists()},
     )
-    pool.run("teachers", dict(_teacher_tasks(todo, located)))
-    pool.run(
+    _run_tasks("teachers", dict(_teacher_tasks(todo, located)))
+    _run_tasks(
         "runs",
         {
             str(cell): (run_cell, cell, str(located[cell].dataset_dir), study_dir, study.split, located[cell].truth)

@@ -114,14 +114,6 @@ def test_each_row_is_scored_by_a_model_that_never_saw_its_label(
     assert (scores.values[folds == 1] != of_flipped.values[folds == 1]).mean() > 0.9
 
 
-def test_folds_by_user_keep_the_rows_of_a_user_together(rows):
-    folds = fold_of(rows["user_hash"])
-    for user in np.unique(rows["user_hash"]):
-        assert len(np.unique(folds[rows["user_hash"] == user])) == 1
-    by_row = fold_of(rows["row_id"])
-    assert len(np.unique(by_row[rows["user_hash"] == rows["user_hash"][0]])) == NUM_FOLDS
-
-
 def test_repeats_are_averaged(dataset, rows, cross_fit, by_row, tmp_path):
     found = teacher_scores(dataset, cross_fit("clsd.num_repeats=2"), title=None)
     # The second division into folds has the seed 1001; its first model is the third of all, with the seed 3001.
