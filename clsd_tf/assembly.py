@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf import input_pipeline
-from clsd_tf.artifacts import DatasetDir, WorkDir, read_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
 from clsd_tf.backbones import build_backbone
 from clsd_tf.calibration import Calibration, CalibrationLayer
 from clsd_tf.callbacks import best_weights
@@ -89,7 +89,9 @@ def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
     model = build_model(config, dataset.inputs)
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
-    if work_dir.calibration.exists():
+    if config.calibration.method != "none":
+        if not work_dir.calibration.is_file():
+            raise ArtifactError(f"{work_dir.path} has lost its calibration. Missing: {work_dir.calibration.name}")
         model.calibration = CalibrationLayer(Calibration.from_dict(read_json(work_dir.calibration)))
     return model
 

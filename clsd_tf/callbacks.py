@@ -110,7 +110,12 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         if self.is_exhausted:
             self.model.stop_training = True
 
-    def _compete(self, val_auc: float) -> None:
+    def _compete(self, val_auc: float | None) -> None:
+        if val_auc is None:
+            raise ValueError(
+                "the validation split needs clicks and non-clicks of positive sample weight. Received: no AUC. "
+                "Change the spec's split or weights"
+            )
         if self._patience_epochs is None or val_auc > float(self._best_auc):
             self._best_auc.assign(val_auc)
             self._epochs_without_gain.assign(0)

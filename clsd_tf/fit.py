@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -29,7 +30,7 @@ def fit(
     *,
     title: str | None,
     row_weights: RowValues | None = None,
-    teacher_scores: RowValues | None = None,
+    teacher_scores: Callable[[], RowValues | None] = lambda: None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
     """Fits a model, or goes on with the fit that ``work_dir`` holds.
 
@@ -39,7 +40,8 @@ def fit(
       work_dir: gets config, checkpoints, history, best weights and TensorBoard events.
       title: what progress lines call the run; None for no progress lines.
       row_weights: weight per training row, multiplied with its sample weight.
-      teacher_scores: of every training row, where the config's teacher gives them beforehand.
+      teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
+        Called once everything else is known to be in order: a teacher may train for hours.
 
     Returns:
       The model with its best weights, and the history: one dict per epoch.
@@ -55,7 +57,7 @@ def fit(
     keeper = CheckpointAndStop(work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step)
     first_epoch = keeper.resume(model)
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
-        batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores)
+        batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores())
         steps = steps_per_epoch(dataset, config)
         callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
         if title is not None:
@@ -128,8 +130,17 @@ def _training_batches(
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)
     if teacher_scores is not None:
+        _check_scores(teacher_scores, dataset)
         batches = input_pipeline.with_teacher_scores(batches, teacher_scores)
     return batches
+
+
+def _check_scores(scores: RowValues, dataset: DatasetDir) -> None:
+    if len(scores.row_ids) != dataset.num_rows("train"):
+        raise ArtifactError(
+            f"a teacher scores every training row. Received: {len(scores.row_ids):,} scores. "
+            f"Allowed: {dataset.num_rows('train'):,}. Remove {dataset.teacher_scores} to score them again"
+        )
 
 
 def _validation_auc(dataset: DatasetDir) -> ValidationAuc:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import tensorflow as tf
 from scipy.special import expit
 
 from clsd_tf import input_pipeline, metrics
-from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json, write_json
 from clsd_tf.assembly import load_model, make_deterministic, predict, predict_logits
 from clsd_tf.callbacks import TrainingDivergedError
 from clsd_tf.clsd import ConfidenceGuardError
@@ -26,13 +26,16 @@ from clsd_tf.training import train
 BASELINE = "bce"
 # Method -> what it changes in the config that all methods share.
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    BASELINE: {"method": "bce"},
+    BASELINE: {"method": "bce", "loss": "bce", "clicks": "all"},
     "clsd": {"method": "clsd"},
-    "global": {"clsd": {"lambda": 1.0, "mu": 0.0}},
-    "local": {"clsd": {"lambda": 0.0, "mu": 1.0}},
-    "both": {"clsd": {"lambda": 0.5, "mu": 0.5}},
-    "literal_gate": {"clsd": {"lambda": 0.0, "mu": 1.0, "ad_gate": {"objective": "literal"}}},
-    "raw": {"clsd": {"lambda": 1.0, "mu": 0.0, "global_form": "raw", "allow_raw": True, "teacher": "self"}},
+    "global": {"method": "clsd", "clsd": {"lambda": 1.0, "mu": 0.0}},
+    "local": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0}},
+    "both": {"method": "clsd", "clsd": {"lambda": 0.5, "mu": 0.5}},
+    "literal_gate": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0, "ad_gate": {"objective": "literal"}}},
+    "raw": {
+        "method": "clsd",
+        "clsd": {"lambda": 1.0, "mu": 0.0, "global_form": "raw", "allow_raw": True, "teacher": "self"},
+    },
     "label_smoothing": {"method": "bce", "loss": "label_smoothing"},
     "focal": {"method": "bce", "loss": "focal"},
     "oracle": {"method": "bce", "clicks": "intense"},
@@ -115,13 +118,20 @@ def use_one_thread() -> None:
 
 
 def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
-    """Trains and stores the teacher scores that cells with this config will take from the dataset."""
-    teacher_scores(DatasetDir(dataset_path), config, title=None)
+    """Trains and stores the teacher scores that cells with this config will take from the dataset.
+
+    A teacher that diverges stores none; its cells will find that out, too, and say so.
+    """
+    with contextlib.suppress(TrainingDivergedError):
+        teacher_scores(DatasetDir(dataset_path), config, title=None)
     tf.keras.backend.clear_session()
 
 
 def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str, truth: str | None) -> None:
     """Trains and measures a cell; a finished one is kept.
+
+    Raises:
+      ArtifactError: the cell's directory holds a run of other settings.
 
     Args:
       cell: the run.
@@ -130,20 +140,38 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
       split: the split to measure on.
       truth: Parquet file with the planted truth of a simulated log, or None.
     """
-    if cell.result(study_dir).exists():
+    if is_finished(cell, study_dir, split):
         return
     dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(study_dir)
-    start = time.monotonic()
-    result: dict[str, Any] = {"stopped": None, "rows": []}
+    result: dict[str, Any] = {"config": cell.config.to_dict(), "split": split, "stopped": None, "rows": []}
     try:
         train(dataset, cell.config, work_dir, title=None)
-        result["train_seconds"] = time.monotonic() - start
         result["rows"] = list(measure_cell(work_dir, dataset, split, truth))
     except (TrainingDivergedError, ConfidenceGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
     write_json(cell.result(study_dir), result)
     _remove_checkpoints(work_dir)
     tf.keras.backend.clear_session()
+
+
+def is_finished(cell: Cell, study_dir: pathlib.Path, split: str) -> bool:
+    """Whether a cell has its result.
+
+    Raises:
+      ArtifactError: it has one of other settings: old numbers must not stand under new ones.
+    """
+    if not cell.result(study_dir).exists():
+        return False
+    found = read_json(cell.result(study_dir))
+    expected = {**cell.config.to_dict(), "split": split}
+    there = {**found["config"], "split": found["split"]}
+    changed = {key: value for key, value in expected.items() if there.get(key) != value}
+    if changed:
+        raise ArtifactError(
+            f"{cell.work_dir(study_dir).path} holds a run of another config. Received: {changed}. "
+            f"Allowed: { ({key: there.get(key) for key in changed}) }. Choose another --study_dir, or remove this run"
+        )
+    return True
 
 
 def _remove_checkpoints(work_dir: WorkDir) -> None:
@@ -166,14 +194,15 @@ def measure_cell(
         del columns["intensity_label"]
     if truth is not None:
         columns["genuine"] = _genuine(truth, columns["row_id"])
-    every = np.ones(len(columns["label"]), bool)
+    counted = columns["sample_weight"] > 0
+    columns = {name: values[counted] for name, values in columns.items()}
     yield from ((OVERALL, *found) for found in _overall(columns, [group.name for group in groups]))
     for group in groups:
         floor = click_noise_floor(columns["uncalibrated"], {group.name: (columns[group.name], group.labels)})[
             group.name
         ]
         for index, label in enumerate(group.labels):
-            rows = every & (columns[group.name] == index)
+            rows = columns[group.name] == index
             if rows.any():
                 name = f"{group.name}={label}"
                 yield from ((name, *found) for found in _sliced(columns, rows) if found[0] in _SLICED)
@@ -184,7 +213,13 @@ def _genuine(truth: str, row_ids: np.ndarray) -> np.ndarray:
     """Whether interest alone would have drawn a click, per row: the planted truth, found by row id."""
     table = pyarrow.parquet.read_table(truth, columns=["row_id", "is_genuine"])
     known = table.column("row_id").to_numpy()  # Ascending: the truth is written in the order of the log.
-    return table.column("is_genuine").to_numpy()[np.searchsorted(known, row_ids)].astype(np.float64)
+    places = np.minimum(np.searchsorted(known, row_ids), len(known) - 1)
+    if (known[places] != row_ids).any():
+        raise ArtifactError(
+            f"the planted truth must hold every row of the dataset. Received: {truth}, which lacks some. "
+            "Simulate and build the feed again"
+        )
+    return table.column("is_genuine").to_numpy()[places].astype(np.float64)
 
 
 def _overall(columns: Mapping[str, np.ndarray], groups: Sequence[str]) -> Iterator[tuple[str, float]]:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import pathlib
 import shutil
+import zipfile
 
 import numpy as np
 
 from clsd_tf import input_pipeline
-from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model, predict
 from clsd_tf.calibration import CalibrationConfig
 from clsd_tf.clsd import ClsdConfig
@@ -39,6 +40,8 @@ def teacher_scores(dataset: DatasetDir, config: TrainConfig, title: str | None =
     if not file.exists():
         directory = file.parent
         with WorkDir(directory).exclusive():
+            if file.exists():  # Another process finished it in the meantime.
+                return _read_scores(file)
             scores = _SCORERS[config.clsd.teacher](dataset, config, directory, title)
             write_json(directory / "teacher.json", _teacher_identity(dataset, config))
             temporary = file.with_suffix(".incomplete.npz")
@@ -65,13 +68,24 @@ def scores_file(dataset: DatasetDir, config: TrainConfig) -> pathlib.Path:
 
 
 def _read_scores(file: pathlib.Path) -> RowValues:
-    with np.load(file, allow_pickle=False) as stored:
-        return RowValues(stored["row_ids"], stored["values"])
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return RowValues(stored["row_ids"], stored["values"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(
+            f"stored teacher scores cannot be read. Received: {file}: {error}. Remove {file.parent} to score again"
+        ) from error
 
 
 def _teacher_config(config: TrainConfig) -> TrainConfig:
     """The run that a teacher's models share: the same model with plain BCE."""
-    plain = {"method": "bce", "loss": "bce", "clsd": ClsdConfig(), "calibration": CalibrationConfig(method="none")}
+    plain = {
+        "method": "bce",
+        "loss": "bce",
+        "clicks": "all",
+        "clsd": ClsdConfig(),
+        "calibration": CalibrationConfig(method="none"),
+    }
     return config.model_copy(update=plain)
 
 
@@ -119,8 +133,8 @@ def _cross_fit(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path
 def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path, title: str | None) -> RowValues:
     """Each row scored by one model that had trained, in one pass, on the days before it.
 
-    Days are spans of 24 hours from the first event. No model precedes the first day: its rows get the mean score of
-    the later clicks, which weights them neutrally. Holds the training split in memory.
+    Days are spans of 24 hours from the first event. No model precedes the first day: its scores are NaN, and its clicks
+    count 1. Holds the training split in memory.
     """
     inputs = dataset.inputs
     names = [entry.name for entry in (*inputs.categorical, *inputs.groups)] + list(inputs.numeric)
@@ -131,7 +145,7 @@ def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Pa
             "teacher=prequential needs a training split of two days or more. Received: one day. Use teacher=cross_fit"
         )
     model = build_model(_teacher_config(config), inputs)
-    scores = np.zeros(len(days), np.float32)
+    scores = np.full(len(days), np.nan, np.float32)
     for day in np.unique(days):
         rows = np.flatnonzero(days == day)
         features = {name: columns[name][rows] for name in names}
@@ -141,8 +155,6 @@ def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Pa
         model.fit(features, labels, sample_weight=weights, batch_size=config.batch_size, verbose=0)
         if title is not None:
             console.print(f"{title}: teacher scored {len(rows):,} rows of day {int(day) + 1}", soft_wrap=True)
-    later_clicks = (days > 0) * columns["label"] * columns["sample_weight"]
-    scores[days == 0] = np.average(scores, weights=later_clicks) if later_clicks.any() else 1.0
     return RowValues(columns["row_id"], scores)
 
 

@@ -13,6 +13,7 @@ from clsd_tf.calibration import fit_calibration
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.fit import claim, fit
 from clsd_tf.input_pipeline import RowValues
+from clsd_tf.model_inputs import GroupInput
 from clsd_tf.teachers import teacher_scores
 from clsd_tf.train_config import TrainConfig
 
@@ -42,16 +43,17 @@ def train(
         if work_dir.is_complete:
             claim(work_dir, config, dataset)
             return read_json(work_dir.history)
+        group = _calibration_group(dataset, config)
         model, history = fit(
             dataset,
             config,
             work_dir,
             title=title,
             row_weights=_intense_clicks_only(dataset) if config.clicks == "intense" else None,
-            teacher_scores=teacher_scores(dataset, config, title),
+            teacher_scores=lambda: teacher_scores(dataset, config, title),
         )
         if config.calibration.method != "none":
-            _calibrate(model, dataset, config, work_dir)
+            _calibrate(model, dataset, config, work_dir, group)
         work_dir.mark_complete()
         return history
 
@@ -65,14 +67,19 @@ def _intense_clicks_only(dataset: DatasetDir) -> RowValues:
     return RowValues(columns["row_id"], (~is_weak_click).astype(np.float32))
 
 
-def _calibrate(model: ClsdModel, dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir) -> None:
+def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput | None:
     groups = {group.name: group for group in dataset.inputs.groups}
     if config.calibration.user_group not in (None, *groups):
         raise ValueError(
             "calibration.user_group must be a user group of the spec. "
             f"Received: {config.calibration.user_group!r}. Allowed: {', '.join(groups) or 'none declared'}"
         )
-    group = groups.get(config.calibration.user_group)
+    return groups.get(config.calibration.user_group)
+
+
+def _calibrate(
+    model: ClsdModel, dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir, group: GroupInput | None
+) -> None:
     names = ["label", "sample_weight", *([group.name] if group else [])]
     columns = input_pipeline.read_columns(dataset, "validation", names)
     calibration = fit_calibration(

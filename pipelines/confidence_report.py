@@ -38,7 +38,7 @@ def scored_columns(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[
     names = ["label", "intensity_label", "intensity_value", "sample_weight", "user_hash"]
     columns = read_columns(dataset, split, [*names, *(group.name for group in dataset.inputs.groups)])
     columns["score"], source = split_scores(work_dir, dataset, split)
-    kept = columns["sample_weight"] > 0
+    kept = (columns["sample_weight"] > 0) & np.isfinite(columns["score"])
     return {name: values[kept] for name, values in columns.items()}, source
 
 

@@ -15,6 +15,7 @@ Of a feature and a group made from the same column, take one. Prints a table; le
 directory.
 """
 
+import numpy as np
 from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
@@ -51,7 +52,7 @@ def main(argv) -> None:
     with console.step(f"rank {len(names)} profile features on clicks of {split}") as note:
         columns = read_columns(dataset, split, ["label", "sample_weight", "user_hash", *names])
         scores, source = split_scores(work_dir, dataset, split)
-        kept = (columns["label"] > 0.5) & (columns["sample_weight"] > 0)
+        kept = (columns["label"] > 0.5) & (columns["sample_weight"] > 0) & np.isfinite(scores)
         features = {name: columns[name][kept] for name in names}
         note(source)
         ranking = rank_features(1.0 - scores[kept], columns["user_hash"][kept], features)

@@ -2,7 +2,7 @@
 
 Example:
   python -m pipelines.study --study=small --study_dir=study
-  python -m pipelines.study --study=full --study_dir=study --input_dir=kuairand=path/to/kuairand
+  python -m pipelines.study --study=full --study_dir=study_full --input_dir=kuairand=path/to/kuairand
 
 --study is the name of a study that comes with the package or the path of a YAML file; pipelines/studies/small.yaml is
 the one to copy. Datasets are fetched, simulated or read from --input_dir, and built below <study_dir>/data; every run
@@ -20,6 +20,8 @@ import importlib.metadata
 import multiprocessing
 import pathlib
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable
 
@@ -30,7 +32,7 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, write_text
-from clsd_tf.study import Cell, prepare_teacher, read_results, run_cell, stopped_cells, use_one_thread
+from clsd_tf.study import Cell, is_finished, prepare_teacher, read_results, run_cell, stopped_cells, use_one_thread
 from clsd_tf.study_tables import CONSOLE_METRICS, Row, compare, overall, render_html, render_markdown, summary_table
 from clsd_tf.teachers import scores_file
 from clsd_tf.train_config import teacher_warning
@@ -103,9 +105,19 @@ class _Progress:
         self._bar.console.print(f"[green]done[/] {label} ({self._count}/{self._total}, about {left} left)")
 
 
+def _require_known(flag: str, given: Iterable[str], known: set[str]) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"--{flag} names data of the study. Received: {unknown[0]!r}. Allowed: {', '.join(sorted(known))}"
+        )
+
+
 def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) -> dict[Cell, PreparedData]:
     dataset_dirs = _directories("dataset_dir", _DATASET_DIR.value)
     input_dirs = _directories("input_dir", _INPUT_DIR.value)
+    _require_known("dataset_dir", dataset_dirs, {data.name for data in study.data})
+    _require_known("input_dir", input_dirs, {data.input or data.name for data in study.data})
     return {
         cell: prepared_data(study.data_set(cell.data), cell.seed, study_dir, dataset_dirs, input_dirs) for cell in cells
     }
@@ -113,9 +125,11 @@ def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) 
 
 def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path) -> None:
     located = _locate(study, cells, study_dir)
-    for warning in {teacher_warning(cell.config) for cell in cells if "self" not in cell.method}:
+    for warning in {teacher_warning(cell.config) for cell in cells}:
         console.warn(warning)
-    todo = [cell for cell in cells if not cell.result(study_dir).exists()]
+    todo = [cell for cell in cells if not is_finished(cell, study_dir, study.split)]
+    for data in {str(data.dataset_dir): data for data in located.values()}.values():
+        data.require_same_source()
     datasets = {str(located[cell].dataset_dir): located[cell] for cell in todo}
     _run_tasks(
         "datasets",
@@ -150,10 +164,10 @@ def _facts(study: StudyConfig, seconds: float) -> dict[str, str]:
         f"{name} {importlib.metadata.version(name)}" for name in ("clsd_tf", "tensorflow", "tf-keras", "numpy")
     )
     return {
-        "command": f"python -m pipelines.study --study={_STUDY.value}",
+        "command": shlex.join(["python", "-m", "pipelines.study", *sys.argv[1:]]),
         "date": dt.date.today().isoformat(),
         "versions": f"Python {platform.python_version()}, {versions}",
-        "seeds": f"{study.seeds} unless a table says otherwise, paired",
+        "seeds": "; ".join(f"{grid.seeds or study.seeds} ({grid.title})" for grid in study.grids),
         "split": study.split,
         "this session took": f"{dt.timedelta(seconds=round(seconds))} with {_NUM_PROCESSES.value} processes",
     }
@@ -164,8 +178,8 @@ def _write_tables(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path
     pyarrow.parquet.write_table(pa.Table.from_pylist(results), study_dir / "results.parquet")
     grids: list[tuple[str, list[Row]]] = []
     for grid in study.grids:
-        keys = {(cell.data, cell.backbone, cell.method) for cell in study.cells(grid)}
-        rows = compare(row for row in results if (row["data"], row["backbone"], row["method"]) in keys)
+        keys = {(cell.data, cell.backbone, cell.method, cell.seed) for cell in study.cells(grid)}
+        rows = compare(row for row in results if (row["data"], row["backbone"], row["method"], row["seed"]) in keys)
         grids.append((grid.title, rows))
         console.print_table(grid.title, *summary_table(overall(rows), CONSOLE_METRICS))
     notes = [f"{cell} was stopped: {message}" for cell, message in stopped_cells(cells, study_dir).items()]

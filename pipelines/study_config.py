@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from clsd_tf.backbones import require_backbone
 from clsd_tf.study import BASELINE, METHODS, Cell, Method, cell_config, merged, with_placebos
 from clsd_tf.tables import Name
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
@@ -108,6 +109,9 @@ class StudyConfig(StrictModel):
             if repeated:
                 raise ValueError(f"names must be unique. Received: {', '.join(sorted(repeated))} twice")
         known = [entry.name for entry in self.data]
+        taken = [entry.name for entry in self.methods if entry.name in METHODS]
+        if taken:
+            raise ValueError(f"a declared method needs a name of its own. Received: {taken[0]!r}, which is a known one")
         unknown = [name for grid in self.grids for name in grid.data if name not in known]
         if unknown:
             raise ValueError(f"a grid's data must be declared. Received: {unknown[0]!r}. Allowed: {', '.join(known)}")
@@ -130,13 +134,19 @@ class StudyConfig(StrictModel):
 
     def _known_changes(self, name: str) -> dict[str, Any]:
         if name not in METHODS:
-            declared = [entry.name for entry in self.methods]
-            raise SpecError(f"unknown method. Received: {name!r}. Allowed: {', '.join([*METHODS, *declared])}")
+            raise SpecError(f"unknown method. Received: {name!r}. Allowed: {', '.join(METHODS)}, or a declared one")
         return dict(METHODS[name])
 
     def backbone(self, name: str) -> dict[str, Any]:
+        """The settings of a declared backbone, or of one in the registry.
+
+        Raises:
+          ValueError: neither.
+        """
         declared = {entry.name: dict(entry.set) for entry in self.backbones}
-        return declared.get(name, {"backbone": name})
+        settings = declared.get(name, {"backbone": name})
+        require_backbone(settings.get("backbone", name))
+        return settings
 
     def cells(self, grid: Grid) -> Iterator[Cell]:
         """The runs of a grid, baseline first.

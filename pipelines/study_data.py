@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import feature_specs
+from clsd_tf.artifacts import ArtifactError, read_json, write_json
 from clsd_tf.features import FeatureSpec, parse_spec
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import simulate_feed
@@ -37,26 +38,60 @@ class PreparedData:
     @property
     def truth(self) -> str | None:
         """The planted truth of a simulated feed."""
-        return str(self._directory / "raw" / "truth.parquet") if self.data.simulate is not None else None
+        is_ours = self.data.simulate is not None and self.given_dataset_dir is None and self.given_input_dir is None
+        return str(self._directory / "raw" / "truth.parquet") if is_ours else None
 
     def prepare(self) -> None:
-        """Fetches or simulates the tables and builds the dataset, unless they are there."""
+        """Fetches or simulates the tables and builds the dataset, unless they are there.
+
+        Raises:
+          ArtifactError: what is there was made from another declaration.
+        """
+        self.require_same_source()
         if self.dataset_dir.exists():
             return
+        self._source_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._source_file, self._source)
         raw_dir = self._raw_dir()
         build_dataset(study_spec(self.data), BuildConfig(input_dir=str(raw_dir)), self.dataset_dir)
 
+    @property
+    def _source_file(self) -> pathlib.Path:
+        return self._directory / "source.json"
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What the dataset is made from, as far as the study declares it."""
+        simulated = self.data.simulate.model_dump(mode="json") if self.data.simulate is not None else None
+        return {"spec_fingerprint": study_spec(self.data).fingerprint, "simulate": simulated, "seed": self.seed}
+
+    def require_same_source(self) -> None:
+        """Refuses a dataset in the study directory that was made from another declaration.
+
+        Raises:
+          ArtifactError: says so.
+        """
+        if (
+            self.given_dataset_dir is None
+            and self._source_file.exists()
+            and read_json(self._source_file) != self._source
+        ):
+            raise ArtifactError(
+                f"{self._directory} was made from another declaration of {self.data.name!r}. Received: a study that "
+                "changed. Choose another --study_dir, or remove this directory and the runs on it"
+            )
+
     def _raw_dir(self) -> pathlib.Path:
+        if self.given_input_dir is not None:
+            return self.given_input_dir
         raw_dir = self._directory / "raw"
         if self.data.simulate is not None:
             if not raw_dir.exists():
                 simulate_feed(self.data.simulate.model_copy(update={"seed": self.seed}), raw_dir)
             return raw_dir
-        if self.data.fetch is not None:
-            if not raw_dir.exists():
-                fetch(raw_dir)
-            return raw_dir
-        return self.given_input_dir
+        if not raw_dir.exists():
+            fetch(raw_dir)
+        return raw_dir
 
 
 def study_spec(data: StudyData) -> FeatureSpec:

@@ -286,6 +286,8 @@ def test_config_takes_lambda_by_its_alias_and_writes_it_back():
         ({"ema_momentum": 1.0}, "less than 1"),
         ({"num_folds": 1}, "greater than or equal to 2"),
         ({"loss_warmup_steps": -1}, "greater than or equal to 0"),
+        ({"placebo": "shuffled_confidence", "lambda": 0.0, "mu": 0.0}, r"a placebo needs lambda \+ mu > 0"),
+        ({"placebo": "permuted_groups", "lambda": 0.5, "mu": 0.0}, r"needs an AdGate to mislead\. Received: mu = 0"),
     ],
 )
 def test_config_refuses(content, message):

@@ -27,7 +27,7 @@ def test_raw_log_to_scores_by_commands(tmp_path):
     assert "6,400" in built  # 80 % of 8,000 rows train.
     on_run = (f"--dataset_dir={dataset}", f"--work_dir={work}")
     trained = run("pipelines.train", *on_run, *(f"--set={setting}" for setting in TINY))
-    assert "best validation AUC" in trained
+    assert "with validation AUC" in trained
     evaluated = run("pipelines.evaluate", *on_run)
     overall = json.loads((work / "evaluation_test.json").read_text())["overall"]
     assert overall["rows"] == 800

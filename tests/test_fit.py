@@ -234,11 +234,11 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(feed_dataset
     assert not list(work_dir.checkpoints.glob("*.index"))
 
 
-def test_a_training_row_without_a_teacher_score_stops_the_fit(feed_dataset, tiny, train_ids, tmp_path):
-    config = tiny("backbone=lr", "clsd.teacher=cross_fit", "clsd.loss_warmup_steps=0", "max_epochs=1")
+def test_a_training_row_without_a_teacher_score_is_refused(feed_dataset, tiny, train_ids, tmp_path):
+    config = tiny("backbone=lr", "clsd.teacher=cross_fit", "max_epochs=1")
     scores = RowValues(train_ids[1:], np.full(len(train_ids) - 1, 0.5, np.float32))
-    with pytest.raises(TrainingDivergedError, match=r"the loss must be finite\. Received: loss=nan"):
-        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=scores)
+    with pytest.raises(ArtifactError, match=r"scores every training row\. Received: 3,199 scores\. Allowed: 3,200"):
+        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=lambda: scores)
 
 
 def test_a_huge_learning_rate_stops_the_fit_with_advice(feed_dataset, tiny, tmp_path):

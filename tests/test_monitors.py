@@ -114,23 +114,23 @@ def fit_frozen(config, features, labels, **arguments):
     return model.fit(features, labels, batch_size=4, shuffle=False, verbose=0, **arguments).history
 
 
-# A batch of two clicks of four rows, and one of one click of two rows.
+# A batch of two clicks of four rows, and one of one click of three rows.
 FEATURES = {
-    "x": [np.log(4.0), 0.0, 0.0, 0.0, 0.0, 0.0],
-    "tier": [1, 2, 0, 0, 1, 0],
-    "age": [0, 1, 0, 0, 0, 0],
-    "teacher_score": [0.2, 0.6, 0.5, 0.9, 0.3, 0.5],
+    "x": [np.log(4.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "tier": [1, 2, 0, 0, 1, 0, 2],
+    "age": [0, 1, 0, 0, 0, 0, 1],
+    "teacher_score": [0.2, 0.6, 0.5, 0.9, 0.3, 0.5, 0.1],
 }
-LABELS = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+LABELS = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 CLSD = ClsdConfig(loss_warmup_steps=0, global_form="mean_one", lambda_=1.0, mu=0.0)
 
 
 def test_history_is_a_mean_over_rows_or_clicks_of_the_epoch_by_hand():
     history = {name: values[0] for name, values in fit_frozen(CLSD, FEATURES, LABELS).items()}
     # Confidence is (.2, .6) / .4 = (.5, 1.5) and, in the second batch, 1. pctr is .8 in the first row and .5 elsewhere.
-    assert history.pop("loss") == pytest.approx((-0.5 * np.log(0.8) + (1.5 + 2 + 2) * np.log(2)) / 6)
-    assert history.pop("bce") == pytest.approx((-np.log(0.8) + 5 * np.log(2)) / 6)
-    assert history.pop("mean_pctr") == pytest.approx((0.8 + 5 * 0.5) / 6)
+    assert history.pop("loss") == pytest.approx((-0.5 * np.log(0.8) + (1.5 + 2 + 3) * np.log(2)) / 7)
+    assert history.pop("bce") == pytest.approx((-np.log(0.8) + 6 * np.log(2)) / 7)
+    assert history.pop("mean_pctr") == pytest.approx((0.8 + 6 * 0.5) / 7)
     # AdGate gives 0: the mean over clicks of (1 - teacher score)^2.
     assert history.pop("ad_gate_loss") == pytest.approx((0.8**2 + 0.4**2 + 0.7**2) / 3)
     # (.5 + 1.5)^2 / ((.25 + 2.25) * 2) = .8 for two clicks, and 1 for one.
@@ -148,8 +148,9 @@ def test_history_is_a_mean_over_rows_or_clicks_of_the_epoch_by_hand():
 
 
 def test_sample_weights_count_in_every_monitor():
-    # The second click counts twice, so that the mean over clicks is (.2 + 2 * .6) / 3; the third batch row not at all.
-    weights = tf.constant([1.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    # The second click counts twice, so that the mean over clicks is (.2 + 2 * .6) / 3; the fourth row and the second
+    # batch count not at all.
+    weights = tf.constant([1.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     history = fit_frozen(CLSD, FEATURES, LABELS, sample_weight=weights)
     mean = 1.4 / 3
     first, second = 0.2 / mean, 0.6 / mean
@@ -166,8 +167,8 @@ def test_validation_has_loss_and_mean_pctr_and_none_of_the_monitors():
     validation = {name: tf.constant(column) for name, column in FEATURES.items()}, tf.constant(LABELS)
     history = fit_frozen(CLSD, FEATURES, LABELS, validation_data=validation)
     assert {name for name in history if name.startswith("val_")} == {"val_loss", "val_mean_pctr"}
-    assert history["val_loss"] == [pytest.approx((-np.log(0.8) + 5 * np.log(2)) / 6)]  # Plain BCE.
-    assert history["val_mean_pctr"] == [pytest.approx((0.8 + 5 * 0.5) / 6)]
+    assert history["val_loss"] == [pytest.approx((-np.log(0.8) + 6 * np.log(2)) / 7)]  # Plain BCE.
+    assert history["val_mean_pctr"] == [pytest.approx((0.8 + 6 * 0.5) / 7)]
 
 
 def test_without_weighting_there_is_nothing_of_it_to_watch():

@@ -75,9 +75,9 @@ def test_the_self_teacher_is_the_models_own_prediction_from_before_the_step(data
 # Its moving average.
 
 
-@pytest.mark.parametrize(("ema_momentum", "momenta"), [(0.999, [1 / 11, 2 / 12]), (0.1, [1 / 11, 0.1])])
+@pytest.mark.parametrize(("ema_momentum", "momenta"), [(0.999, [0.0, 1 / 11]), (0.05, [0.0, 0.05])])
 def test_the_ema_teacher_follows_the_backbone_by_hand(data, ema_momentum, momenta):
-    # After step n the momentum is n / (n + 10), and at most that of the config.
+    # The momentum of step n = 0, 1, ... is n / (n + 10), and at most that of the config: the first step copies.
     teacher, backbone = Linear(weight=2.0, bias=-1.0), Linear()
     model = new_model(config_of("ema", ema_momentum=ema_momentum), backbone=backbone, teacher_backbone=teacher)
     expected = np.array([2.0, -1.0])
@@ -134,6 +134,20 @@ def test_given_scores_are_the_teachers(data, teacher):
     scores = np.linspace(0.1, 0.9, NUM_ROWS, dtype=np.float32)
     history = fit(new_model(config_of(teacher)), ({**features, "teacher_score": scores}, labels))
     assert history["max_click_confidence"] == [pytest.approx(largest_confidence(scores, labels), rel=1e-5)]
+
+
+def test_rows_that_no_prequential_model_precedes_count_1_and_enter_no_mean(data):
+    features, labels = data
+    logits = 0.5 * features["x"].astype(np.float64)
+    scores = np.linspace(0.1, 0.9, NUM_ROWS, dtype=np.float32)
+    is_known = np.arange(NUM_ROWS) >= NUM_ROWS // 2
+    given = {**features, "teacher_score": np.where(is_known, scores, np.nan).astype(np.float32)}
+    history = fit(new_model(config_of("prequential")), (given, labels))
+    relative = scores / scores[is_known & (labels == 1)].mean()
+    confidence = np.where(is_known & (labels == 1), relative, 1.0)
+    bce = np.log1p(np.exp(logits)) - labels * logits
+    assert history["loss"] == [pytest.approx((confidence * bce).mean(), rel=1e-5)]
+    assert history["max_click_confidence"] == [pytest.approx(largest_confidence(scores[is_known], labels[is_known]))]
 
 
 @pytest.mark.parametrize("teacher", ["cross_fit", "prequential"])

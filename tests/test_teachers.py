@@ -263,18 +263,8 @@ def test_scores_are_found_for_a_run(clsd_run, dataset, cross_fit, by_row, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def weighted(dataset, with_changed_records, tmp_path_factory):
-    """The dataset with sample weight 3 on every other row."""
-
-    def change(feature):
-        feature["sample_weight"].float_list.value[0] = 3.0 if feature["row_id"].int64_list.value[0] % 2 else 1.0
-
-    return with_changed_records(dataset, tmp_path_factory.mktemp("weighted") / "dataset", change)
-
-
-@pytest.fixture(scope="module")
-def of_days(weighted, prequential):
-    return teacher_scores(weighted, prequential, title=None)
+def of_days(dataset, prequential):
+    return teacher_scores(dataset, prequential, title=None)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +277,7 @@ def test_the_feed_trains_on_eight_days(days):
 
 
 def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
-    weighted, days, rows, of_days, prequential, with_changed_records, tmp_path, capsys
+    dataset, days, rows, of_days, prequential, with_changed_records, tmp_path, capsys
 ):
     row_ids = set(rows["row_id"][days >= 4])
 
@@ -295,9 +285,9 @@ def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
         if feature["row_id"].int64_list.value[0] in row_ids:
             flip(feature)
 
-    changed = teacher_scores(with_changed_records(weighted, tmp_path / "dataset", change), prequential, title="my run")
+    changed = teacher_scores(with_changed_records(dataset, tmp_path / "dataset", change), prequential, title="my run")
     np.testing.assert_array_equal(changed.row_ids, of_days.row_ids)
-    before = (days > 0) & (days <= 4)  # Day 0 takes its score from the other days.
+    before = days <= 4
     np.testing.assert_array_equal(changed.values[before], of_days.values[before])
     assert (changed.values[days > 4] != of_days.values[days > 4]).mean() > 0.9
     progress = capsys.readouterr().out.splitlines()
@@ -310,13 +300,10 @@ def test_scores_of_later_days_predict_their_labels(of_days, days, rows):
     assert metrics.auc(rows["label"][late], of_days.values[late]) > 0.52
 
 
-def test_the_first_day_is_weighted_neutrally(of_days, weighted, days):
-    columns = input_pipeline.read_columns(weighted, "train", ["label", "sample_weight"])
-    later_clicks = (days > 0) & (columns["label"] == 1)
-    weights = columns["sample_weight"][later_clicks]
-    assert set(weights) == {1.0, 3.0}
-    expected = (of_days.values[later_clicks] * weights).sum() / weights.sum()
-    np.testing.assert_allclose(of_days.values[days == 0], expected, rtol=1e-6)
+def test_the_first_day_has_no_score_and_every_later_row_has_one(of_days, days):
+    # No model precedes it; training counts its clicks 1.
+    np.testing.assert_array_equal(np.isnan(of_days.values), days == 0)
+    assert ((of_days.values[days > 0] > 0) & (of_days.values[days > 0] < 1)).all()
 
 
 def test_a_split_of_one_day_is_refused(dataset, prequential, with_changed_records, tmp_path):

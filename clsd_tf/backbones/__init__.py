@@ -89,6 +89,12 @@ def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]
     return register
 
 
+def require_backbone(name: str) -> None:
+    """Raises ValueError for a name that is not registered; the message lists the known ones."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone. Received: {name!r}. Allowed: {', '.join(sorted(BACKBONES))}")
+
+
 def build_backbone(name: str, inputs: ModelInputs, **arguments: Any) -> tf.keras.Model:
     """Builds a registered backbone.
 
@@ -100,8 +106,7 @@ def build_backbone(name: str, inputs: ModelInputs, **arguments: Any) -> tf.keras
     Raises:
       ValueError: an unknown name or argument, the message lists the known ones; or a value that the backbone refuses.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone. Received: {name!r}. Allowed: {', '.join(sorted(BACKBONES))}")
+    require_backbone(name)
     allowed = _argument_names(BACKBONES[name])
     unknown = [] if allowed is None else sorted(arguments.keys() - allowed)
     if unknown:

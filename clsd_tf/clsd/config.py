@@ -38,9 +38,10 @@ class GuardConfig(StrictModel):
     """When training stops because confidence has gone wrong. Each is a mean over about the last 50 steps.
 
     Attributes:
-      min_pctr_ratio: mean pctr / mean pctr at the end of loss warm-up must not fall below this.
+      min_pctr_ratio: mean pctr / mean pctr at the end of loss warm-up (without one: / click rate) must not fall below.
       min_effective_click_share: effective sample size of the clicks, (sum w)^2 / sum w^2, over their number.
-      max_ad_gate_drift: |mean correction - (1 - mean teacher_score)| over clicks; 0 at AdGate's optimum.
+      max_ad_gate_drift: |mean correction - (1 - mean teacher_score)| over clicks; 0 at the optimum of the ``residual``
+        objective, and not looked at with the other.
     """
 
     min_pctr_ratio: float = pydantic.Field(0.5, ge=0, lt=1)
@@ -74,7 +75,8 @@ class ClsdConfig(StrictModel):
       normaliser_momentum: means over clicks are those of the batch (0) or moving ones (.95 suits small batches).
       allow_raw: lifts the refusal of the form ``raw``, which collapses predictions to 0.
       placebo: control runs of a study. ``shuffled_confidence`` deals confidence out among the clicks of the batch at
-        random; ``permuted_groups`` gives AdGate the user features of other rows.
+        random; ``permuted_groups`` gives AdGate the user features of other rows,
+        drawn anew in each step: it then knows no groups.
       ad_gate: the local correction.
       guards: when to stop.
     """
@@ -102,6 +104,10 @@ class ClsdConfig(StrictModel):
     def _check(self) -> ClsdConfig:
         if self.lambda_ + self.mu > 1:
             raise ValueError(f"lambda + mu must be at most 1. Received: {self.lambda_:g} + {self.mu:g}")
+        if self.placebo != "none" and self.lambda_ + self.mu == 0:
+            raise ValueError(f"a placebo needs lambda + mu > 0. Received: {self.placebo}, lambda = mu = 0")
+        if self.placebo == "permuted_groups" and self.mu == 0:
+            raise ValueError("placebo permuted_groups needs an AdGate to mislead. Received: mu = 0. Set mu > 0")
         if "raw" in (self.global_form, self.local_form) and not self.allow_raw:
             raise ValueError(
                 "the form raw drives every prediction to 0 where the click rate is below one half. Received: raw. "

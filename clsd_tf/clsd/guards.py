@@ -21,7 +21,8 @@ class GuardState(tf.Module):
     """Moving means of what the guards look at, updated inside the training step.
 
     The reference of mean pctr follows the smaller of mean pctr and click rate until loss warm-up ends, and then stays:
-    an untrained model that starts at 0.5 would otherwise seem to collapse while it learns a low click rate.
+    an untrained model that starts at 0.5 would otherwise seem to collapse while it learns a low click rate. Without
+    loss warm-up it is the click rate throughout.
     """
 
     def __init__(self):
@@ -37,12 +38,14 @@ class GuardState(tf.Module):
         click_share: tf.Tensor,
         drift: tf.Tensor,
         is_warming_up: tf.Tensor,
+        has_warmup: bool,
     ) -> None:
         """Args: scalars of this batch; ``is_warming_up``, whether the step came before the end of loss warm-up."""
-        now = tf.stack([mean_pctr, tf.minimum(mean_pctr, click_rate), click_share, drift])
+        reference = tf.minimum(mean_pctr, click_rate) if has_warmup else click_rate
+        now = tf.stack([mean_pctr, reference, click_share, drift])
         moved = _MOMENTUM * self._values + (1.0 - _MOMENTUM) * now
         moved = tf.where(self._is_new, now, moved)
-        keeps_reference = tf.logical_not(tf.logical_or(is_warming_up, self._is_new))
+        keeps_reference = tf.logical_and(has_warmup, tf.logical_not(tf.logical_or(is_warming_up, self._is_new)))
         keep = tf.logical_and(keeps_reference, tf.range(4) == _PCTR_REFERENCE)
         self._values.assign(tf.where(keep, self._values, moved))
         self._is_new.assign(False)
@@ -55,7 +58,8 @@ class GuardState(tf.Module):
         pctr, reference = values[_PCTR], values[_PCTR_REFERENCE]
         if pctr < limits.min_pctr_ratio * reference:
             raise ConfidenceGuardError(
-                f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up. "
+                f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up "
+                "(without one: of the click rate). "
                 f"Received: {pctr:.4f} after {reference:.4f}, at step {step}. Weighting clicks pulls predictions "
                 "down: lower clsd.kappa, clsd.lambda or clsd.mu, or use a cross_fit teacher"
             )

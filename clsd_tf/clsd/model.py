@@ -79,7 +79,7 @@ class ClsdModel(tfrs.Model):
         self._click_means = ClickMeans(config.normaliser_momentum)
         self.guard_state = GuardState()
         self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
-        self._range = Range("click_confidence")
+        self._range = Range("click_confidence") if self.weights_clicks else None
         self._per_group = [
             (group.name, MeansPerGroup(("click_confidence", "ad_gate"), group))
             for group in (ad_gate.groups if ad_gate else ())
@@ -124,7 +124,8 @@ class ClsdModel(tfrs.Model):
           ConfidenceGuardError: confidence collapsed.
         """
         if self.weights_clicks:
-            callbacks = [*(callbacks or []), ConfidenceGuard()]
+            # First in the list: nothing that went wrong must be kept by the callbacks behind it.
+            callbacks = [ConfidenceGuard(), *(callbacks or [])]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
@@ -196,7 +197,7 @@ class ClsdModel(tfrs.Model):
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         features, labels, sample_weight = _unpack(data)
-        step = self.optimizer.iterations
+        step = tf.identity(self.optimizer.iterations)  # Of this step: applying gradients moves the variable on.
         with tf.GradientTape() as tape:
             logits = self.logits(features, training=True)
             losses = self._loss_function(labels, logits)
@@ -216,11 +217,16 @@ class ClsdModel(tfrs.Model):
         """Teacher, AdGate and confidence of a batch; nothing here is for the backbone's gradient."""
         bce = bce_from_logits(labels, logits)
         teacher_score = self._teacher_score(features, logits)
-        click_weight = labels * sample_weight
+        known = tf.ones_like(labels)
+        if self.config.teacher == "prequential":  # No model precedes the first day: its clicks count 1.
+            known = tf.cast(tf.math.is_finite(teacher_score), tf.float32)
+            teacher_score = tf.where(known > 0, teacher_score, 0.0)
+        click_weight = labels * sample_weight * known
         correction, gate_loss = tf.zeros_like(logits), tf.constant(0.0)
         if self.ad_gate is not None:
             correction, gate_loss = self._train_ad_gate(features, teacher_score, bce, click_weight, step)
-        confidence = self.click_confidence(labels, teacher_score, correction, sample_weight, step)
+        confidence = self.click_confidence(labels, teacher_score, correction, sample_weight * known, step)
+        confidence = tf.where(known > 0, confidence, 1.0)
         return _WeighedBatch(
             labels, sample_weight, click_weight, logits, bce, teacher_score, correction, gate_loss, confidence
         )
@@ -266,7 +272,7 @@ class ClsdModel(tfrs.Model):
         self, batch: _WeighedBatch, mean_pctr: tf.Tensor, click_share: tf.Tensor, step: tf.Tensor
     ) -> None:
         drift = tf.constant(0.0)
-        if self.ad_gate is not None:
+        if self.ad_gate is not None and self.config.ad_gate.objective == "residual":
             drift = tf.abs(weighted_mean(batch.correction + batch.teacher_score - 1.0, batch.click_weight))
         self.guard_state.update(
             mean_pctr=mean_pctr,
@@ -274,6 +280,7 @@ class ClsdModel(tfrs.Model):
             click_share=click_share,
             drift=drift,
             is_warming_up=step < self.config.resolved_loss_warmup_steps,
+            has_warmup=self.config.resolved_loss_warmup_steps > 0,
         )
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -285,7 +292,7 @@ class ClsdModel(tfrs.Model):
         idle = [0.0] * (len(self._means.names) - 3)
         self._means.update_state([*means, *idle], [*[tf.reduce_sum(sample_weight)] * 3, *idle])
         metrics = self._updated_metrics(labels, logits, sample_weight)
-        watched = {*_WATCHED_CLICKS, "bce", *self._range.result()}
+        watched = {*_WATCHED_CLICKS, "bce", "min_click_confidence", "max_click_confidence"}
         return {name: value for name, value in metrics.items() if name not in watched and "/" not in name}
 
     def _updated_metrics(self, labels, logits, sample_weight) -> dict[str, tf.Tensor]:
