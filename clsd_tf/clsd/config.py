@@ -91,7 +91,7 @@ class ClsdConfig(StrictModel):
     mu: float = pydantic.Field(1.0, ge=0, le=1)
     global_form: Form = "ratio"
     local_form: Form = "additive"
-    kappa: float = pydantic.Field(1.0, gt=0)
+    kappa: float = pydantic.Field(1.0, gt=0, allow_inf_nan=False)
     min_confidence: float = pydantic.Field(0.05, gt=0, lt=1)
     max_confidence: float = pydantic.Field(3.0, gt=1)
     normaliser_momentum: float = pydantic.Field(0.0, ge=0, lt=1)

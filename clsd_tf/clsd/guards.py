@@ -8,9 +8,10 @@ import tensorflow as tf
 
 from clsd_tf.clsd.config import GuardConfig
 
+_UNTRAINED_PCTR = 0.5
 _MOMENTUM = 0.98  # Moving means over about the last 50 steps.
 _CHECK_EVERY_STEPS = 20
-_PCTR, _PCTR_REFERENCE, _CLICK_SHARE, _DRIFT = range(4)
+_PCTR, _REFERENCE, _CLICK_SHARE, _DRIFT = range(4)
 
 
 class ConfidenceGuardError(RuntimeError):
@@ -22,13 +23,14 @@ class GuardState(tf.Module):
 
     The reference of mean pctr follows the smaller of mean pctr and click rate until loss warm-up ends, and then stays:
     an untrained model that starts at 0.5 would otherwise seem to collapse while it learns a low click rate. Without
-    loss warm-up it is the click rate throughout.
+    loss warm-up it is the click rate throughout, or 0.5 where that is less.
     """
 
     def __init__(self):
         super().__init__()
-        self._values = tf.Variable(tf.zeros([4]), trainable=False, name="guard_values")
-        self._is_new = tf.Variable(True, trainable=False, name="guard_is_new")
+        self._sums = tf.Variable(tf.zeros([4]), trainable=False, name="guard_sums")
+        self._weight = tf.Variable(0.0, trainable=False, name="guard_weight")
+        self._reference = tf.Variable(0.0, trainable=False, name="guard_reference")
 
     def update(
         self,
@@ -41,21 +43,20 @@ class GuardState(tf.Module):
         has_warmup: bool,
     ) -> None:
         """Args: scalars of this batch; ``is_warming_up``, whether the step came before the end of loss warm-up."""
-        reference = tf.minimum(mean_pctr, click_rate) if has_warmup else click_rate
+        reference = tf.minimum(click_rate, mean_pctr if has_warmup else _UNTRAINED_PCTR)
         now = tf.stack([mean_pctr, reference, click_share, drift])
-        moved = _MOMENTUM * self._values + (1.0 - _MOMENTUM) * now
-        moved = tf.where(self._is_new, now, moved)
-        keeps_reference = tf.logical_and(has_warmup, tf.logical_not(tf.logical_or(is_warming_up, self._is_new)))
-        keep = tf.logical_and(keeps_reference, tf.range(4) == _PCTR_REFERENCE)
-        self._values.assign(tf.where(keep, self._values, moved))
-        self._is_new.assign(False)
+        # Sums over their weight, so that the first batch does not count for fifty.
+        sums = self._sums.assign(_MOMENTUM * self._sums + (1.0 - _MOMENTUM) * now)
+        weight = self._weight.assign(_MOMENTUM * self._weight + (1.0 - _MOMENTUM))
+        follows = tf.logical_or(is_warming_up, not has_warmup)
+        self._reference.assign(tf.where(follows, sums[_REFERENCE] / weight, self._reference))
 
     def check(self, limits: GuardConfig, step: int) -> None:
         """Raises:
         ConfidenceGuardError: names the limit, what was seen and what to do.
         """
-        values = self._values.numpy()
-        pctr, reference = values[_PCTR], values[_PCTR_REFERENCE]
+        values = self._sums.numpy() / max(float(self._weight), 1e-12)
+        pctr, reference = values[_PCTR], float(self._reference)
         if pctr < limits.min_pctr_ratio * reference:
             raise ConfidenceGuardError(
                 f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up "

@@ -73,7 +73,7 @@ class ClsdModel(tfrs.Model):
         self.backbone = backbone
         self.ad_gate = ad_gate
         self.config = config
-        self.calibration: tf.keras.layers.Layer | None = None
+        self._calibration: tf.keras.layers.Layer | None = None
         self._loss_function = loss_function
         self._teacher_backbone = teacher_backbone
         self._click_means = ClickMeans(config.normaliser_momentum)
@@ -82,8 +82,18 @@ class ClsdModel(tfrs.Model):
         self._range = Range("click_confidence") if self.weights_clicks else None
         self._per_group = [
             (group.name, MeansPerGroup(("click_confidence", "ad_gate"), group))
-            for group in (ad_gate.groups if ad_gate else ())
+            for group in (ad_gate.groups if ad_gate and self.weights_clicks else ())
         ]
+
+    @property
+    def calibration(self) -> tf.keras.layers.Layer | None:
+        """From (logits, features) to calibrated pctr; None as long as there is none."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, layer: tf.keras.layers.Layer | None) -> None:
+        self._calibration = layer
+        self.predict_function = None  # Keras would go on with the function that it traced before.
 
     @property
     def weights_clicks(self) -> bool:
@@ -125,7 +135,8 @@ class ClsdModel(tfrs.Model):
         """
         if self.weights_clicks:
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
-            callbacks = [ConfidenceGuard(), *(callbacks or [])]
+            given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
+            callbacks = [ConfidenceGuard(), *given]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
@@ -206,7 +217,7 @@ class ClsdModel(tfrs.Model):
             loss = weighted_mean(batch.confidence * losses, sample_weight) + tf.add_n([0.0, *self.backbone.losses])
         variables = self.backbone.trainable_variables
         self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        if self._teacher_backbone is not None:
+        if self._teacher_backbone is not None and self.weights_clicks:
             self._move_teacher(step)
         self._watch(features, batch, loss, step)
         return self._updated_metrics(labels, logits, sample_weight)
