@@ -324,9 +324,11 @@ def test_transformed_record_is_read_back_with_the_record_spec(transform, shop_sp
     record = {
         "label": tf.constant([1.0, 0.0]),
         "intensity_label": tf.constant([0.0, 0.0]),
+        "intensity_value": tf.constant([12.5, 0.0]),
         "sample_weight": tf.constant([0.5, 1.0]),
         "user_hash": tf.constant([2**62, 3], tf.int64),
         "row_id": tf.constant([(1 << 40) + 2, 3], tf.int64),
+        "event_time": tf.constant([1_700_000_000_000_000, 0], tf.int64),
     }
     spec = record_spec(shop_spec.model_inputs(STATISTICS.vocabulary_lengths))
     parsed = tf.io.parse_example(encode_examples({**outputs, **record}), spec)
