@@ -52,8 +52,9 @@ def rank_features(residual: Array, users: Array, features: Mapping[str, Array]) 
     Returns:
       One dict per feature, the largest omega_squared first, ready for JSON: ``feature``, ``num_users``,
       ``num_levels``, ``eta_squared``, ``omega_squared``, ``f_p_value`` (equal variances),
-      ``alexander_govern_p_value`` (unequal ones) and ``holm_p_value`` (the latter, adjusted for the number of
-      features). A feature of one level explains 0 and has no p-value.
+      ``alexander_govern_p_value`` (unequal ones; None if the users of a level are all alike) and ``holm_p_value`` (the
+      latter, or the former where it is None, adjusted for the number of features). A feature of one level explains 0
+      and has no p-value.
 
     Raises:
       ValueError: no clicks, columns of different lengths, or residuals that are not finite.
@@ -75,7 +76,7 @@ def rank_features(residual: Array, users: Array, features: Mapping[str, Array]) 
         {"feature": name, **_explained(user_means, _levels(np.asarray(values)[first_clicks]))}
         for name, values in features.items()
     ]
-    adjusted = holm([entry["alexander_govern_p_value"] for entry in entries])
+    adjusted = holm([_best_p_value(entry) for entry in entries])
     for entry, p_value in zip(entries, adjusted, strict=True):
         entry["holm_p_value"] = p_value
     return sorted(entries, key=lambda entry: -entry["omega_squared"])
@@ -113,6 +114,11 @@ def _explained(user_means: Array, levels: Array) -> dict[str, Any]:
     result["eta_squared"] = float(between / (between + within))
     result["omega_squared"] = float((between - (num_levels - 1) * noise) / (between + within + noise))
     return result | _p_values(samples)
+
+
+def _best_p_value(entry: Mapping[str, Any]) -> float | None:
+    unequal = entry["alexander_govern_p_value"]
+    return entry["f_p_value"] if unequal is None else unequal
 
 
 def _p_values(samples: list[Array]) -> dict[str, float | None]:

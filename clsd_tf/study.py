@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,11 +115,22 @@ def with_placebos(methods: Sequence[Method], shared: Mapping[str, Any]) -> list[
     return [*methods, *(placebo for placebo in placebos if placebo.name not in known)]
 
 
-def use_one_thread() -> None:
-    """Gives TensorFlow one thread in this process: runs side by side on few cores finish sooner than one on all."""
+def start_worker() -> None:
+    """Prepares a process that runs cells side by side with others: one thread, and an end with its parent.
+
+    One thread each: runs side by side on few cores finish sooner than one on all.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     make_deterministic()
+
+
+def _end_with_parent() -> None:
+    """A killed study must not leave processes behind that work through its queue."""
+    parent = multiprocessing.parent_process()
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
@@ -144,11 +160,13 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
         return
     dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(study_dir)
     result: dict[str, Any] = {"config": cell.config.to_dict(), "split": split, "stopped": None, "rows": []}
+    start = time.monotonic()
     try:
         train(dataset, cell.config, work_dir, title=None)
         result["rows"] = list(measure_cell(work_dir, dataset, split, truth))
     except (TrainingDivergedError, ConfidenceGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
+    result["seconds"] = round(time.monotonic() - start, 1)
     write_json(cell.result(study_dir), result)
     _remove_checkpoints(work_dir)
     tf.keras.backend.clear_session()
@@ -264,6 +282,11 @@ def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[st
         found = read_json(cell.result(study_dir))
         rows += [{**key, "slice": part, "metric": metric, "value": value} for part, metric, value in found["rows"]]
     return rows
+
+
+def run_seconds(cells: Sequence[Cell], study_dir: pathlib.Path) -> float:
+    """What the runs took, one after the other, without teachers; also those of earlier sessions."""
+    return sum(read_json(cell.result(study_dir)).get("seconds", 0.0) for cell in cells)
 
 
 def stopped_cells(cells: Sequence[Cell], study_dir: pathlib.Path) -> dict[Cell, str]:

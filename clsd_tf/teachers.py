@@ -81,12 +81,13 @@ def _teacher_config(config: TrainConfig) -> TrainConfig:
     """The run that a teacher's models share: the same model with plain BCE."""
     plain = {
         "method": "bce",
-        "loss": "bce",
-        "clicks": "all",
         "clsd": ClsdConfig(),
         "calibration": CalibrationConfig(method="none"),
     }
-    return config.model_copy(update=plain)
+    losses = {
+        name: TrainConfig.model_fields[name].default for name in ("loss", "label_smoothing", "focal_gamma", "clicks")
+    }
+    return config.model_copy(update=plain | losses)
 
 
 def _teacher_identity(dataset: DatasetDir, config: TrainConfig) -> dict[str, object]:

@@ -32,7 +32,16 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, write_text
-from clsd_tf.study import Cell, is_finished, prepare_teacher, read_results, run_cell, stopped_cells, use_one_thread
+from clsd_tf.study import (
+    Cell,
+    is_finished,
+    prepare_teacher,
+    read_results,
+    run_cell,
+    run_seconds,
+    start_worker,
+    stopped_cells,
+)
 from clsd_tf.study_tables import CONSOLE_METRICS, Row, compare, overall, render_html, render_markdown, summary_table
 from clsd_tf.teachers import scores_file
 from clsd_tf.train_config import teacher_warning
@@ -79,7 +88,7 @@ def _run_batch(tasks: dict[str, tuple[Callable, ...]], progress: _Progress) -> N
     """Runs tasks in fresh processes: TensorFlow keeps a little of every graph it has seen."""
     # Spawned, since TensorFlow's threads do not survive a fork. The executor's own max_tasks_per_child can deadlock.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, use_one_thread) as pool:
+    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, start_worker) as pool:
         pending = {pool.submit(*task): label for label, task in tasks.items()}
         try:
             for done in concurrent.futures.as_completed(pending):
@@ -159,7 +168,7 @@ def _teacher_tasks(cells: Iterable[Cell], located: dict[Cell, PreparedData]) -> 
             yield f"teacher of {cell}", (prepare_teacher, path, cell.config)
 
 
-def _facts(study: StudyConfig, seconds: float) -> dict[str, str]:
+def _facts(study: StudyConfig, session_seconds: float, all_seconds: float) -> dict[str, str]:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("clsd_tf", "tensorflow", "tf-keras", "numpy")
     )
@@ -169,7 +178,8 @@ def _facts(study: StudyConfig, seconds: float) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, {versions}",
         "seeds": "; ".join(f"{grid.seeds or study.seeds} ({grid.title})" for grid in study.grids),
         "split": study.split,
-        "this session took": f"{dt.timedelta(seconds=round(seconds))} with {_NUM_PROCESSES.value} processes",
+        "this session took": f"{dt.timedelta(seconds=round(session_seconds))} with {_NUM_PROCESSES.value} processes",
+        "all runs together took": f"{dt.timedelta(seconds=round(all_seconds))} of a process, teachers not counted",
     }
 
 
@@ -197,7 +207,7 @@ def main(argv) -> None:
     # Grids may share cells; each is run once.
     cells = list({str(cell): cell for grid in study.grids for cell in study.cells(grid)}.values())
     _run(study, cells, study_dir)
-    _write_tables(study, cells, study_dir, _facts(study, time.monotonic() - start))
+    _write_tables(study, cells, study_dir, _facts(study, time.monotonic() - start, run_seconds(cells, study_dir)))
     console.console.print(f"results.parquet, tables.md and report.html in {study_dir}", soft_wrap=True)
 
 

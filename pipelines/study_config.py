@@ -71,7 +71,6 @@ class Grid(StrictModel):
       backbones: names in the registry, or of declared backbones.
       methods: names of known or declared methods; the baseline and the placebos come by themselves.
       seeds: number of paired seeds, instead of the study's.
-      placebos: whether placebo rows are added; a grid of nothing but placebos needs none.
     """
 
     title: str
@@ -79,7 +78,6 @@ class Grid(StrictModel):
     backbones: tuple[str, ...] = ("deepfm",)
     methods: tuple[str, ...] = pydantic.Field(min_length=1)
     seeds: int | None = pydantic.Field(None, ge=1)
-    placebos: bool = True
 
 
 class StudyConfig(StrictModel):
@@ -157,9 +155,7 @@ class StudyConfig(StrictModel):
         names = dict.fromkeys((BASELINE, *grid.methods))
         for data in grid.data:
             shared = merged(self.shared, self.data_set(data).shared)
-            methods = [self.method(name) for name in names]
-            if grid.placebos:
-                methods = with_placebos(methods, shared)
+            methods = with_placebos([self.method(name) for name in names], shared)
             for backbone in grid.backbones:
                 for method in methods:
                     for seed in range(1, (grid.seeds or self.seeds) + 1):

@@ -74,9 +74,9 @@ def test_the_correction_depends_on_exactly_the_features_it_reads(features, read)
 def test_the_correction_by_hand():
     gate = AdGate(INPUTS, AdGateConfig(features=("tier", "city", "height"), embedding_dim=1, hidden_units=(2,)))
     gate(batch_of(ROW))
-    city, tier = [[0.0], [10.0], [20.0], [30.0], [40.0]], [[0.0], [1.0], [2.0], [3.0]]  # Keras lists them by name.
-    hidden = [[1.0, -1.0], [0.1, 0.0], [2.0, 0.0]], [-3.0, 5.0]
-    gate.set_weights([np.array(weight) for weight in (city, tier, *hidden, [[2.0], [-1.0]], [0.25])])
+    tier, city = [[0.0], [1.0], [2.0], [3.0]], [[0.0], [10.0], [20.0], [30.0], [40.0]]  # One table, tier first.
+    hidden = [[2.0, 0.0], [1.0, -1.0], [0.1, 0.0]], [-3.0, 5.0]  # Of height, tier and city.
+    gate.set_weights([np.array(weight) for weight in ([*tier, *city], *hidden, [[2.0], [-1.0]], [0.25])])
     # Tier 1 and city 2 look up 1 and 20, height is .5: hidden max(1 + 2 + 1 - 3, 0) = 1 and max(-1 + 5, 0) = 4,
     # 2 * 1 - 4 + .25 = -1.75. Tier 3, city 4, height 2: max(3 + 4 + 4 - 3, 0) = 8, max(-3 + 5, 0) = 2, 14.25.
     assert gate(batch_of(ROW, OTHER)).numpy() == pytest.approx([-1.75, 14.25])

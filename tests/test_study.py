@@ -1,6 +1,8 @@
 """Cells of a study: their configs and placebos, what is measured of a run, and which runs are kept."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from clsd_tf.study import (
     prepare_teacher,
     read_results,
     run_cell,
+    run_seconds,
     stopped_cells,
     with_placebos,
 )
@@ -302,3 +305,27 @@ def test_results_have_a_row_for_each_number(finished):
     assert len(rows) == 2 * len(read_json(cell.result(study_dir))["rows"])
     assert all(list(row) == ["data", "backbone", "method", "seed", "slice", "metric", "value"] for row in rows)
     assert {(row["data"], row["backbone"], row["method"], row["seed"]) for row in rows} == {("feed", "lr", "bce", 1)}
+
+
+def test_the_time_of_runs_is_kept_with_them(finished):
+    cell, study_dir = finished
+    assert run_seconds([cell, cell], study_dir) == 2 * read_json(cell.result(study_dir))["seconds"] > 0
+
+
+_STUDY_WITH_A_WORKER = """
+import concurrent.futures, multiprocessing, os, time
+from clsd_tf.study import start_worker
+
+pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+pool.submit(os.getpid).result()
+pool.submit(time.sleep, 600)
+print("at work", flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_study():
+    with subprocess.Popen([sys.executable, "-c", _STUDY_WITH_A_WORKER], stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout.readline() == "at work\n"
+        study.kill()
+        study.communicate(timeout=60)  # The pipe stays open as long as the worker lives.

@@ -82,10 +82,10 @@ def test_settings_go_from_shared_over_data_and_backbone_to_method(content):
     assert by_name["feed lr strong_shuffled_confidence seed 1"].clsd.kappa == 9.0
 
 
-def test_a_grid_may_do_without_placebos_and_with_its_own_seeds(content):
-    content["grids"][0] |= {"placebos": False, "seeds": 3, "methods": ["both"]}
+def test_a_grid_may_have_its_own_seeds(content):
+    content["grids"][0] |= {"seeds": 3, "methods": ["both"]}
     found = cells(content)
-    assert {cell.method for cell in found} == {"bce", "both"}
+    assert {cell.method for cell in found} == {"bce", "both", "both_shuffled_confidence", "both_permuted_groups"}
     assert {cell.seed for cell in found} == {1, 2, 3}
 
 
@@ -267,7 +267,7 @@ methods:
   - {name: stopped, like: local, set: {clsd: {guards: {max_ad_gate_drift: 0.001}}}}
 grids:
   - {title: Both seeds, data: [feed], backbones: [fm], methods: [global]}
-  - {title: One seed, data: [feed], backbones: [fm], methods: [global, stopped], seeds: 1, placebos: false}
+  - {title: One seed, data: [feed], backbones: [fm], methods: [global, stopped], seeds: 1}
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,11 +41,12 @@ class AdGate(tf.keras.layers.Layer):
         sizes = {group.name: len(group.labels) for group in inputs.groups}
         sizes |= {entry.name: entry.vocabulary_size for entry in inputs.categorical if entry.max_values is None}
         self._numeric = [feature for feature in self.features if feature not in sizes]
-        self._tables = {
-            feature: tf.keras.layers.Embedding(sizes[feature], self.config.embedding_dim, name=f"table_{feature}")
-            for feature in self.features
-            if feature in sizes
-        }
+        # One variable for all tables, each from its own offset on: every variable costs the optimizer a pass.
+        ids = [feature for feature in self.features if feature in sizes]
+        offsets = itertools.accumulate((sizes[feature] for feature in ids), initial=0)
+        self._offsets = dict(zip(ids, offsets, strict=False))
+        num_ids = sum(sizes[feature] for feature in ids)
+        self._tables = tf.keras.layers.Embedding(num_ids, self.config.embedding_dim, name="tables") if ids else None
         self._mlp = mlp(self.config.hidden_units, dropout=0.0)
         self._output = tf.keras.layers.Dense(1, kernel_initializer="zeros", name="correction")
 
@@ -54,8 +56,11 @@ class AdGate(tf.keras.layers.Layer):
         return tuple(group for group in self._inputs.groups if group.name in self.features)
 
     def call(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        parts = [table(features[name]) for name, table in self._tables.items()]
-        parts += [features[name][:, tf.newaxis] for name in self._numeric]
+        parts = [features[name][:, tf.newaxis] for name in self._numeric]
+        if self._tables is not None:
+            ids = tf.stack([features[name] + offset for name, offset in self._offsets.items()], axis=1)
+            width = len(self._offsets) * self.config.embedding_dim
+            parts.append(tf.reshape(self._tables(ids), [-1, width]))  # [batch, num_ids * embedding_dim]
         correction = tf.squeeze(self._output(self._mlp(tf.concat(parts, axis=1))), axis=1)
         if self.config.objective == "literal":
             return self.config.bound * tf.tanh(correction)

@@ -19,7 +19,7 @@ from clsd_tf.clsd.confidence import (
 )
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
 from clsd_tf.clsd.guards import ConfidenceGuard, GuardState
-from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share
+from clsd_tf.clsd.monitors import GroupLogs, MeansPerGroup, Range, WeightedMeans, effective_click_share
 from clsd_tf.losses import bce_from_logits, weighted_mean
 
 _WATCHED = ("loss", "bce", "mean_pctr")
@@ -136,7 +136,7 @@ class ClsdModel(tfrs.Model):
         if self.weights_clicks:
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-            callbacks = [ConfidenceGuard(), *given]
+            callbacks = [ConfidenceGuard(), GroupLogs([means for _, means in self._per_group]), *given]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
@@ -304,7 +304,16 @@ class ClsdModel(tfrs.Model):
         self._means.update_state([*means, *idle], [*[tf.reduce_sum(sample_weight)] * 3, *idle])
         metrics = self._updated_metrics(labels, logits, sample_weight)
         watched = {*_WATCHED_CLICKS, "bce", "min_click_confidence", "max_click_confidence"}
-        return {name: value for name, value in metrics.items() if name not in watched and "/" not in name}
+        return {name: value for name, value in metrics.items() if name not in watched}
+
+    def get_metrics_result(self) -> dict[str, tf.Tensor]:
+        """All metrics but the means per user group, which ``GroupLogs`` adds to the logs of each epoch."""
+        results = {}
+        for metric in self.metrics:
+            if not isinstance(metric, MeansPerGroup):
+                result = metric.result()
+                results |= result if isinstance(result, dict) else {metric.name: result}
+        return results
 
     def _updated_metrics(self, labels, logits, sample_weight) -> dict[str, tf.Tensor]:
         self.compiled_metrics.update_state(labels, tf.sigmoid(logits), sample_weight)

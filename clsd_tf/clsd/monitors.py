@@ -66,6 +66,21 @@ class MeansPerGroup(tf.keras.metrics.Metric):
         }
 
 
+class GroupLogs(tf.keras.callbacks.Callback):
+    """Adds the means per user group to the logs of each epoch, for the callbacks behind it.
+
+    At each step, where Keras hands over a tensor per metric, a hundred of them would cost more than AdGate itself.
+    """
+
+    def __init__(self, means_per_group: Sequence[MeansPerGroup]):
+        super().__init__()
+        self._means_per_group = means_per_group
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        for means in self._means_per_group:
+            logs.update({name: value.numpy() for name, value in means.result().items()})
+
+
 class Range(tf.keras.metrics.Metric):
     """Smallest and largest value over the rows with a positive weight, as ``min_<name>`` and ``max_<name>``."""
 
