@@ -3,13 +3,18 @@
 Example:
   python -m benchmarks.train_step --dataset_dir=demo/dataset
 
-Both models are built with the same seed and see the same batches from memory, in turn; each round times
---steps_per_round steps of either. The ratio is the median over rounds, with its quartiles.
+All models are built with the same seed and see the same batches from memory, in turn; each round times
+--steps_per_round steps of each. Where a model's variables happen to lie in memory moves its time by some per cent, so
+that all is built anew --builds times: a build gives one ratio, of medians over its rounds, and the table shows the
+median and the quartiles over builds. The row "bce again" is a second model of plain BCE: what it differs from 1 is
+noise. CPU time counts all threads, and changes less than wall time when the machine has other work.
 """
 
-import statistics
+import random
 import time
+from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 from absl import flags
 
@@ -20,56 +25,67 @@ from clsd_tf.input_pipeline import batches
 from clsd_tf.train_config import load_config
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory.", required=True)
-_ROUNDS = flags.DEFINE_integer("rounds", 30, "Paired measurements.", 2)
-_STEPS_PER_ROUND = flags.DEFINE_integer("steps_per_round", 30, "Steps of each model per measurement.", 1)
+_BUILDS = flags.DEFINE_integer("builds", 9, "How often all models are built anew.", 2)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Paired measurements per build.", 1)
+_STEPS_PER_ROUND = flags.DEFINE_integer("steps_per_round", 20, "Steps of each model per measurement.", 1)
 _SET = flags.DEFINE_multi_string("set", [], "Training settings that all models share; may be repeated.")
 
+_BASELINE = "bce"
 # Name -> what it adds to the shared settings.
 VARIANTS = {
+    _BASELINE: ["method=bce"],
+    "bce again": ["method=bce"],
     "global": ["clsd.teacher=self", "clsd.lambda=1", "clsd.mu=0"],
     "local (AdGate)": ["clsd.teacher=self", "clsd.lambda=0", "clsd.mu=1"],
     "both": ["clsd.teacher=self", "clsd.lambda=0.5", "clsd.mu=0.5"],
 }
 
 
-def _step_function(settings: list[str], dataset: DatasetDir):
+def _step_function(settings: list[str], dataset: DatasetDir) -> Callable:
     model = build_model(load_config(None, [*_SET.value, *settings]), dataset.inputs)
-    return model, tf.function(model.train_step)
+    step = tf.function(model.train_step)
+    step.model = model  # A traced step does not keep its variables alive.
+    return step
 
 
-def _seconds(step, data: list) -> float:
-    start = time.perf_counter()
+def _seconds(step: Callable, data: list) -> tuple[float, float]:
+    """(wall, CPU) time of a step for each batch."""
+    wall, cpu = time.perf_counter(), time.process_time()
     for batch in data:
         step(batch)
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ratios(settings: list[str], dataset: DatasetDir, data: list) -> list[float]:
-    """Time of the variant's steps over that of BCE's, one ratio per round."""
-    # The models are kept alive: a traced step does not hold its variables.
-    bce_model, bce = _step_function(["method=bce"], dataset)
-    clsd_model, clsd = _step_function(settings, dataset)
-    for step in (bce, clsd):
+def build_ratios(dataset: DatasetDir, data: list, order: random.Random) -> dict[str, np.ndarray]:
+    """Variant -> (wall, CPU) time over the baseline's, for models built now."""
+    steps = {name: _step_function(settings, dataset) for name, settings in VARIANTS.items()}
+    for step in steps.values():
         _seconds(step, data)  # Traces, and warms the caches up.
-    found = []
-    for round_index in range(_ROUNDS.value):
-        first, second = (bce, clsd) if round_index % 2 else (clsd, bce)  # In turn, against drift.
-        times = {first: _seconds(first, data), second: _seconds(second, data)}
-        found.append(times[clsd] / times[bce])
-    del bce_model, clsd_model
-    return found
+    times = {name: [] for name in steps}
+    for _ in range(_ROUNDS.value):
+        for name in order.sample(list(steps), len(steps)):  # In another order each time, against drift.
+            times[name].append(_seconds(steps[name], data))
+    medians = {name: np.median(found, axis=0) for name, found in times.items()}
+    return {name: median / medians[_BASELINE] for name, median in medians.items() if name != _BASELINE}
 
 
 def main(argv) -> None:
     dataset = DatasetDir(_DATASET_DIR.value)
     config = load_config(None, _SET.value)
     data = list(batches(dataset, "train", batch_size=config.batch_size).repeat().take(_STEPS_PER_ROUND.value))
+    order = random.Random(0)
+    builds = []
+    for index in range(_BUILDS.value):
+        builds.append(build_ratios(dataset, data, order))
+        tf.keras.backend.clear_session()
+        console.console.print(f"build {index + 1} of {_BUILDS.value}")
     rows = []
-    for name, settings in VARIANTS.items():
-        low, median, high = statistics.quantiles(ratios(settings, dataset, data), n=4)
-        rows.append((name, f"{median:.3f}", f"{low:.3f} to {high:.3f}"))
+    for name in builds[0]:
+        low, median, high = np.quantile([build[name] for build in builds], [0.25, 0.5, 0.75], axis=0)
+        spans = [f"{low[kind]:.3f} to {high[kind]:.3f}" for kind in (0, 1)]
+        rows.append((name, f"{median[0]:.3f}", spans[0], f"{median[1]:.3f}", spans[1]))
     title = f"Training step over BCE's, batch {config.batch_size}, {config.backbone}, teacher self"
-    console.print_table(title, ["confidence", "ratio (median)", "quartiles"], rows)
+    console.print_table(title, ["confidence", "wall time", "quartiles", "CPU time", "quartiles"], rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -61,18 +62,49 @@ def training_epochs(
     The order of rows is a function of (seed, epoch) alone, so a run that resumes at an epoch sees what it would have
     seen. Yields as ``batches``.
     """
-    files = dataset.record_files("train")
-    buffer_rows = _buffer_rows(dataset, "train")
+    parsed_batches = _from_memory if dataset.num_rows("train") <= _SHUFFLE_BUFFER_ROWS else _from_files
+    shuffled_batches = parsed_batches(dataset, batch_size)
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         # The pair (seed, epoch): the function's graph would otherwise bring in the seed of the whole process.
         # Plus 1, since TensorFlow gives the pair (0, 0) a meaning of its own.
         tf.compat.v1.get_default_graph().seed = seed + 1
-        rows = _serialized(files).shuffle(buffer_rows, seed=epoch, reshuffle_each_iteration=False)
-        return _parsed(rows, dataset.inputs, batch_size)
+        return shuffled_batches(epoch)
 
     epochs = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(one_epoch)
     return _prepared(epochs.map(_as_training_batch, **_PARALLEL))
+
+
+def _from_memory(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:
+    """Epoch -> batches of records, of a training split that the shuffle buffer would hold as a whole.
+
+    Parsed once: small models spent most of their time parsing the same rows in each epoch. In the order of
+    ``_from_files``.
+    """
+    _require_batch_size(batch_size)
+    columns = read_columns(dataset, "train", list(record_spec(dataset.inputs)))
+    columns = {name: tf.constant(values) for name, values in columns.items()}
+    num_rows = dataset.num_rows("train")
+
+    def records(rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {name: tf.gather(values, rows) for name, values in columns.items()}
+
+    def shuffled_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+        rows = tf.data.Dataset.range(num_rows).shuffle(num_rows, seed=epoch, reshuffle_each_iteration=False)
+        return rows.batch(batch_size).map(records, **_PARALLEL)
+
+    return shuffled_batches
+
+
+def _from_files(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:
+    """Epoch -> batches of records, read from the files in each epoch."""
+    files = dataset.record_files("train")
+
+    def shuffled_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+        rows = _serialized(files).shuffle(_SHUFFLE_BUFFER_ROWS, seed=epoch, reshuffle_each_iteration=False)
+        return _parsed(rows, dataset.inputs, batch_size)
+
+    return shuffled_batches
 
 
 def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues) -> tf.data.Dataset:
@@ -118,11 +150,15 @@ def _serialized(files: list[str]) -> tf.data.Dataset:
 
 
 def _parsed(serialized: tf.data.Dataset, inputs: ModelInputs, batch_size: int) -> tf.data.Dataset:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}")
+    _require_batch_size(batch_size)
     # Batch first: parsing whole batches is more than ten times as fast as parsing examples.
     spec = record_spec(inputs)
     return serialized.batch(batch_size).map(lambda batch: tf.io.parse_example(batch, spec), **_PARALLEL)
+
+
+def _require_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}")
 
 
 def _as_training_batch(record):

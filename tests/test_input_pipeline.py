@@ -176,3 +176,18 @@ def test_a_batch_size_below_1_is_refused_for_training_epochs(feed_dataset):
 def test_an_unknown_split_is_refused(feed_dataset):
     with pytest.raises(ValueError, match=r"train, validation, test\. Received: 'dev'"):
         input_pipeline.batches(feed_dataset, "dev", batch_size=8)
+
+
+def test_rows_kept_in_memory_come_in_the_order_of_rows_read_from_files(feed_dataset):
+    seed = tf.constant(3, tf.int64)
+
+    def epoch(source):
+        tf.random.set_seed(7)
+        return list(source(feed_dataset, 64)(seed).as_numpy_iterator())
+
+    in_memory, from_files = epoch(input_pipeline._from_memory), epoch(input_pipeline._from_files)
+    assert len(in_memory) == len(from_files) > 2
+    for one, other in zip(in_memory, from_files, strict=True):
+        assert list(one) == list(other)
+        for name, values in one.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
