@@ -1,0 +1,59 @@
+"""The public KuaiRand release, laid out for its feature spec: the days, the columns, and what is refused."""
+
+import pyarrow.parquet
+import pytest
+
+import feature_specs
+from pipelines.build import BuildConfig, build_dataset
+from pipelines.convert_kuairand import LOG, USERS, VIDEOS, convert
+
+_DAY_MS = 86_400_000
+_APRIL_24 = 1_650_765_600_000  # 10 o'clock in China.
+_LOG_COLUMNS = "user_id,video_id,date,hourmin,time_ms,is_click,long_view,play_time_ms,is_rand,tab"
+_DATES = [20220424, *range(20220425, 20220431), *range(20220501, 20220507)]
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A release of 13 days, 24 April to 6 May, with 8 impressions a day by four users."""
+    path = tmp_path / "release"
+    path.mkdir()
+    rows = [
+        f"{row % 4},{100 + row % 3},{date},1000,{_APRIL_24 + day * _DAY_MS + row},{row % 2},{row % 4 // 3},{row}000,0,1"
+        for day, date in enumerate(_DATES) for row in range(8)
+    ]  # fmt: skip
+    (path / LOG).write_text("\n".join([_LOG_COLUMNS, *rows]) + "\n", encoding="utf-8")
+    spec = feature_specs.get_spec("kuairand")
+    for name, table, keys in ((USERS, spec.tables.user, range(4)), (VIDEOS, spec.tables.item, range(100, 103))):
+        values = {"string": "1", "int64": "7", "float": "2.5"}
+        lines = [",".join(table.column_names)]
+        lines += [",".join([str(key), *(values[column.type] for column in table.columns[1:])]) for key in keys]
+        (path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_days_of_the_study_are_kept_and_the_spec_builds_from_them(release, tmp_path):
+    assert convert(release, tmp_path / "kuairand") == 8 * 11
+    log = pyarrow.parquet.read_table(tmp_path / "kuairand" / "log.parquet")
+    assert sorted(set(log.column("date").to_pylist())) == _DATES[1:-1]
+    assert log.column_names == _LOG_COLUMNS.split(",")
+    for name, original in (("users.csv", USERS), ("videos.csv", VIDEOS)):
+        assert (tmp_path / "kuairand" / name).read_bytes() == (release / original).read_bytes()
+    spec = feature_specs.get_spec("kuairand")
+    counts = build_dataset(spec, BuildConfig(input_dir=str(tmp_path / "kuairand")), tmp_path / "dataset")
+    assert [counts["splits"][split]["rows"] for split in ("train", "validation", "test")] == [8 * 8, 8, 16]
+
+
+def test_a_missing_file_is_named_and_nothing_is_written(release, tmp_path):
+    (release / VIDEOS).unlink()
+    with pytest.raises(ValueError, match=f"without {VIDEOS}"):
+        convert(release, tmp_path / "kuairand")
+    assert not (tmp_path / "kuairand").exists()
+
+
+def test_a_log_without_these_days_is_refused(release, tmp_path):
+    log = (release / LOG).read_text(encoding="utf-8")
+    (release / LOG).write_text(log.replace(",2022", ",2021"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"impressions from 20220425 to 20220505\. Received: none"):
+        convert(release, tmp_path / "kuairand")
+    assert not (tmp_path / "kuairand").exists()
