@@ -33,6 +33,33 @@ def auc(labels: Array, scores: Array, weights: Array | None = None) -> float | N
     return float((clicks * (others_below + others / 2)).sum() / pairs)
 
 
+def auc_by_user(labels: Array, scores: Array, users: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
+    """AUC within each user, exact, all users at once.
+
+    Returns:
+      (users, ascending; AUC of each, NaN where all labels are equal; impressions of each, as sums of weights), each
+      [num_users].
+    """
+    weights = _weights(weights, labels)
+    order = np.lexsort((scores, users))
+    labels, scores, users, weights = (np.asarray(x)[order] for x in (labels, scores, users, weights))
+    is_first = np.append(True, users[1:] != users[:-1])[: len(users)]
+    is_new_score = is_first | np.append(True, scores[1:] != scores[:-1])[: len(users)]
+    ties, firsts = np.flatnonzero(is_new_score), np.flatnonzero(is_first)  # First row of each tie, and of each user.
+    if not len(users):
+        return users, np.array([]), np.array([])
+    clicks = np.add.reduceat(weights * labels, ties)
+    others = np.add.reduceat(weights * (1.0 - labels), ties)
+    first_ties = np.searchsorted(ties, firsts)
+    others_below = np.cumsum(others) - others
+    user_of_tie = np.cumsum(is_first[ties]) - 1
+    others_below -= others_below[first_ties][user_of_tie]
+    in_order = np.add.reduceat(clicks * (others_below + others / 2), first_ties)
+    pairs = np.add.reduceat(clicks, first_ties) * np.add.reduceat(others, first_ties)
+    aucs = np.divide(in_order, pairs, out=np.full(len(firsts), np.nan), where=pairs > 0)
+    return users[firsts], aucs, np.add.reduceat(weights, firsts)
+
+
 def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = None) -> tuple[float | None, float]:
     """AUC within each user, averaged by the user's number of impressions (sum of weights).
 
@@ -42,17 +69,12 @@ def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = Non
     Returns:
       (gauc or None if no user has both labels, share of impressions that entered).
     """
-    weights = _weights(weights, labels)
-    order = np.argsort(users, kind="stable")
-    labels, scores, users, weights = (np.asarray(x)[order] for x in (labels, scores, users, weights))
-    borders = np.flatnonzero(users[1:] != users[:-1]) + 1
-    total, mass = 0.0, 0.0
-    for rows in np.split(np.arange(len(users)), borders):
-        value = auc(labels[rows], scores[rows], weights[rows]) if len(rows) > 1 else None
-        if value is not None:
-            mass += weights[rows].sum()
-            total += value * weights[rows].sum()
-    return (total / mass if mass else None), float(mass / weights.sum()) if len(weights) else 0.0
+    _, aucs, impressions = auc_by_user(labels, scores, users, weights)
+    known = np.isfinite(aucs)
+    if not known.any():
+        return None, 0.0
+    entered = impressions[known]
+    return float(np.average(aucs[known], weights=entered)), float(entered.sum() / impressions.sum())
 
 
 def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:

@@ -1,32 +1,32 @@
-"""Cells of a study: one run each of data x backbone x method x seed, and what was measured of it."""
+"""Cells of a study: one run each of data x backbone x method x seed, and what they leave."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import tensorflow as tf
-from scipy.special import expit
 
-from clsd_tf import input_pipeline, metrics
+from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json, write_json
-from clsd_tf.assembly import load_model, make_deterministic, predict, predict_logits
+from clsd_tf.assembly import load_model, make_deterministic
 from clsd_tf.callbacks import TrainingDivergedError
 from clsd_tf.clsd import ConfidenceGuardError
-from clsd_tf.confidence_report import click_noise_floor
+from clsd_tf.study_metrics import measure, scored_rows
 from clsd_tf.teachers import teacher_scores
 from clsd_tf.train_config import TrainConfig, parse_config
 from clsd_tf.training import train
+from clsd_tf.user_errors import difference_errors
 
 BASELINE = "bce"
 # Method -> what it changes in the config that all methods share.
@@ -45,10 +45,6 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "focal": {"method": "bce", "loss": "focal"},
     "oracle": {"method": "bce", "clicks": "intense"},
 }
-OVERALL = "overall"
-_SLICED = ("auc", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks", "genuine_auc")
-_HEADLINES = ("auc", "gauc", "log_loss", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks")
-_UNCALIBRATED = ("log_loss", "pcoc", "ece")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +71,10 @@ class Cell:
     def result(self, study_dir: pathlib.Path) -> pathlib.Path:
         """Written last: a cell that has it is finished."""
         return self.work_dir(study_dir).path / "result.json"
+
+    def predictions(self, study_dir: pathlib.Path) -> pathlib.Path:
+        """Row ids and pctr of the rows that were measured."""
+        return self.work_dir(study_dir).path / "predictions.npz"
 
     def __str__(self) -> str:
         return f"{self.data} {self.backbone} {self.method} seed {self.seed}"
@@ -163,7 +163,9 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
     start = time.monotonic()
     try:
         train(dataset, cell.config, work_dir, title=None)
-        result["rows"] = list(measure_cell(work_dir, dataset, split, truth))
+        rows = scored_rows(load_model(work_dir, dataset), dataset, split, truth)
+        np.savez(cell.predictions(study_dir), row_id=rows["row_id"], pctr=rows["pctr"])
+        result["rows"] = list(measure(rows, dataset.inputs.groups))
     except (TrainingDivergedError, ConfidenceGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
     result["seconds"] = round(time.monotonic() - start, 1)
@@ -198,82 +200,6 @@ def _remove_checkpoints(work_dir: WorkDir) -> None:
         path.unlink()
 
 
-def measure_cell(
-    work_dir: WorkDir, dataset: DatasetDir, split: str, truth: str | None
-) -> Iterator[tuple[str, str, float]]:
-    """(slice, metric, value) of a finished run; the slice is ``overall`` or ``<user group>=<label>``."""
-    model = load_model(work_dir, dataset)
-    groups = dataset.inputs.groups
-    record = ["label", "intensity_label", "sample_weight", "user_hash", "row_id"]
-    columns = input_pipeline.read_columns(dataset, split, [*record, *(group.name for group in groups)])
-    columns["pctr"] = predict(model, dataset, split)
-    columns["uncalibrated"] = expit(predict_logits(model, dataset, split).astype(np.float64))
-    if dataset.spec.intensity_label is None:
-        del columns["intensity_label"]
-    if truth is not None:
-        columns["genuine"] = _genuine(truth, columns["row_id"])
-    counted = columns["sample_weight"] > 0
-    columns = {name: values[counted] for name, values in columns.items()}
-    yield from ((OVERALL, *found) for found in _overall(columns, [group.name for group in groups]))
-    for group in groups:
-        floor = click_noise_floor(columns["uncalibrated"], {group.name: (columns[group.name], group.labels)})[
-            group.name
-        ]
-        for index, label in enumerate(group.labels):
-            rows = columns[group.name] == index
-            if rows.any():
-                name = f"{group.name}={label}"
-                yield from ((name, *found) for found in _sliced(columns, rows) if found[0] in _SLICED)
-                yield name, "click_noise_floor", floor[label]["floor"]
-
-
-def _genuine(truth: str, row_ids: np.ndarray) -> np.ndarray:
-    """Whether interest alone would have drawn a click, per row: the planted truth, found by row id."""
-    table = pyarrow.parquet.read_table(truth, columns=["row_id", "is_genuine"])
-    known = table.column("row_id").to_numpy()  # Ascending: the truth is written in the order of the log.
-    places = np.minimum(np.searchsorted(known, row_ids), len(known) - 1)
-    if (known[places] != row_ids).any():
-        raise ArtifactError(
-            f"the planted truth must hold every row of the dataset. Received: {truth}, which lacks some. "
-            "Simulate and build the feed again"
-        )
-    return table.column("is_genuine").to_numpy()[places].astype(np.float64)
-
-
-def _overall(columns: Mapping[str, np.ndarray], groups: Sequence[str]) -> Iterator[tuple[str, float]]:
-    rows = np.ones(len(columns["label"]), bool)
-    yield from (found for found in _sliced(columns, rows) if found[0] in (*_HEADLINES, "genuine_auc"))
-    label, weight = columns["label"], columns["sample_weight"]
-    gauc, _ = metrics.gauc(label, columns["pctr"], columns["user_hash"], weight)
-    yield from _defined("gauc", gauc)
-    if groups:
-        within, _ = metrics.gauc(label, columns["pctr"], columns[groups[0]], weight)
-        yield from _defined("group_auc", within)
-        if "genuine" in columns:
-            within, _ = metrics.gauc(columns["genuine"], columns["pctr"], columns[groups[0]], weight)
-            yield from _defined("genuine_group_auc", within)
-    for metric in _UNCALIBRATED:
-        yield from _defined(f"uncalibrated_{metric}", getattr(metrics, metric)(label, columns["uncalibrated"], weight))
-
-
-def _sliced(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> Iterator[tuple[str, float]]:
-    label, pctr, weight = (columns[name][rows] for name in ("label", "pctr", "sample_weight"))
-    for metric in ("auc", "log_loss", "pcoc", "ece"):
-        yield from _defined(metric, getattr(metrics, metric)(label, pctr, weight))
-    if "intensity_label" in columns:
-        intensity, clicked = columns["intensity_label"][rows], label > 0.5
-        yield from _defined("intensity_auc", metrics.auc(intensity, pctr, weight))
-        among = metrics.auc(intensity[clicked], pctr[clicked], weight[clicked])
-        yield from _defined("intensity_auc_among_clicks", among)
-    if "genuine" in columns:
-        yield from _defined("genuine_auc", metrics.auc(columns["genuine"][rows], pctr, weight))
-
-
-def _defined(metric: str, value: float | None) -> Iterator[tuple[str, float]]:
-    if value is not None:
-        yield metric, float(value)
-
-
 def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[str, Any]]:
     """One dict per measured number: data, backbone, method, seed, slice, metric, value."""
     rows = []
@@ -282,6 +208,47 @@ def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[st
         found = read_json(cell.result(study_dir))
         rows += [{**key, "slice": part, "metric": metric, "value": value} for part, metric, value in found["rows"]]
     return rows
+
+
+def errors_over_users(
+    cells: Sequence[Cell], study_dir: pathlib.Path, dataset_paths: Mapping[Cell, str], split: str
+) -> dict[tuple[str, str, str, str], float]:
+    """(data, backbone, method, metric) -> standard error over users of its difference to the baseline.
+
+    Of methods whose seeds share a dataset: with rows of its own for each seed, the spread over seeds is one over users.
+    """
+    runs: dict[tuple[str, str], dict[str, dict[int, Cell]]] = {}
+    for cell in cells:
+        if cell.predictions(study_dir).exists():  # A run that a guard stopped has none.
+            runs.setdefault((cell.data, cell.backbone), {}).setdefault(cell.method, {})[cell.seed] = cell
+    measured_rows = functools.cache(lambda path: _measured_rows(path, split))
+    errors = {}
+    for place, methods in runs.items():
+        baseline = methods.pop(BASELINE, {})
+        for method, treated in methods.items():
+            seeds = sorted(treated.keys() & baseline.keys())
+            pairs = [(treated[seed], baseline[seed]) for seed in seeds]
+            paths = {dataset_paths[cell] for pair in pairs for cell in pair}
+            if len(seeds) > 1 and len(paths) == 1:
+                scores = [np.stack([_pctr(cell, study_dir) for cell in side]) for side in zip(*pairs, strict=True)]
+                found = difference_errors(measured_rows(*paths), *scores)
+                errors |= {(*place, method, metric): error for metric, error in found.items()}
+    return errors
+
+
+def _measured_rows(dataset_path: str, split: str) -> dict[str, np.ndarray]:
+    dataset = DatasetDir(dataset_path)
+    names = ["label", "intensity_label", "sample_weight", "user_hash"]
+    columns = input_pipeline.read_columns(dataset, split, names)
+    counted = columns["sample_weight"] > 0
+    if dataset.spec.intensity_label is None:
+        del columns["intensity_label"]
+    return {name: values[counted] for name, values in columns.items()}
+
+
+def _pctr(cell: Cell, study_dir: pathlib.Path) -> np.ndarray:
+    with np.load(cell.predictions(study_dir), allow_pickle=False) as stored:
+        return stored["pctr"]
 
 
 def run_seconds(cells: Sequence[Cell], study_dir: pathlib.Path) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from clsd_tf.plots import render_page, svg, tidy
 from clsd_tf.significance import PairedDifference, holm, paired_difference, rela_impr
-from clsd_tf.study import BASELINE, OVERALL
+from clsd_tf.study import BASELINE
+from clsd_tf.study_metrics import OVERALL
 
 # Metrics of the tables, in order: key, heading.
 METRICS = (
@@ -41,6 +42,7 @@ class Row:
       difference: None for the baseline itself, and where no seed has both.
       holm_p: the paired t-test's p-value, adjusted for all comparisons of this metric in the table.
       lift: RelaImpr, for AUCs.
+      user_error: standard error of the difference over users, see ``clsd_tf.user_errors``; None where it is not known.
     """
 
     place: tuple[str, str, str]
@@ -52,13 +54,17 @@ class Row:
     difference: PairedDifference | None = None
     holm_p: float | None = None
     lift: float | None = None
+    user_error: float | None = None
 
 
-def compare(results: Iterable[dict[str, Any]]) -> list[Row]:
+def compare(
+    results: Iterable[dict[str, Any]], user_errors: Mapping[tuple[str, str, str, str], float] | None = None
+) -> list[Row]:
     """Results -> rows, in the order of the results.
 
     Args:
       results: from ``clsd_tf.study.read_results``: the rows of one grid, which is the family of Holm's correction.
+      user_errors: from ``clsd_tf.study.errors_over_users``.
     """
     values: dict[tuple[tuple[str, str, str], str, str], dict[int, float]] = {}
     for found in results:
@@ -69,7 +75,13 @@ def compare(results: Iterable[dict[str, Any]]) -> list[Row]:
         _row(place, method, metric, by_seed, values.get((place, BASELINE, metric), {}))
         for (place, method, metric), by_seed in values.items()
     ]
-    return _with_holm(rows)
+    return [_with_user_error(row, user_errors or {}) for row in _with_holm(rows)]
+
+
+def _with_user_error(row: Row, user_errors: Mapping[tuple[str, str, str, str], float]) -> Row:
+    data, backbone, part = row.place
+    error = user_errors.get((data, backbone, row.method, row.metric)) if part == OVERALL else None
+    return dataclasses.replace(row, user_error=error)
 
 
 def _row(
@@ -118,7 +130,7 @@ def summary_table(
 def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(columns, lines): a line per comparison of a tested metric."""
     columns = ["data", "backbone", "method", "metric", "difference", "95 % interval", "RelaImpr"]
-    columns += ["p (t)", "p (permutation)", "p (t, Holm)", "pairs"]
+    columns += ["p (t)", "p (permutation)", "p (t, Holm)", "pairs", "± over users"]
     headings, lines = dict(METRICS), []
     for row in rows:
         if row.difference is None or row.metric not in TESTED:
@@ -127,6 +139,7 @@ def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         lift = "" if row.lift is None else f"{row.lift:+.2%}"
         p_values = [_p_text(value) for value in (found.t_p_value, found.permutation_p_value, row.holm_p)]
         measured = [str(found), _interval_text(found.confidence_interval), lift, *p_values, str(found.num_pairs)]
+        measured.append("" if row.user_error is None else f"{row.user_error:.4f}")
         lines.append([*row.place[:2], row.method, headings[row.metric], *measured])
     return columns, lines
 
@@ -191,7 +204,7 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
 
 
 def render_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]], notes: Sequence[str]) -> str:
-    """The tables of a study as Markdown.
+    """The tables of a study as Markdown, without those of user groups.
 
     Args:
       facts: what the study was: command, date, versions, seeds.
@@ -203,9 +216,19 @@ def render_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]
     for title, rows in grids:
         parts += [f"### {title}", markdown_table(*summary_table(overall(rows))), "Tests against the baseline:"]
         parts += [markdown_table(*tests_table(overall(rows)))]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_groups_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]]) -> str:
+    """What was measured within user groups, as Markdown; arguments as in ``render_markdown``.
+
+    A document of its own: with two user groups it is ten times as long as the tables of the whole.
+    """
+    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND]
+    for title, rows in grids:
         columns, lines = group_table(rows)
         if lines:
-            parts += ["Within user groups:", markdown_table(columns, lines)]
+            parts += [f"### {title}", markdown_table(columns, lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -213,8 +236,9 @@ _LEGEND = (
     f"Mean (standard deviation) over seeds; below it the paired difference to {BASELINE} ± its standard error. Stars: "
     "Holm-adjusted p-value of the paired t-test below .05 (*), .01 (**), .001 (***); one family is one metric of one "
     "table, and each user group is a family of its own. Seeds share training and test rows unless the data is "
-    "simulated: a small p-value is about other seeds, not about other users or days. RelaImpr = (AUC - .5) / (baseline "
-    "AUC - .5) - 1. Placebo rows are named after what they shuffle."
+    "simulated: a small p-value is about other seeds, not about other users or days. What other users could change is "
+    "the standard error over users, in a column of its own. RelaImpr = (AUC - .5) / (baseline AUC - .5) - 1. Placebo "
+    "rows are named after what they shuffle."
 ).replace("*", "\\*")
 
 

@@ -7,8 +7,8 @@ Example:
 --study is the name of a study that comes with the package or the path of a YAML file; pipelines/studies/small.yaml is
 the one to copy. Datasets are fetched, simulated or read from --input_dir, and built below <study_dir>/data; every run
 has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed study goes on where it was, and a
-study that grew by a method only runs what is new. Leaves results.parquet (every measured number), tables.md and
-report.html in the study directory.
+study that grew by a method only runs what is new. Leaves results.parquet (every measured number), tables.md,
+user_groups.md and report.html (both, with plots) in the study directory.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by bei
 from clsd_tf.artifacts import DatasetDir, write_text
 from clsd_tf.study import (
     Cell,
+    errors_over_users,
     is_finished,
     prepare_teacher,
     read_results,
@@ -42,7 +43,16 @@ from clsd_tf.study import (
     start_worker,
     stopped_cells,
 )
-from clsd_tf.study_tables import CONSOLE_METRICS, Row, compare, overall, render_html, render_markdown, summary_table
+from clsd_tf.study_tables import (
+    CONSOLE_METRICS,
+    Row,
+    compare,
+    overall,
+    render_groups_markdown,
+    render_html,
+    render_markdown,
+    summary_table,
+)
 from clsd_tf.teachers import scores_file
 from clsd_tf.train_config import teacher_warning
 from pipelines.study_config import StudyConfig, load_study
@@ -132,8 +142,7 @@ def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) 
     }
 
 
-def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path) -> None:
-    located = _locate(study, cells, study_dir)
+def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path, located: dict[Cell, PreparedData]) -> None:
     for warning in {teacher_warning(cell.config) for cell in cells}:
         console.warn(warning)
     todo = [cell for cell in cells if not is_finished(cell, study_dir, study.split)]
@@ -183,17 +192,29 @@ def _facts(study: StudyConfig, session_seconds: float, all_seconds: float) -> di
     }
 
 
-def _write_tables(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path, facts: dict[str, str]) -> None:
+def _write_tables(
+    study: StudyConfig,
+    cells: list[Cell],
+    study_dir: pathlib.Path,
+    located: dict[Cell, PreparedData],
+    facts: dict[str, str],
+) -> None:
     results = read_results(cells, study_dir)
+    dataset_paths = {cell: str(data.dataset_dir) for cell, data in located.items()}
     pyarrow.parquet.write_table(pa.Table.from_pylist(results), study_dir / "results.parquet")
     grids: list[tuple[str, list[Row]]] = []
     for grid in study.grids:
-        keys = {(cell.data, cell.backbone, cell.method, cell.seed) for cell in study.cells(grid)}
-        rows = compare(row for row in results if (row["data"], row["backbone"], row["method"], row["seed"]) in keys)
+        shown = list(study.cells(grid))
+        keys = {(cell.data, cell.backbone, cell.method, cell.seed) for cell in shown}
+        rows = compare(
+            (row for row in results if (row["data"], row["backbone"], row["method"], row["seed"]) in keys),
+            errors_over_users(shown, study_dir, dataset_paths, study.split),
+        )
         grids.append((grid.title, rows))
         console.print_table(grid.title, *summary_table(overall(rows), CONSOLE_METRICS))
     notes = [f"{cell} was stopped: {message}" for cell, message in stopped_cells(cells, study_dir).items()]
     write_text(study_dir / "tables.md", render_markdown(facts, grids, notes))
+    write_text(study_dir / "user_groups.md", render_groups_markdown(facts, grids))
     write_text(study_dir / "report.html", render_html(_STUDY.value, facts, grids, notes))
 
 
@@ -206,9 +227,12 @@ def main(argv) -> None:
     study_dir = pathlib.Path(_STUDY_DIR.value)
     # Grids may share cells; each is run once.
     cells = list({str(cell): cell for grid in study.grids for cell in study.cells(grid)}.values())
-    _run(study, cells, study_dir)
-    _write_tables(study, cells, study_dir, _facts(study, time.monotonic() - start, run_seconds(cells, study_dir)))
-    console.console.print(f"results.parquet, tables.md and report.html in {study_dir}", soft_wrap=True)
+    located = _locate(study, cells, study_dir)
+    _run(study, cells, study_dir, located)
+    _write_tables(
+        study, cells, study_dir, located, _facts(study, time.monotonic() - start, run_seconds(cells, study_dir))
+    )
+    console.console.print(f"results.parquet, tables.md, user_groups.md and report.html in {study_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ LEVELS = [
     {"teachers"},
     {"training"},
     {"evaluation", "confidence_report", "profile_features"},
-    {"report", "study"},
+    {"report", "study_metrics", "user_errors"},
+    {"study"},
     {"study_tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS = {
-    "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.demo",
-    "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.rank_profile_features", "pipelines.simulate_feed",
-    "pipelines.study", "pipelines.train", "export.main", "export.predict", "export.verify",
+    "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
+    "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.rank_profile_features",
+    "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main", "export.predict", "export.verify",
 }  # fmt: skip
 
 

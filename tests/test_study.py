@@ -19,10 +19,10 @@ from clsd_tf.evaluation import evaluate
 from clsd_tf.study import (
     BASELINE,
     METHODS,
-    OVERALL,
     Cell,
     Method,
     cell_config,
+    errors_over_users,
     merged,
     prepare_teacher,
     read_results,
@@ -31,8 +31,10 @@ from clsd_tf.study import (
     stopped_cells,
     with_placebos,
 )
+from clsd_tf.study_metrics import OVERALL
 from clsd_tf.teachers import scores_file
 from clsd_tf.train_config import TrainConfig
+from clsd_tf.user_errors import auc_difference_error
 from clsd_tf.validation import SpecError
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -305,6 +307,40 @@ def test_results_have_a_row_for_each_number(finished):
     assert len(rows) == 2 * len(read_json(cell.result(study_dir))["rows"])
     assert all(list(row) == ["data", "backbone", "method", "seed", "slice", "metric", "value"] for row in rows)
     assert {(row["data"], row["backbone"], row["method"], row["seed"]) for row in rows} == {("feed", "lr", "bce", 1)}
+
+
+@pytest.fixture(scope="module")
+def paired(feed_dataset, quick, tmp_path_factory):
+    """Cells of two methods and two seeds on one dataset, and their study directory. Read-only."""
+    study_dir = tmp_path_factory.mktemp("paired")
+    changes = {BASELINE: ["method=bce"], "global": ["clsd.lambda=1.0", "clsd.mu=0.0", "clsd.teacher=self"]}
+    cells = [
+        Cell("feed", "lr", method, seed, quick(*settings, f"seed={seed}"))
+        for method, settings in changes.items() for seed in (1, 2)
+    ]  # fmt: skip
+    for cell in cells:
+        run(cell, feed_dataset, study_dir)
+    return cells, study_dir
+
+
+def test_errors_over_users_are_those_of_what_the_runs_predicted(paired, feed_dataset):
+    cells, study_dir = paired
+    found = errors_over_users(cells, study_dir, dict.fromkeys(cells, str(feed_dataset.path)), "test")
+    pctr = [predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test") for cell in cells]
+    columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "user_hash"])
+    expected = auc_difference_error(columns["label"], pctr[2:], pctr[:2], columns["user_hash"])
+    assert found["feed", "lr", "global", "auc"] == pytest.approx(expected, rel=1e-6)
+    assert set(found) == {
+        ("feed", "lr", "global", metric) for metric in ("auc", "gauc", "intensity_auc", "intensity_auc_among_clicks")
+    }
+
+
+def test_seeds_with_rows_of_their_own_have_no_error_over_users(paired, feed_dataset):
+    cells, study_dir = paired
+    paths = {cell: f"{feed_dataset.path}_{cell.seed}" for cell in cells}
+    assert errors_over_users(cells, study_dir, paths, "test") == {}
+    one_seed = [cell for cell in cells if cell.seed == 1]
+    assert errors_over_users(one_seed, study_dir, dict.fromkeys(cells, str(feed_dataset.path)), "test") == {}
 
 
 def test_the_time_of_runs_is_kept_with_them(finished):

@@ -320,7 +320,8 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
         assert "global_shuffled_confidence" in shown
     assert "* feed fm stopped seed 1 was stopped: AdGate" in text
     assert "<li>feed fm stopped seed 1 was stopped: AdGate" in page
-    assert "age_group=18-30" in text
+    assert "age_group=18-30" in (study_dir / "user_groups.md").read_text(encoding="utf-8")
+    assert "age_group=18-30" in page
 
 
 def test_a_grid_shows_its_own_seeds_alone(study_dir):
@@ -336,6 +337,7 @@ def test_only_what_was_asked_for_is_left(study_dir):
         "runs",
         "results.parquet",
         "tables.md",
+        "user_groups.md",
         "report.html",
     }
     assert len(list(study_dir.glob("runs/feed/fm/*/seed_*/result.json"))) == len(

@@ -15,6 +15,7 @@ from clsd_tf.study_tables import (
     group_table,
     markdown_table,
     overall,
+    render_groups_markdown,
     render_html,
     render_markdown,
     summary_table,
@@ -225,12 +226,21 @@ def test_the_tests_table_has_a_line_for_each_comparison_of_a_tested_metric(rows)
         "p (permutation)": "0.2500",
         "p (t, Holm)": f"{expected.pvalue:.4f}",
         "pairs": "3",
+        "± over users": "",
     }
+
+
+def test_errors_over_users_stand_with_the_comparison_they_are_of():
+    results = [*measured("bce", BCE), *measured("clsd", CLSD), *measured("clsd", CLSD, part="age_group=<18")]
+    rows = compare(results, {("feed", "lr", "clsd", "auc"): 0.01234, ("feed", "fm", "clsd", "auc"): 9.0})
+    assert [row.user_error for row in rows] == [None, 0.01234, None]
+    columns, (line,) = table_of_tests(overall(rows))
+    assert dict(zip(columns, line, strict=True))["± over users"] == "0.0123"
 
 
 def test_a_comparison_of_one_pair_has_no_p_value():
     _, lines = table_of_tests(compare([*measured("bce", [0.7]), *measured("clsd", [0.8])]))
-    assert lines == [["feed", "lr", "clsd", "AUC", "+0.1000 +- n/a", "", "+50.00%", "", "", "", "1"]]
+    assert lines == [["feed", "lr", "clsd", "AUC", "+0.1000 +- n/a", "", "+50.00%", "", "", "", "1", ""]]
 
 
 def test_tiny_p_values_are_not_written_as_0():
@@ -255,7 +265,7 @@ def test_groups_have_means_and_differences_in_one_line(rows):
 
 def test_without_user_groups_there_is_no_group_table(rows):
     assert group_table(overall(rows))[1] == []
-    assert "Within user groups" not in render_markdown({}, [("Grid", overall(rows))], [])
+    assert "### Grid" not in render_groups_markdown({}, [("Grid", overall(rows))])
 
 
 # Markdown and HTML.
@@ -289,8 +299,14 @@ def test_markdown_has_facts_notes_and_the_tables_of_each_grid(rows):
         assert "| feed | lr | bce | 0.7100 (0.0100) | 1.0000 (0.1000) |" in part
         assert "|  |  | minus bce | +0.0150 +- 0.0076 | -0.1000 +- 0.0000\\*\\*\\* |" in part
         assert "Tests against the baseline" in part
-    assert "age_group=<18" in first
-    assert "age_group=<18" not in second
+    assert "age_group=<18" not in text
+
+
+def test_user_groups_have_a_document_of_their_own(rows):
+    text = render_groups_markdown(FACTS, [("First grid", rows), ("Second grid", overall(rows))])
+    assert "* command: python -m pipelines.study" in text
+    assert "| feed | lr | age_group=<18 | bce | " in text.split("### First grid")[1]
+    assert "Second grid" not in text
 
 
 def test_the_page_is_one_file_that_loads_nothing(rows):
