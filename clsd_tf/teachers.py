@@ -11,6 +11,7 @@ import json
 import pathlib
 import shutil
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from clsd_tf.input_pipeline import RowValues
 from clsd_tf.train_config import TrainConfig, parse_config
 
 _DAY_MICROSECONDS = 86_400_000_000
+_FOLD_RULE = "rows of a user at the same time share a fold"  # Scores made by another rule must not be taken for these.
 _FOLD_SEED_STEP = 1000  # Fold models must not share the seed of the model they teach, nor of other seeds' folds.
 
 
@@ -100,6 +102,7 @@ def _teacher_identity(dataset: DatasetDir, config: TrainConfig) -> dict[str, obj
     }
     if clsd.teacher == "cross_fit":
         identity |= {"num_folds": clsd.num_folds, "fold_by": clsd.fold_by, "num_repeats": clsd.num_repeats}
+        identity["rule"] = _FOLD_RULE
     return identity
 
 
@@ -109,8 +112,8 @@ def _cross_fit(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path
     Rows, or users, are assigned to ``num_folds`` folds by a seeded hash. The fold models are fits of their own, so a
     killed job keeps the folds that are done.
     """
-    columns = input_pipeline.read_columns(dataset, "train", ["row_id", "user_hash"])
-    keys = columns["user_hash" if config.clsd.fold_by == "user" else "row_id"]
+    columns = input_pipeline.read_columns(dataset, "train", ["row_id", "user_hash", "event_time"])
+    keys = _fold_keys(columns, config.clsd.fold_by)
     scores = np.zeros(len(keys), np.float64)
     num_folds, num_repeats = config.clsd.num_folds, config.clsd.num_repeats
     for repeat in range(num_repeats):
@@ -129,6 +132,16 @@ def _cross_fit(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path
             )
             scores[held_out] += predict(model, dataset, "train")[held_out]
     return RowValues(columns["row_id"], (scores / num_repeats).astype(np.float32))
+
+
+def _fold_keys(columns: Mapping[str, np.ndarray], fold_by: str) -> np.ndarray:
+    """uint64 [num_rows]: rows of equal keys share a fold.
+
+    By row: what a user saw in the same moment stays together. Logs repeat events, and a model that was trained on the
+    copy of a row has seen its label.
+    """
+    users = columns["user_hash"].astype(np.uint64)
+    return users if fold_by == "user" else users ^ mix_row_ids(columns["event_time"], 0)
 
 
 def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path, title: str | None) -> RowValues:

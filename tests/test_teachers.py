@@ -52,7 +52,9 @@ def rows(dataset):
     return input_pipeline.read_columns(dataset, "train", names)
 
 
-def fold_of(keys, seed=1):
+def fold_of(rows, fold_by, seed=1):
+    users = rows["user_hash"].astype(np.uint64)
+    keys = users if fold_by == "user" else users ^ mix_row_ids(rows["event_time"], 0)
     return mix_row_ids(keys, seed) % np.uint64(NUM_FOLDS)
 
 
@@ -66,7 +68,7 @@ def flip(feature):
 @pytest.fixture(scope="module")
 def in_fold_0(rows):
     """The rows that lie in fold 0 both by row and by user, about a quarter of them."""
-    return (fold_of(rows["row_id"]) == 0) & (fold_of(rows["user_hash"]) == 0)
+    return (fold_of(rows, "row") == 0) & (fold_of(rows, "user") == 0)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_each_row_is_scored_by_a_model_that_never_saw_its_label(
 ):  # fmt: skip
     scores = request.getfixturevalue(f"by_{fold_by}")
     of_flipped = teacher_scores(flipped, cross_fit(f"clsd.fold_by={fold_by}"), title=None)
-    folds = fold_of(rows["row_id" if fold_by == "row" else "user_hash"])
+    folds = fold_of(rows, fold_by)
     assert abs((folds == 0).mean() - 0.5) < 0.15
     # Fold 0 is scored by a model of fold 1, where no label differs: bit for bit the same, also where its own differ.
     assert in_fold_0[folds == 0].mean() > 0.3
@@ -114,10 +116,35 @@ def test_each_row_is_scored_by_a_model_that_never_saw_its_label(
     assert (scores.values[folds == 1] != of_flipped.values[folds == 1]).mean() > 0.9
 
 
+def test_an_event_that_the_log_repeats_is_scored_by_a_model_that_saw_neither_copy(
+    dataset, cross_fit, with_changed_records, tmp_path
+):
+    # Every second row becomes the copy of the row before it: same user, same time, same label, another row id.
+    last = []
+
+    def repeat(feature):
+        names = [name for name in feature if name != "row_id"]
+        if last:
+            for name in names:
+                feature[name].CopyFrom(last[0][name])
+            last.clear()
+        else:
+            last.append({name: type(feature[name]).FromString(feature[name].SerializeToString()) for name in names})
+
+    repeated = with_changed_records(dataset, tmp_path / "repeated", repeat)
+    scores = teacher_scores(repeated, cross_fit(), title=None)
+    labels = input_pipeline.read_columns(repeated, "train", ["label", "user_hash", "event_time"])
+    pairs = len(scores.values) // 2 * 2
+    firsts, copies = scores.values[:pairs:2], scores.values[1:pairs:2]
+    np.testing.assert_array_equal(labels["event_time"][:pairs:2], labels["event_time"][1:pairs:2])
+    # Scored by one model, as equal inputs are: had their folds differed, half of the pairs would have two scores.
+    np.testing.assert_array_equal(firsts, copies)
+
+
 def test_repeats_are_averaged(dataset, rows, cross_fit, by_row, tmp_path):
     found = teacher_scores(dataset, cross_fit("clsd.num_repeats=2"), title=None)
     # The second division into folds has the seed 1001; its first model is the third of all, with the seed 3001.
-    held_out = fold_of(rows["row_id"], seed=1001) == 0
+    held_out = fold_of(rows, "row", seed=1001) == 0
     model, _ = fit(
         dataset,
         cross_fit("method=bce", "seed=3001"),

@@ -63,7 +63,8 @@ class ClsdConfig(StrictModel):
         that had trained up to the day before. ``cross_fit``: models that never saw the row; for several epochs.
       ema_momentum: of the ``ema`` teacher, per step.
       num_folds: folds of the ``cross_fit`` teacher, >= 2.
-      fold_by: what ``cross_fit`` keeps together: each row by itself, or all rows of a user.
+      fold_by: what ``cross_fit`` keeps together: a row (with what the user saw in the same moment, since logs repeat
+        events), or all rows of a user.
       num_repeats: ``cross_fit`` averages its scores over this many divisions into folds.
       lambda_: share of global confidence, in [0, 1]; ``lambda`` in YAML and on the command line.
       mu: share of local confidence (corrected by AdGate), in [0, 1]; lambda + mu <= 1, the rest is the ordinary loss.
