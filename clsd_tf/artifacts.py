@@ -202,8 +202,11 @@ class WorkDir:
         return self.path / f"evaluation_{split}.json"
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self, *, wait: bool = False) -> Iterator[None]:
         """Holds the directory for one process; two would overwrite each other's checkpoints.
+
+        Args:
+          wait: until another process that holds it lets go.
 
         Raises:
           ArtifactError: another process holds it.
@@ -211,7 +214,7 @@ class WorkDir:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 raise ArtifactError(
                     f"only one process may train in a work directory. Received: {self.path}, which another one holds. "

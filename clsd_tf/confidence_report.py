@@ -35,7 +35,7 @@ def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
     """Click confidence in the two forms of CLSD, before clipping and mixing.
 
     global = scores / mean(scores)
-    local = 1 + scores - mean(scores of the clicks of the same group), where AdGate ends on the first user group
+    local = 1 + scores - mean(scores of the clicks of the same group), where AdGate ends if it reads that group alone
 
     Within a group both rank clicks as the scores do; they differ in how they rank clicks of different groups.
 

@@ -12,8 +12,8 @@ from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import (
     CheckpointAndStop,
-    EpochScalars,
     ProgressBar,
+    Scalars,
     StopOnNonFiniteLoss,
     ValidationAuc,
     best_weights,
@@ -59,7 +59,7 @@ def fit(
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
         batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores())
         steps = steps_per_epoch(dataset, config)
-        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), EpochScalars(work_dir), keeper]
+        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
         if title is not None:
             callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.

@@ -41,8 +41,8 @@ def teacher_scores(dataset: DatasetDir, config: TrainConfig, title: str | None =
     file = scores_file(dataset, config)
     if not file.exists():
         directory = file.parent
-        with WorkDir(directory).exclusive():
-            if file.exists():  # Another process finished it in the meantime.
+        with WorkDir(directory).exclusive(wait=True):
+            if file.exists():  # Another process was at it, and has finished.
                 return _read_scores(file)
             scores = _SCORERS[config.clsd.teacher](dataset, config, directory, title)
             write_json(directory / "teacher.json", _teacher_identity(dataset, config))

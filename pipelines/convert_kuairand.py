@@ -41,11 +41,16 @@ def convert(release_dir: pathlib.Path, output_dir: pathlib.Path) -> int:
         )
     log = pyarrow.csv.read_csv(release_dir / LOG)
     if "date" not in log.column_names:
-        raise ValueError(f"{LOG} needs a column date. Received: {', '.join(log.column_names)}")
+        raise ValueError(
+            f"{LOG} needs a column date. Received: {', '.join(log.column_names)}. Take the file as the release has it"
+        )
     dates = log.column("date")
     log = log.filter(pc.and_(pc.greater_equal(dates, _FIRST_DATE), pc.less_equal(dates, _LAST_DATE)))
     if not log.num_rows:
-        raise ValueError(f"{LOG} must have impressions from {_FIRST_DATE} to {_LAST_DATE}. Received: none")
+        raise ValueError(
+            f"{LOG} must have impressions from {_FIRST_DATE} to {_LAST_DATE}. Received: none. "
+            "Take the file as the release has it"
+        )
     with staged_directory(output_dir) as staging:
         pyarrow.parquet.write_table(log, staging / "log.parquet")
         shutil.copyfile(release_dir / USERS, staging / "users.csv")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
+from scipy.special import expit
 
 from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import load_model, predict
+from clsd_tf.assembly import load_model, predict_logits
 from clsd_tf.input_pipeline import read_columns
 from clsd_tf.teachers import stored_scores
 
 TEACHER = "stored scores of the teacher, which was not trained on the rows"
-MODEL = "predictions of the run's own model"
+MODEL = "predictions of the run's own model, before calibration"
 
 
 def split_scores(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[np.ndarray, str]:
@@ -26,6 +27,7 @@ def split_scores(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[np
     work_dir.require_complete(dataset)
     stored = stored_scores(work_dir, dataset) if split == "train" else None
     if stored is None:
-        return predict(load_model(work_dir, dataset), dataset, split), MODEL
+        logits = predict_logits(load_model(work_dir, dataset), dataset, split)
+        return expit(logits), MODEL
     row_ids = read_columns(dataset, split, ["row_id"])["row_id"]
     return stored.lookup_table().lookup(tf.constant(row_ids)).numpy(), TEACHER

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clsd_tf import input_pipeline, metrics
+from clsd_tf import callbacks, input_pipeline, metrics
 from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
 from clsd_tf.assembly import build_model, predict
 from clsd_tf.callbacks import CheckpointAndStop, TrainingDivergedError
@@ -74,6 +74,19 @@ def test_tensorboard_events_hold_the_scalars_of_every_user_group(clsd_run, feed_
         values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(name)]
         assert values == pytest.approx([entry[name] for entry in clsd_run.history])
         assert [event.step for event in events.Tensors(name)] == [13, 26]  # Optimizer steps.
+
+
+def test_tensorboard_events_show_what_happens_within_an_epoch(feed_dataset, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "_SCALARS_EVERY_STEPS", 5)
+    fit(
+        feed_dataset,
+        tiny("max_epochs=1", "clsd.teacher=self", "clsd.loss_warmup_steps=1"),
+        WorkDir(tmp_path),
+        title=None,
+    )
+    events = EventAccumulator(str(WorkDir(tmp_path).tensorboard)).Reload()
+    for name in ("loss", "mean_pctr", "effective_click_share", "ad_gate_loss", "min_click_confidence"):
+        assert [event.step for event in events.Tensors(name)] == [5, 10, 13]
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,12 @@ def test_validation_has_loss_and_mean_pctr_and_none_of_the_monitors():
     assert {name for name in history if name.startswith("val_")} == {"val_loss", "val_mean_pctr"}
     assert history["val_loss"] == [pytest.approx((-np.log(0.8) + 6 * np.log(2)) / 7)]  # Plain BCE.
     assert history["val_mean_pctr"] == [pytest.approx((0.8 + 6 * 0.5) / 7)]
+    # And what was watched in training is still there, though Keras resets metrics to evaluate.
+    of_training = {name: values for name, values in history.items() if not name.startswith("val_")}
+    alone = fit_frozen(CLSD, FEATURES, LABELS)
+    assert of_training.keys() == alone.keys()
+    for name, values in alone.items():
+        np.testing.assert_allclose(of_training[name], values, rtol=1e-6, err_msg=name)
 
 
 def test_without_weighting_there_is_nothing_of_it_to_watch():

@@ -75,6 +75,21 @@ def test_shuffled_among_clicks_depends_on_the_seed_and_needs_no_clicks():
     assert shuffled(tf.zeros([20]), 1) == list(range(20))
 
 
+def test_clicks_that_do_not_count_take_no_part_in_the_placebo(data):
+    # The placebo must have the weights of what it controls for. Three of four clicks count nothing here.
+    features, labels = data
+    scores, nothing = features["teacher_score"], tf.zeros([NUM_ROWS])
+    weight = tf.cast(tf.range(NUM_ROWS) % 8 < 2, tf.float32)
+    real, placebo = (
+        new_model(placebo).click_confidence(labels, scores, nothing, weight, tf.constant(9, tf.int64)).numpy()
+        for placebo in ("none", "shuffled_confidence")
+    )
+    counted = (labels.numpy() * weight.numpy()) > 0
+    assert counted.sum() == NUM_ROWS / 8
+    np.testing.assert_allclose(sorted(placebo[counted]), sorted(real[counted]), rtol=1e-6)
+    assert placebo[counted].tolist() != real[counted].tolist()
+
+
 def test_shuffled_confidence_is_dealt_out_anew_at_each_step_of_one_traced_function(data):
     features, labels = data
     scores, nothing, ones = features["teacher_score"], tf.zeros([NUM_ROWS]), tf.ones([NUM_ROWS])

@@ -1,5 +1,6 @@
 """Teachers that score before training: no row is scored by a model that saw it, and scores are kept and found again."""
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -231,13 +232,16 @@ def test_a_killed_job_goes_on_with_the_folds_that_it_had_not_finished(feed_datas
     assert not models.exists()
 
 
-def test_two_processes_do_not_train_the_same_teacher(dataset, cross_fit):
+def test_who_needs_a_teacher_that_another_process_trains_waits_for_its_scores(dataset, cross_fit, by_row):
     config = cross_fit("seed=5")
-    with (
-        WorkDir(scores_file(dataset, config).parent).exclusive(),
-        pytest.raises(ArtifactError, match="only one process may train"),
-    ):
-        teacher_scores(dataset, config, title=None)
+    file = scores_file(dataset, config)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with WorkDir(file.parent).exclusive():
+            waiting = pool.submit(teacher_scores, dataset, config, None)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(timeout=0.5)
+            np.savez(file, row_ids=by_row.row_ids, values=by_row.values + 1)  # What no training would give.
+        np.testing.assert_array_equal(waiting.result(timeout=60).values, by_row.values + 1)
 
 
 class _Trap:

@@ -142,17 +142,17 @@ def mixed_confidence(
     return tf.where(labels > 0.5, for_clicks, tf.ones_like(for_clicks))
 
 
-def shuffled_among_clicks(confidence: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def shuffled_among_clicks(confidence: tf.Tensor, click_weight: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """The placebo: confidence of the batch's clicks dealt out among them at random.
 
     Args:
       confidence: [batch].
-      labels: [batch].
+      click_weight: labels * sample_weight, 0 for clicks without a teacher score, [batch].
       seed: int64 [2], a new one per step.
 
     Returns:
-      [batch]: the same values over clicks in another order; rows without a click keep theirs.
+      [batch]: the same values over the clicks that count, in another order; all other rows keep theirs.
     """
-    clicks = tf.where(labels > 0.5)
+    clicks = tf.where(click_weight > 0)
     dealt = tf.random.experimental.stateless_shuffle(tf.gather_nd(confidence, clicks), seed=seed)
     return tf.tensor_scatter_nd_update(confidence, clicks, dealt)

@@ -80,10 +80,8 @@ class ClsdModel(tfrs.Model):
         self.guard_state = GuardState()
         self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
         self._range = Range("click_confidence") if self.weights_clicks else None
-        self._per_group = [
-            (group.name, MeansPerGroup(("click_confidence", "ad_gate"), group))
-            for group in (ad_gate.groups if ad_gate and self.weights_clicks else ())
-        ]
+        watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
+        self._per_group = [MeansPerGroup(("click_confidence", "ad_gate"), group) for group in watched_groups]
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:
@@ -136,7 +134,7 @@ class ClsdModel(tfrs.Model):
         if self.weights_clicks:
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-            callbacks = [ConfidenceGuard(), GroupLogs([means for _, means in self._per_group]), *given]
+            callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
@@ -191,7 +189,7 @@ class ClsdModel(tfrs.Model):
         is_on = tf.cast(step >= config.resolved_loss_warmup_steps, tf.float32)
         confidence = mixed_confidence(labels, global_part, local_part, is_on * config.lambda_, is_on * config.mu)
         if config.placebo == "shuffled_confidence":
-            confidence = shuffled_among_clicks(confidence, labels, _step_seed(step))
+            confidence = shuffled_among_clicks(confidence, click_weight, _step_seed(step))
         return confidence
 
     def _teacher_score(self, features: Features, logits: tf.Tensor) -> tf.Tensor:
@@ -275,8 +273,8 @@ class ClsdModel(tfrs.Model):
             values, counts = [*values, batch.gate_loss, click_share], [*counts, clicks, clicks]
             self._update_guards(batch, mean_pctr, click_share, step)
             self._range.update_state(batch.confidence, batch.click_weight)
-            for name, means in self._per_group:
-                means.update_state(features[name], (batch.confidence, batch.correction), batch.click_weight)
+            for means in self._per_group:
+                means.update_state(features[means.group.name], (batch.confidence, batch.correction), batch.click_weight)
         self._means.update_state(values, counts)
 
     def _update_guards(
@@ -305,15 +303,6 @@ class ClsdModel(tfrs.Model):
         metrics = self._updated_metrics(labels, logits, sample_weight)
         watched = {*_WATCHED_CLICKS, "bce", "min_click_confidence", "max_click_confidence"}
         return {name: value for name, value in metrics.items() if name not in watched}
-
-    def get_metrics_result(self) -> dict[str, tf.Tensor]:
-        """All metrics but the means per user group, which ``GroupLogs`` adds to the logs of each epoch."""
-        results = {}
-        for metric in self.metrics:
-            if not isinstance(metric, MeansPerGroup):
-                result = metric.result()
-                results |= result if isinstance(result, dict) else {metric.name: result}
-        return results
 
     def _updated_metrics(self, labels, logits, sample_weight) -> dict[str, tf.Tensor]:
         self.compiled_metrics.update_state(labels, tf.sigmoid(logits), sample_weight)

@@ -1,10 +1,11 @@
-"""What is watched while confidence weights the loss: Keras metrics, so they reach history and TensorBoard."""
+"""What is watched while confidence weights the loss; all of it reaches history and TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from clsd_tf.model_inputs import GroupInput
@@ -35,50 +36,56 @@ class WeightedMeans(tf.keras.metrics.Metric):
         return {name: means[index] for index, name in enumerate(self.names)}
 
 
-class MeansPerGroup(tf.keras.metrics.Metric):
+class MeansPerGroup(tf.Module):
     """Weighted means in each user group, reported as ``<name>/<group>/<label>``; NaN where nothing fell.
+
+    Not a Keras metric: Keras hands over every metric at every step, a hundred of which would cost more than AdGate
+    itself, and resets them when it evaluates. ``GroupLogs`` reads and resets these.
 
     Args:
       names: what the values are called.
       group: the user group, with a label per id.
     """
 
-    def __init__(self, names: Sequence[str], group: GroupInput, **kwargs: Any):
-        super().__init__(name=f"means_per_{group.name}", dtype="float32", **kwargs)
+    def __init__(self, names: Sequence[str], group: GroupInput):
+        super().__init__(name=f"means_per_{group.name}")
         self._names = tuple(names)
-        self._group = group
-        self._sums = self.add_weight(name="sums", shape=[len(group.labels), len(names) + 1], initializer="zeros")
+        self.group = group
+        self._sums = tf.Variable(tf.zeros([len(group.labels), len(names) + 1]), trainable=False, name="sums")
 
     def update_state(self, group_ids: tf.Tensor, values: Sequence[tf.Tensor], weights: tf.Tensor) -> None:
         """Args: group_ids int64 [batch], values one [batch] per name, weights [batch]."""
         columns = tf.stack([*(value * weights for value in values), weights], axis=1)
-        self._sums.assign_add(tf.math.unsorted_segment_sum(columns, group_ids, len(self._group.labels)))
+        self._sums.assign_add(tf.math.unsorted_segment_sum(columns, group_ids, len(self.group.labels)))
 
     def reset_state(self) -> None:
         self._sums.assign(tf.zeros_like(self._sums))
 
-    def result(self) -> dict[str, tf.Tensor]:
-        means = self._sums[:, :-1] / self._sums[:, -1:]
+    def result(self) -> dict[str, float]:
+        sums = self._sums.numpy()
+        with np.errstate(invalid="ignore"):
+            means = sums[:, :-1] / sums[:, -1:]
         return {
-            f"{name}/{self._group.name}/{label}": means[row, column]
+            f"{name}/{self.group.name}/{label}": float(means[row, column])
             for column, name in enumerate(self._names)
-            for row, label in enumerate(self._group.labels)
+            for row, label in enumerate(self.group.labels)
         }
 
 
 class GroupLogs(tf.keras.callbacks.Callback):
-    """Adds the means per user group to the logs of each epoch, for the callbacks behind it.
-
-    At each step, where Keras hands over a tensor per metric, a hundred of them would cost more than AdGate itself.
-    """
+    """Adds the epoch's means per user group to its logs, for the callbacks behind it."""
 
     def __init__(self, means_per_group: Sequence[MeansPerGroup]):
         super().__init__()
         self._means_per_group = means_per_group
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        for means in self._means_per_group:
+            means.reset_state()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         for means in self._means_per_group:
-            logs.update({name: value.numpy() for name, value in means.result().items()})
+            logs.update(means.result())
 
 
 class Range(tf.keras.metrics.Metric):
