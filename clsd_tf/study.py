@@ -156,7 +156,7 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
       split: the split to measure on.
       truth: Parquet file with the planted truth of a simulated log, or None.
     """
-    if is_finished(cell, study_dir, split):
+    if is_finished(cell, dataset_path, study_dir, split):
         return
     dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(study_dir)
     result: dict[str, Any] = {"config": cell.config.to_dict(), "split": split, "stopped": None, "rows": []}
@@ -174,14 +174,19 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
     tf.keras.backend.clear_session()
 
 
-def is_finished(cell: Cell, study_dir: pathlib.Path, split: str) -> bool:
+_open_dataset = functools.cache(DatasetDir)  # Hundreds of cells share a few.
+
+
+def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str) -> bool:
     """Whether a cell has its result.
 
     Raises:
-      ArtifactError: it has one of other settings: old numbers must not stand under new ones.
+      ArtifactError: it has one of other settings, or of another dataset: old numbers must not stand under new ones.
     """
     if not cell.result(study_dir).exists():
         return False
+    if pathlib.Path(dataset_path).exists():
+        cell.work_dir(study_dir).require_same_dataset(_open_dataset(dataset_path))
     found = read_json(cell.result(study_dir))
     expected = {**cell.config.to_dict(), "split": split}
     there = {**found["config"], "split": found["split"]}
@@ -211,25 +216,31 @@ def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[st
 
 
 def errors_over_users(
-    cells: Sequence[Cell], study_dir: pathlib.Path, dataset_paths: Mapping[Cell, str], split: str
+    cells: Sequence[Cell],
+    study_dir: pathlib.Path,
+    dataset_paths: Mapping[Cell, str],
+    split: str,
+    baseline: str = BASELINE,
 ) -> dict[tuple[str, str, str, str], float]:
     """(data, backbone, method, metric) -> standard error over users of its difference to the baseline.
 
     Of methods whose seeds share a dataset: with rows of its own for each seed, the spread over seeds is one over users.
     """
+    stopped = stopped_cells(cells, study_dir)
     runs: dict[tuple[str, str], dict[str, dict[int, Cell]]] = {}
     for cell in cells:
-        if cell.predictions(study_dir).exists():  # A run that a guard stopped has none.
+        if cell not in stopped:
             runs.setdefault((cell.data, cell.backbone), {}).setdefault(cell.method, {})[cell.seed] = cell
     measured_rows = functools.cache(lambda path: _measured_rows(path, split))
     errors = {}
     for place, methods in runs.items():
-        baseline = methods.pop(BASELINE, {})
+        compared_with = methods.pop(baseline, {})
         for method, treated in methods.items():
-            seeds = sorted(treated.keys() & baseline.keys())
-            pairs = [(treated[seed], baseline[seed]) for seed in seeds]
+            pairs = [(treated[seed], compared_with[seed]) for seed in sorted(treated.keys() & compared_with.keys())]
             paths = {dataset_paths[cell] for pair in pairs for cell in pair}
-            if len(seeds) > 1 and len(paths) == 1:
+            # All pairs or none: the error must be that of the difference it stands beside.
+            is_kept = all(cell.predictions(study_dir).exists() for pair in pairs for cell in pair)
+            if len(pairs) > 1 and len(paths) == 1 and is_kept:
                 scores = [np.stack([_pctr(cell, study_dir) for cell in side]) for side in zip(*pairs, strict=True)]
                 found = difference_errors(measured_rows(*paths), *scores)
                 errors |= {(*place, method, metric): error for metric, error in found.items()}

@@ -1,4 +1,4 @@
-"""Tables of a study: differences to the baseline over paired seeds, with tests, as Markdown and HTML."""
+"""Tables of a study: differences to a baseline over paired seeds, with tests, as Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class Row:
 
     Attributes:
       place: (data, backbone, slice): where the comparison was made.
+      baseline: the method that it is compared with.
       difference: None for the baseline itself, and where no seed has both.
       holm_p: the paired t-test's p-value, adjusted for all comparisons of this metric in the table.
+      holm_permutation_p: likewise of the permutation test.
       lift: RelaImpr, for AUCs.
       user_error: standard error of the difference over users, see ``clsd_tf.user_errors``; None where it is not known.
     """
@@ -51,20 +53,34 @@ class Row:
     mean: float
     std: float | None
     num_seeds: int
+    baseline: str
     difference: PairedDifference | None = None
     holm_p: float | None = None
+    holm_permutation_p: float | None = None
     lift: float | None = None
     user_error: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class GridTables:
+    """A grid of a study: its title, the rows of ``compare``, and lines about runs that did not finish."""
+
+    title: str
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+
 def compare(
-    results: Iterable[dict[str, Any]], user_errors: Mapping[tuple[str, str, str, str], float] | None = None
+    results: Iterable[dict[str, Any]],
+    user_errors: Mapping[tuple[str, str, str, str], float] | None = None,
+    baseline: str = BASELINE,
 ) -> list[Row]:
     """Results -> rows, in the order of the results.
 
     Args:
       results: from ``clsd_tf.study.read_results``: the rows of one grid, which is the family of Holm's correction.
       user_errors: from ``clsd_tf.study.errors_over_users``.
+      baseline: the method that all others are compared with.
     """
     values: dict[tuple[tuple[str, str, str], str, str], dict[int, float]] = {}
     for found in results:
@@ -72,7 +88,7 @@ def compare(
         by_seed = values.setdefault((place, found["method"], found["metric"]), {})
         by_seed[found["seed"]] = found["value"]
     rows = [
-        _row(place, method, metric, by_seed, values.get((place, BASELINE, metric), {}))
+        _row(place, method, metric, by_seed, baseline, values.get((place, baseline, metric), {}))
         for (place, method, metric), by_seed in values.items()
     ]
     return [_with_user_error(row, user_errors or {}) for row in _with_holm(rows)]
@@ -85,16 +101,22 @@ def _with_user_error(row: Row, user_errors: Mapping[tuple[str, str, str, str], f
 
 
 def _row(
-    place: tuple[str, str, str], method: str, metric: str, by_seed: dict[int, float], baseline: dict[int, float]
+    place: tuple[str, str, str],
+    method: str,
+    metric: str,
+    by_seed: dict[int, float],
+    baseline: str,
+    baseline_by_seed: dict[int, float],
 ) -> Row:
     found = list(by_seed.values())
     mean, std = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
-    row = Row(place, method, metric, mean, std, len(found))
-    seeds = sorted(by_seed.keys() & baseline.keys())
-    if method == BASELINE or not seeds:
+    row = Row(place, method, metric, mean, std, len(found), baseline)
+    seeds = sorted(by_seed.keys() & baseline_by_seed.keys())
+    if method == baseline or not seeds:
         return row
-    difference = paired_difference([by_seed[seed] for seed in seeds], [baseline[seed] for seed in seeds])
-    base = float(np.mean([baseline[seed] for seed in seeds]))
+    paired = [baseline_by_seed[seed] for seed in seeds]
+    difference = paired_difference([by_seed[seed] for seed in seeds], paired)
+    base = float(np.mean(paired))
     lift = rela_impr(base + difference.mean, base) if "auc" in metric else None
     return dataclasses.replace(row, difference=difference, lift=lift)
 
@@ -106,9 +128,11 @@ def _with_holm(rows: list[Row]) -> list[Row]:
         # Slices are other questions than the whole: each makes a family of its own.
         for part in {rows[index].place[2] for index in family}:
             members = [index for index in family if rows[index].place[2] == part]
-            p_values = holm([rows[index].difference.t_p_value for index in members])
-            for index, p_value in zip(members, p_values, strict=True):
-                adjusted[index] = dataclasses.replace(rows[index], holm_p=p_value)
+            differences = [rows[index].difference for index in members]
+            of_t = holm([difference.t_p_value for difference in differences])
+            of_permutation = holm([difference.permutation_p_value for difference in differences])
+            for index, t, permutation in zip(members, of_t, of_permutation, strict=True):
+                adjusted[index] = dataclasses.replace(rows[index], holm_p=t, holm_permutation_p=permutation)
     return adjusted
 
 
@@ -118,26 +142,32 @@ def summary_table(
     """(columns, lines): a line of means per data, backbone and method, and below it one of differences."""
     measured = {row.metric for row in rows}
     shown = [(key, heading) for key, heading in METRICS if key in measured and key in metrics]
+    most_seeds = max((row.num_seeds for row in rows), default=0)
     lines = []
     for place, method in _runs(rows):
         found = {row.metric: row for row in rows if (row.place, row.method) == (place, method)}
-        lines.append([*place[:2], method, *(_mean_text(found.get(key)) for key, _ in shown)])
-        if method != BASELINE:
-            lines.append(["", "", f"minus {BASELINE}", *(_difference_text(found.get(key)) for key, _ in shown)])
+        num_seeds = max(row.num_seeds for row in found.values())
+        # Means of fewer seeds than the others' are no means of the same runs: the line of differences is.
+        name = method if num_seeds == most_seeds else f"{method} ({num_seeds} of {most_seeds} seeds)"
+        lines.append([*place[:2], name, *(_mean_text(found.get(key)) for key, _ in shown)])
+        baseline = next(iter(found.values())).baseline
+        if method != baseline:
+            lines.append(["", "", f"minus {baseline}", *(_difference_text(found.get(key)) for key, _ in shown)])
     return ["data", "backbone", "method", *(heading for _, heading in shown)], lines
 
 
 def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(columns, lines): a line per comparison of a tested metric."""
     columns = ["data", "backbone", "method", "metric", "difference", "95 % interval", "RelaImpr"]
-    columns += ["p (t)", "p (permutation)", "p (t, Holm)", "pairs", "± over users"]
+    columns += ["p (t)", "p (permutation)", "p (t, Holm)", "p (permutation, Holm)", "pairs", "± over users"]
     headings, lines = dict(METRICS), []
     for row in rows:
         if row.difference is None or row.metric not in TESTED:
             continue
         found = row.difference
         lift = "" if row.lift is None else f"{row.lift:+.2%}"
-        p_values = [_p_text(value) for value in (found.t_p_value, found.permutation_p_value, row.holm_p)]
+        p_values = [found.t_p_value, found.permutation_p_value, row.holm_p, row.holm_permutation_p]
+        p_values = [_p_text(value) for value in p_values]
         measured = [str(found), _interval_text(found.confidence_interval), lift, *p_values, str(found.num_pairs)]
         measured.append("" if row.user_error is None else f"{row.user_error:.4f}")
         lines.append([*row.place[:2], row.method, headings[row.metric], *measured])
@@ -148,16 +178,18 @@ def group_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(columns, lines): per user group and method, means and differences of what is measured within it."""
     sliced = [row for row in rows if row.place[2] != OVERALL]
     metrics = [(key, heading) for key, heading in METRICS if any(row.metric == key for row in sliced)]
-    metrics += [("click_noise_floor", "click noise floor")]
     lines = []
     for place, method in _runs(sliced):
         found = {row.metric: row for row in sliced if (row.place, row.method) == (place, method)}
         texts = [_mean_text(found.get(key)) for key, _ in metrics]
-        if method != BASELINE:
+        if method != next(iter(found.values())).baseline:
             differences = [_difference_text(found.get(key)) for key, _ in metrics]
             texts = [f"{text}; {change}" for text, change in zip(texts, differences, strict=True)]
-        lines.append([*place[:2], place[2], method, *texts])
-    return ["data", "backbone", "group", "method", *(heading for _, heading in metrics)], lines
+        # Weighting bends low predictions downwards: only plain BCE's lowest scores tell of accidental clicks.
+        floor = _mean_text(found.get("click_noise_floor")) if method == BASELINE else ""
+        lines.append([*place[:2], place[2], method, *texts, floor])
+    headings = [*(heading for _, heading in metrics), "click noise floor"]
+    return ["data", "backbone", "group", "method", *headings], lines
 
 
 def _runs(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], str]]:
@@ -203,54 +235,54 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
     )
 
 
-def render_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]], notes: Sequence[str]) -> str:
+def render_markdown(facts: dict[str, str], grids: Sequence[GridTables]) -> str:
     """The tables of a study as Markdown, without those of user groups.
 
     Args:
       facts: what the study was: command, date, versions, seeds.
-      grids: (title, rows of ``compare``).
-      notes: lines about cells that did not finish.
+      grids: its tables.
     """
-    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND]
-    parts += [f"* {note}" for note in notes]
-    for title, rows in grids:
-        parts += [f"### {title}", markdown_table(*summary_table(overall(rows))), "Tests against the baseline:"]
-        parts += [markdown_table(*tests_table(overall(rows)))]
+    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND.replace("*", "\\*")]
+    for grid in grids:
+        rows = overall(grid.rows)
+        parts += [f"### {grid.title}", markdown_table(*summary_table(rows)), *(f"* {note}" for note in grid.notes)]
+        parts += ["Tests:", markdown_table(*tests_table(rows))]
     return "\n\n".join(parts) + "\n"
 
 
-def render_groups_markdown(facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]]) -> str:
+def render_groups_markdown(facts: dict[str, str], grids: Sequence[GridTables]) -> str:
     """What was measured within user groups, as Markdown; arguments as in ``render_markdown``.
 
     A document of its own: with two user groups it is ten times as long as the tables of the whole.
     """
-    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND]
-    for title, rows in grids:
-        columns, lines = group_table(rows)
+    parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND.replace("*", "\\*")]
+    for grid in grids:
+        columns, lines = group_table(grid.rows)
         if lines:
-            parts += [f"### {title}", markdown_table(columns, lines)]
+            parts += [f"### {grid.title}", markdown_table(columns, lines)]
     return "\n\n".join(parts) + "\n"
 
 
 _LEGEND = (
-    f"Mean (standard deviation) over seeds; below it the paired difference to {BASELINE} ± its standard error. Stars: "
+    "Mean (standard deviation) over seeds; below it the paired difference to the baseline ± its standard error. Stars: "
     "Holm-adjusted p-value of the paired t-test below .05 (*), .01 (**), .001 (***); one family is one metric of one "
     "table, and each user group is a family of its own. Seeds share training and test rows unless the data is "
     "simulated: a small p-value is about other seeds, not about other users or days. What other users could change is "
     "the standard error over users, in a column of its own. RelaImpr = (AUC - .5) / (baseline AUC - .5) - 1. Placebo "
     "rows are named after what they shuffle."
-).replace("*", "\\*")
+)
 
 
-def render_html(name: str, facts: dict[str, str], grids: Sequence[tuple[str, list[Row]]], notes: Sequence[str]) -> str:
+def render_html(name: str, facts: dict[str, str], grids: Sequence[GridTables]) -> str:
     """The same as a self-contained page, with the differences as plots."""
     sections = []
-    for title, rows in grids:
-        plots = [svg(figure) for metric in TESTED if (figure := _forest(overall(rows), metric)) is not None]
-        tables = [("", summary_table(overall(rows))), ("Tests against the baseline", tests_table(overall(rows)))]
-        tables += [("Within user groups", group_table(rows))]
-        sections.append({"title": title, "plots": plots, "tables": [entry for entry in tables if entry[1][1]]})
-    return render_page("study.html", name=name, facts=facts, notes=notes, sections=sections)
+    for grid in grids:
+        rows = overall(grid.rows)
+        plots = [svg(figure) for metric in TESTED if (figure := _forest(rows, metric)) is not None]
+        tables = [("", summary_table(rows)), ("Tests", tests_table(rows)), ("User groups", group_table(grid.rows))]
+        tables = [entry for entry in tables if entry[1][1]]
+        sections.append({"title": grid.title, "plots": plots, "tables": tables, "notes": grid.notes})
+    return render_page("study.html", name=name, facts=facts, sections=sections, legend=_LEGEND)
 
 
 def _forest(rows: Sequence[Row], metric: str) -> Figure | None:
@@ -266,5 +298,5 @@ def _forest(rows: Sequence[Row], metric: str) -> Figure | None:
         axes.plot([row.difference.mean], [height], "o", color="#0072B2", markersize=4)
     axes.axvline(0, color="#999999", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), [" ".join((*row.place[:2], row.method)) for row in reversed(shown)])
-    tidy(axes, dict(METRICS)[metric], f"difference to {BASELINE}, 95 % interval", "")
+    tidy(axes, dict(METRICS)[metric], f"difference to {shown[0].baseline}, 95 % interval", "")
     return figure

@@ -13,6 +13,7 @@ user_groups.md and report.html (both, with plots) in the study directory.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import datetime as dt
 import functools
@@ -45,7 +46,7 @@ from clsd_tf.study import (
 )
 from clsd_tf.study_tables import (
     CONSOLE_METRICS,
-    Row,
+    GridTables,
     compare,
     overall,
     render_groups_markdown,
@@ -145,9 +146,9 @@ def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) 
 def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path, located: dict[Cell, PreparedData]) -> None:
     for warning in {teacher_warning(cell.config) for cell in cells}:
         console.warn(warning)
-    todo = [cell for cell in cells if not is_finished(cell, study_dir, study.split)]
     for data in {str(data.dataset_dir): data for data in located.values()}.values():
         data.require_same_source()
+    todo = [cell for cell in cells if not is_finished(cell, str(located[cell].dataset_dir), study_dir, study.split)]
     datasets = {str(located[cell].dataset_dir): located[cell] for cell in todo}
     _run_tasks(
         "datasets",
@@ -202,20 +203,32 @@ def _write_tables(
     results = read_results(cells, study_dir)
     dataset_paths = {cell: str(data.dataset_dir) for cell, data in located.items()}
     pyarrow.parquet.write_table(pa.Table.from_pylist(results), study_dir / "results.parquet")
-    grids: list[tuple[str, list[Row]]] = []
+    grids = []
     for grid in study.grids:
         shown = list(study.cells(grid))
         keys = {(cell.data, cell.backbone, cell.method, cell.seed) for cell in shown}
         rows = compare(
             (row for row in results if (row["data"], row["backbone"], row["method"], row["seed"]) in keys),
-            errors_over_users(shown, study_dir, dataset_paths, study.split),
+            errors_over_users(shown, study_dir, dataset_paths, study.split, grid.baseline),
+            grid.baseline,
         )
-        grids.append((grid.title, rows))
+        grids.append(GridTables(grid.title, rows, _stopped_notes(shown, study_dir)))
         console.print_table(grid.title, *summary_table(overall(rows), CONSOLE_METRICS))
-    notes = [f"{cell} was stopped: {message}" for cell, message in stopped_cells(cells, study_dir).items()]
-    write_text(study_dir / "tables.md", render_markdown(facts, grids, notes))
+    write_text(study_dir / "tables.md", render_markdown(facts, grids))
     write_text(study_dir / "user_groups.md", render_groups_markdown(facts, grids))
-    write_text(study_dir / "report.html", render_html(_STUDY.value, facts, grids, notes))
+    write_text(study_dir / "report.html", render_html(_STUDY.value, facts, grids))
+
+
+def _stopped_notes(cells: list[Cell], study_dir: pathlib.Path) -> list[str]:
+    """A line for each method of which runs were stopped: how many of its seeds, and why the first was."""
+    messages: dict[tuple[str, str, str], list[str]] = {}
+    for cell, message in stopped_cells(cells, study_dir).items():
+        messages.setdefault((cell.data, cell.backbone, cell.method), []).append(f"at seed {cell.seed}: {message}")
+    counts = collections.Counter((cell.data, cell.backbone, cell.method) for cell in cells)
+    return [
+        f"{' '.join(run)} was stopped on {len(found)} of {counts[run]} seeds; {found[0]}"
+        for run, found in messages.items()
+    ]
 
 
 def main(argv) -> None:

@@ -24,7 +24,7 @@ class StudyData(StrictModel):
 
     Attributes:
       name: what tables call it.
-      spec: name or path of a feature spec.
+      spec: name or path of a feature spec; without one, the data set is whatever ``--dataset_dir`` gives for it.
       fetch: downloads the tables of this public data set.
       simulate: writes the tables of this simulated feed; each seed of the study simulates with its own seed.
       input: name of the directory with the tables, given by ``--input_dir=<input>=<path>``; by default ``name``.
@@ -33,7 +33,7 @@ class StudyData(StrictModel):
     """
 
     name: Name
-    spec: str
+    spec: str | None = None
     fetch: Literal["movielens_100k"] | None = None
     simulate: FeedConfig | None = None
     input: Name | None = None
@@ -44,6 +44,8 @@ class StudyData(StrictModel):
     def _check(self) -> StudyData:
         if sum(source is not None for source in (self.fetch, self.simulate, self.input)) > 1:
             raise ValueError("give one of fetch, simulate and input. Received: more than one")
+        if self.spec is None and (self.fetch or self.simulate or self.input or self.split):
+            raise ValueError("tables and a split need a spec. Received: none. Add spec: <name or path>")
         return self
 
 
@@ -69,7 +71,8 @@ class Grid(StrictModel):
       title: heading of the table.
       data: names of declared data sets.
       backbones: names in the registry, or of declared backbones.
-      methods: names of known or declared methods; the baseline and the placebos come by themselves.
+      methods: names of known or declared methods; bce and the placebos come by themselves.
+      baseline: the method of the table that all others are compared with.
       seeds: number of paired seeds, instead of the study's.
     """
 
@@ -77,6 +80,7 @@ class Grid(StrictModel):
     data: tuple[str, ...] = pydantic.Field(min_length=1)
     backbones: tuple[str, ...] = ("deepfm",)
     methods: tuple[str, ...] = pydantic.Field(min_length=1)
+    baseline: str = BASELINE
     seeds: int | None = pydantic.Field(None, ge=1)
 
 
@@ -147,19 +151,30 @@ class StudyConfig(StrictModel):
         return settings
 
     def cells(self, grid: Grid) -> Iterator[Cell]:
-        """The runs of a grid, baseline first.
+        """The runs of a grid, bce first.
 
         Raises:
-          SpecError: unknown method, or a setting out of range.
+          SpecError: unknown method or baseline, a setting out of range, or confidence of a method that has none.
         """
         names = dict.fromkeys((BASELINE, *grid.methods))
         for data in grid.data:
             shared = merged(self.shared, self.data_set(data).shared)
             methods = with_placebos([self.method(name) for name in names], shared)
+            known = [method.name for method in methods]
+            if grid.baseline not in known:
+                raise SpecError(
+                    f"grid {grid.title!r}: the baseline must be one of its methods. Received: {grid.baseline!r}. "
+                    f"Allowed: {', '.join(known)}"
+                )
             for backbone in grid.backbones:
                 for method in methods:
                     for seed in range(1, (grid.seeds or self.seeds) + 1):
                         config = cell_config(shared, method, self.backbone(backbone), seed)
+                        if config.method == "bce" and "clsd" in method.changes:
+                            raise SpecError(
+                                f"method {method.name!r} sets clsd, which plain BCE has no use for. Received: "
+                                "method: bce. Add like: global, local or both"
+                            )
                         yield Cell(data, backbone, method.name, seed, config)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import feature_specs
-from clsd_tf.artifacts import ArtifactError, read_json, write_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, read_json, write_json
 from clsd_tf.features import FeatureSpec, parse_spec
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import simulate_feed
@@ -50,6 +51,8 @@ class PreparedData:
         self.require_same_source()
         if self.dataset_dir.exists():
             return
+        if self._source_file.exists() and read_json(self._source_file) != self._source:
+            shutil.rmtree(self._directory / "raw", ignore_errors=True)  # Of an attempt that never became a dataset.
         self._source_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._source_file, self._source)
         raw_dir = self._raw_dir()
@@ -61,24 +64,32 @@ class PreparedData:
 
     @property
     def _source(self) -> dict[str, Any]:
-        """What the dataset is made from, as far as the study declares it."""
+        """What the dataset is made from, as far as the study declares it; the user's own tables by name and size."""
         simulated = self.data.simulate.model_dump(mode="json") if self.data.simulate is not None else None
-        return {"spec_fingerprint": study_spec(self.data).fingerprint, "simulate": simulated, "seed": self.seed}
+        source = {"spec_fingerprint": study_spec(self.data).fingerprint, "simulate": simulated, "seed": self.seed}
+        if self.given_input_dir is not None:
+            files = sorted(path for path in self.given_input_dir.iterdir() if path.is_file())
+            source["input_bytes"] = {path.name: path.stat().st_size for path in files}
+        return source
 
     def require_same_source(self) -> None:
-        """Refuses a dataset in the study directory that was made from another declaration.
+        """Refuses a dataset that was made from another declaration than the study's.
 
         Raises:
           ArtifactError: says so.
         """
-        if (
-            self.given_dataset_dir is None
-            and self._source_file.exists()
-            and read_json(self._source_file) != self._source
-        ):
+        if self.given_dataset_dir is not None:
+            given = DatasetDir(self.given_dataset_dir)
+            if self.data.spec is not None and given.spec.fingerprint != study_spec(self.data).fingerprint:
+                raise ArtifactError(
+                    f"the dataset given for {self.data.name!r} must be built with the spec that the study declares. "
+                    f"Received: {given.path}, of the spec {given.spec.name!r}. Allowed: {self.data.spec!r} with split "
+                    f"{self.data.split or 'as it is'}. Build it again, or leave out --dataset_dir={self.data.name}"
+                )
+        elif self.dataset_dir.exists() and self._source_file.exists() and read_json(self._source_file) != self._source:
             raise ArtifactError(
-                f"{self._directory} was made from another declaration of {self.data.name!r}. Received: a study that "
-                "changed. Choose another --study_dir, or remove this directory and the runs on it"
+                f"{self._directory} was made from another declaration of {self.data.name!r}, or from other tables. "
+                "Received: a study that changed. Choose another --study_dir, or remove this one and the runs on it"
             )
 
     def _raw_dir(self) -> pathlib.Path:
@@ -117,6 +128,11 @@ def prepared_data(
       ValueError: the tables are the user's own, and nothing says where they are.
     """
     source = data.input or data.name
+    if data.spec is None and data.name not in dataset_dirs:
+        raise ValueError(
+            f"data set {data.name!r} has no spec to build it by. Received: no dataset for it. "
+            f"Add --dataset_dir={data.name}=<dataset directory>"
+        )
     is_given = data.name in dataset_dirs or source in input_dirs
     if not (data.fetch or data.simulate or is_given):
         raise ValueError(

@@ -242,6 +242,15 @@ def test_a_finished_cell_of_other_settings_is_refused(finished, feed_dataset, qu
         run(changed, feed_dataset, study_dir)
 
 
+def test_a_finished_cell_of_another_dataset_is_refused(finished, feed_dataset, tmp_path):
+    cell, study_dir = finished
+    shutil.copytree(study_dir, tmp_path / "study")
+    config = cell.work_dir(tmp_path / "study").config
+    config.write_text(config.read_text(encoding="utf-8").replace(feed_dataset.fingerprint, "0" * 16), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"trained on another dataset.* Allowed: 0{16}"):
+        run(cell, feed_dataset, tmp_path / "study")
+
+
 def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finished, feed_dataset, tmp_path):
     cell, study_dir = finished
     shutil.copytree(study_dir, tmp_path / "study")
@@ -339,6 +348,10 @@ def test_seeds_with_rows_of_their_own_have_no_error_over_users(paired, feed_data
     cells, study_dir = paired
     paths = {cell: f"{feed_dataset.path}_{cell.seed}" for cell in cells}
     assert errors_over_users(cells, study_dir, paths, "test") == {}
+    path = dict.fromkeys(cells, str(feed_dataset.path))
+    assert errors_over_users(cells, study_dir, path, "test", baseline="global").keys() == {
+        ("feed", "lr", BASELINE, metric) for metric in ("auc", "gauc", "intensity_auc", "intensity_auc_among_clicks")
+    }
     one_seed = [cell for cell in cells if cell.seed == 1]
     assert errors_over_users(one_seed, study_dir, dict.fromkeys(cells, str(feed_dataset.path)), "test") == {}
 

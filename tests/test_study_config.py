@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from clsd_tf.artifacts import read_json
+from clsd_tf.artifacts import ArtifactError, read_json, write_json
 from clsd_tf.validation import SpecError
 from pipelines.feed import FeedConfig
 from pipelines.study_config import load_study, parse_study, study_names
@@ -87,6 +87,21 @@ def test_a_grid_may_have_its_own_seeds(content):
     found = cells(content)
     assert {cell.method for cell in found} == {"bce", "both", "both_shuffled_confidence", "both_permuted_groups"}
     assert {cell.seed for cell in found} == {1, 2, 3}
+
+
+def test_a_grid_may_compare_with_another_of_its_methods(content):
+    content["grids"][0] |= {"methods": ["both"], "baseline": "both_permuted_groups"}
+    assert {cell.method for cell in cells(content)} >= {"bce", "both_permuted_groups"}
+    content["grids"][0]["baseline"] = "local"
+    with pytest.raises(SpecError, match=r"one of its methods\. Received: 'local'\. Allowed: bce, both, both_shuffled"):
+        cells(content)
+
+
+def test_confidence_of_a_method_that_has_none_is_refused(content):
+    content["methods"].append({"name": "forgotten", "set": {"clsd": {"kappa": 5.0}}})
+    content["grids"][0]["methods"] = ["forgotten"]
+    with pytest.raises(SpecError, match=r"'forgotten' sets clsd.*Received: method: bce\. Add like: global"):
+        cells(content)
 
 
 def test_the_baseline_is_there_once_even_if_it_is_listed(content):
@@ -170,7 +185,7 @@ def test_studies_that_come_with_the_package_are_valid(name):
     for grid in study.grids:
         found = list(study.cells(grid))
         assert found[0].method == "bce"
-        for data in {cell.data for cell in found}:
+        for data in {cell.data for cell in found} if name != "demo" else ():  # Its datasets are given.
             assert study_spec(study.data_set(data)).label
 
 
@@ -216,6 +231,29 @@ def test_a_given_dataset_takes_the_place_of_its_source(content, tmp_path):
         assert found.dataset_dir == tmp_path / "given"
         # What was planted in a feed that somebody else simulated is not known.
         assert found.truth is None
+
+
+def test_a_given_dataset_must_be_built_with_the_spec_that_the_study_declares(content, feed_dataset, tmp_path):
+    given = prepared_data(data_set(content, "films"), 1, tmp_path, {"films": feed_dataset.path}, {})
+    with pytest.raises(ArtifactError, match=r"films.* of the spec 'simulated_feed'\. Allowed: 'movielens_100k'"):
+        given.require_same_source()
+    content["data"][1] = {"name": "films"}  # Without a spec it is whatever is given.
+    prepared_data(data_set(content, "films"), 1, tmp_path, {"films": feed_dataset.path}, {}).require_same_source()
+    with pytest.raises(ValueError, match="Add --dataset_dir=films="):
+        prepared_data(data_set(content, "films"), 1, tmp_path, {}, {"films": tmp_path})
+
+
+def test_a_dataset_from_other_tables_of_the_user_is_refused(content, tmp_path):
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "ml-100k.inter").write_text("one", encoding="utf-8")
+    found = prepared_data(data_set(content, "films"), 1, tmp_path, {}, {"films": tables})
+    found.dataset_dir.mkdir(parents=True)
+    write_json(found.dataset_dir.parent / "source.json", found._source)
+    found.require_same_source()
+    (tables / "ml-100k.inter").write_text("two more", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="or from other tables"):
+        found.require_same_source()
 
 
 def test_tables_of_the_users_own_need_a_directory(content, tmp_path):
@@ -318,8 +356,8 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     page = (study_dir / "report.html").read_text(encoding="utf-8")
     for shown in (text, page, (study_dir.parent / "output.txt").read_text(encoding="utf-8")):
         assert "global_shuffled_confidence" in shown
-    assert "* feed fm stopped seed 1 was stopped: AdGate" in text
-    assert "<li>feed fm stopped seed 1 was stopped: AdGate" in page
+    assert "* feed fm stopped was stopped on 1 of 1 seeds; at seed 1: AdGate" in text
+    assert "<li>feed fm stopped was stopped on 1 of 1 seeds; at seed 1: AdGate" in page
     assert "age_group=18-30" in (study_dir / "user_groups.md").read_text(encoding="utf-8")
     assert "age_group=18-30" in page
 
