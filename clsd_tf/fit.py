@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from clsd_tf.callbacks import (
     ValidationAuc,
     best_weights,
 )
-from clsd_tf.clsd import ClsdModel
+from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.train_config import TrainConfig
 
@@ -63,14 +64,16 @@ def fit(
         if title is not None:
             callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        model.fit(
-            batches,
-            initial_epoch=first_epoch,
-            epochs=config.max_epochs,
-            steps_per_epoch=steps,
-            verbose=0,
-            callbacks=callbacks,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
+            model.fit(
+                batches,
+                initial_epoch=first_epoch,
+                epochs=config.max_epochs,
+                steps_per_epoch=steps,
+                verbose=0,
+                callbacks=callbacks,
+            )
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.history
 

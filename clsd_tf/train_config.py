@@ -111,9 +111,4 @@ def parse_config(content: dict[str, Any], source: str) -> TrainConfig:
 
 def teacher_warning(config: TrainConfig) -> str | None:
     """What to tell a user whose teacher is overconfident, or None."""
-    if config.method != "clsd" or config.clsd.teacher not in ONLINE_TEACHERS or config.max_epochs == 1:
-        return None
-    return (
-        f"from the second epoch on, teacher={config.clsd.teacher} judges clicks that it was trained on, and is "
-        f"overconfident. Received: max_epochs={config.max_epochs}. Use clsd.teacher=cross_fit or max_epochs=1"
-    )
+    return config.effective_clsd.teacher_warning(config.max_epochs)

@@ -1,12 +1,14 @@
 """What is watched: the metrics by hand, and what reaches the history of ``fit``."""
 
+import warnings
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel, OverconfidentTeacherWarning
 from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share
 from clsd_tf.model_inputs import GroupInput, ModelInputs
 
@@ -195,3 +197,14 @@ def test_monitors_start_afresh_in_each_epoch():
     assert history["effective_click_share"] == pytest.approx([0.8, 1.0])
     assert history["click_confidence/tier/low"] == pytest.approx([0.5, 1.0])
     assert history["click_confidence/tier/high"] == pytest.approx([1.5, 1.0])
+
+
+def test_an_online_teacher_over_several_epochs_is_warned_of():
+    model = ClsdModel(Linear(), AdGate(INPUTS), ClsdConfig(teacher="self", loss_warmup_steps=0))
+    model.compile()
+    columns = {name: tf.constant(column) for name, column in FEATURES.items()}
+    with pytest.warns(OverconfidentTeacherWarning, match=r"teacher=self judges.*Received: 2 epochs\. Use a cross_fit"):
+        model.fit(columns, tf.constant(LABELS), epochs=2, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OverconfidentTeacherWarning)
+        model.fit(columns, tf.constant(LABELS), epochs=1, verbose=0)

@@ -8,6 +8,9 @@ from scipy.special import expit
 from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
 from clsd_tf.model_inputs import GroupInput, ModelInputs
 
+# ``fit`` takes its steps as epochs here.
+pytestmark = pytest.mark.filterwarnings("ignore::clsd_tf.clsd.OverconfidentTeacherWarning")
+
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 NUM_ROWS = 32
 

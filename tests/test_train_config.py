@@ -190,7 +190,7 @@ def test_teachers_that_score_before_training_store_their_scores(assignments, exp
 def test_an_online_teacher_over_several_epochs_is_warned_of(teacher):
     warning = teacher_warning(load_config(None, [f"clsd.teacher={teacher}", "max_epochs=3"]))
     assert f"teacher={teacher}" in warning
-    assert "overconfident. Received: max_epochs=3. Use clsd.teacher=cross_fit or max_epochs=1" in warning
+    assert "overconfident. Received: 3 epochs. Use a cross_fit teacher, or train for one epoch" in warning
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ _ONLINE_WARMUP_STEPS = 100
 ONLINE_TEACHERS = ("self", "ema")  # Score a row in the training step; the others score all rows before it.
 
 
+class OverconfidentTeacherWarning(UserWarning):
+    """The teacher judges clicks that it was trained on."""
+
+
 class AdGateConfig(StrictModel):
     """The local correction.
 
@@ -115,6 +119,15 @@ class ClsdConfig(StrictModel):
                 "Allowed: mean_one, ratio, additive, standardised; or allow_raw=true to see it happen"
             )
         return self
+
+    def teacher_warning(self, num_epochs: int) -> str | None:
+        """What to tell a user whose teacher is overconfident, or None."""
+        if self.teacher not in ONLINE_TEACHERS or not self.lambda_ + self.mu or num_epochs == 1:
+            return None
+        return (
+            f"from the second epoch on, teacher={self.teacher} judges clicks that it was trained on, and is "
+            f"overconfident. Received: {num_epochs} epochs. Use a cross_fit teacher, or train for one epoch"
+        )
 
     @property
     def resolved_loss_warmup_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from clsd_tf.clsd.confidence import (
     mixed_confidence,
     shuffled_among_clicks,
 )
-from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
+from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig, OverconfidentTeacherWarning
 from clsd_tf.clsd.guards import ConfidenceGuard, GuardState
 from clsd_tf.clsd.monitors import GroupLogs, MeansPerGroup, Range, WeightedMeans, effective_click_share
 from clsd_tf.losses import bce_from_logits, weighted_mean
@@ -128,10 +129,15 @@ class ClsdModel(tfrs.Model):
     def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> tf.keras.callbacks.History:
         """As ``tf.keras.Model.fit``, with the guards on.
 
+        Warns with ``OverconfidentTeacherWarning`` where an online teacher meets more than one epoch.
+
         Raises:
           ConfidenceGuardError: confidence collapsed.
         """
         if self.weights_clicks:
+            warning = self.config.teacher_warning(kwargs.get("epochs", 1))
+            if warning:
+                warnings.warn(warning, OverconfidentTeacherWarning, stacklevel=2)
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
             callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
