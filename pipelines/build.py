@@ -30,7 +30,7 @@ from clsd_tf.console import step
 from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import NumericStatistics, Statistics
 from pipelines import fitting, results, sources, transforms
-from pipelines.rows import TimeHistogram, split_cut_offs
+from pipelines.splits import TimeHistogram, split_cut_offs
 
 _BYTES_PER_PARTITION = 64 << 20
 

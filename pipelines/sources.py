@@ -1,7 +1,7 @@
 """Source tables -> Arrow batches of text, with the place of each row.
 
 One interface for CSV, TSV, JSONL, Parquet and TFDS: a reader yields ``RawBatch``es. Values stay text here (typed
-formats are turned into text or keep their Arrow type); ``pipelines.rows`` checks and converts them, so every format
+formats are turned into text or keep their Arrow type); ``pipelines.checks`` checks and converts them, so every format
 is validated by the same rules.
 """
 

@@ -1,7 +1,7 @@
 """The Beam transforms of the build: read and check tables, join, split, encode shards.
 
 Elements are Arrow tables, never single rows. Each composite takes and gives PCollections and can be tested on rows in
-memory; functions on tables live in ``pipelines.rows``.
+memory; functions on tables live in ``pipelines.checks``, ``joins`` and ``splits``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from clsd_tf.model_inputs import Statistics
 from clsd_tf.transform import FeatureTransform
+from pipelines.checks import parse_rows
+from pipelines.joins import EVENT_TIME, Profiles, join_rows
 from pipelines.results import write_lines
-from pipelines.rows import EVENT_TIME, Profiles, TimeHistogram, join_rows, parse_rows, split_indices
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile, read_file, tfds_batch
+from pipelines.splits import TimeHistogram, split_indices
 
 ROWS_PER_BATCH = 8192
 SERVING_SAMPLE_ROWS = 10_000

@@ -10,7 +10,7 @@ import pytest
 
 from clsd_tf.tables import Column, Table
 from pipelines import sources
-from pipelines.rows import parse_rows
+from pipelines.checks import parse_rows
 from pipelines.sources import ROW_ID, SourceFile, list_files, read_file, row_number, tfds_batch
 
 COLUMNS = (

@@ -1,0 +1,94 @@
+"""Which rows are good: text -> the declared types, and the rules that make a row a bad one."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clsd_tf.columns import convert_column, true_mask
+from clsd_tf.features import FeatureSpec, NumericFeature
+from clsd_tf.tables import Column
+from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
+
+
+def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRow]]:
+    """Converts text to the declared types and takes out the rows that break a rule.
+
+    Args:
+      batch: rows of one file of the log, user or item table.
+      spec: declares types and which columns must have a value (keys, event time, label, intensity, weight).
+
+    Returns:
+      The good rows, typed; and the bad rows with their reasons, those of the reader included.
+    """
+    table = dict(spec.tables.items())[batch.file.role]
+    columns: dict[str, pa.Array] = {}
+    reasons = np.full(batch.table.num_rows, "", dtype=object)
+    for column in table.columns:
+        values, failures = convert_column(batch.table.column(column.name).combine_chunks(), column)
+        if table.format == "csv" and column.type == "string":
+            # Mostly a stray quote that swallowed the rows behind it.
+            failures[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
+        for name, mask in [*failures.items(), *_rule_failures(values, column, spec).items()]:
+            reasons[mask & (reasons == "")] = name
+        columns[column.name] = values
+    good = pa.array(reasons == "")
+    parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)}).filter(good)
+    return parsed, batch.bad_rows + _bad_rows(batch, reasons)
+
+
+def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
+    bad = np.flatnonzero(reasons != "")
+    rows = batch.table.take(pa.array(bad)).to_pylist()
+    return [
+        BadRow(
+            role=batch.file.role,
+            file=batch.file.name,
+            row=row_number(row.pop(ROW_ID)),
+            reason=reasons[index],
+            raw=json.dumps(row, default=_readable, sort_keys=True),
+            lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
+        )
+        for index, row in zip(bad, rows, strict=True)
+    ]
+
+
+def _readable(value: object) -> str:
+    """What JSON has no type for: bytes that are not text, times, decimals."""
+    return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[str, np.ndarray]:
+    """Rules beyond the type: required values, the event-time range, weights and log1p inputs >= 0."""
+    failures = {}
+    if column.name in _required_columns(spec):
+        failures[f"missing:{column.name}"] = true_mask(pc.is_null(values))
+    if column.name == spec.event_time.column:
+        time = spec.event_time
+        scale = 1_000_000 / time.microseconds_per_unit
+        low, high = (_epoch_seconds(day) * scale for day in (time.earliest, time.latest))
+        moments = values.cast(pa.float64(), safe=False)
+        outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
+        failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
+    if column.name in _non_negative_columns(spec):
+        failures[f"negative:{column.name}"] = true_mask(pc.less(values, 0))
+    return failures
+
+
+def _epoch_seconds(day: dt.date) -> float:
+    return (day - dt.date(1970, 1, 1)).total_seconds()
+
+
+def _required_columns(spec: FeatureSpec) -> set[str]:
+    comparisons = [spec.label_comparison, spec.intensity_comparison]
+    required = {spec.user_key, spec.item_key, spec.event_time.column, spec.sample_weight}
+    return required | {comparison.column for comparison in comparisons if comparison}
+
+
+def _non_negative_columns(spec: FeatureSpec) -> set[str]:
+    logs = {feature.column for feature in spec.features if isinstance(feature, NumericFeature) and feature.log1p}
+    return logs | {spec.sample_weight}

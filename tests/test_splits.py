@@ -1,0 +1,171 @@
+"""Splits and the histogram of event times; hashes of row ids and keys."""
+
+import datetime as dt
+import itertools
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clsd_tf.features import Split
+from clsd_tf.hashing import hash_keys, mix_row_ids
+from pipelines.splits import TimeHistogram, split_cut_offs, split_indices
+
+# --- Time histogram --------------------------------------------------------------------------------------------------
+
+
+def test_cut_offs_by_hand():
+    # Times 1..10, one row each: 80 % lie before 9, 90 % before 10.
+    assert TimeHistogram().add(np.arange(1, 11)).cut_offs([0.8, 0.9]) == [9, 10]
+
+
+def test_cut_off_is_the_nearest_boundary_between_times():
+    # 3 rows at 5, 3 at 6, 4 at 7. Boundaries: 0, 3, 6, 10 rows before; 0.5 -> 5 rows: 6 is nearer than 3.
+    histogram = TimeHistogram().add(np.array([5] * 3 + [6] * 3 + [7] * 4))
+    assert histogram.cut_offs([0.5]) == [7]
+    assert histogram.cut_offs([0.2]) == [6]
+
+
+def test_rows_of_one_time_are_never_separated():
+    histogram = TimeHistogram().add(np.array([1] * 50 + [2] * 50))
+    times = np.array([1] * 50 + [2] * 50)
+    splits = split_indices(Split(), histogram.cut_offs([0.8, 0.9]), times, np.arange(100))
+    assert all(len(set(splits[times == time])) == 1 for time in (1, 2))
+
+
+def test_cut_offs_work_for_times_before_1970():
+    assert TimeHistogram().add(np.arange(-10, 0)).cut_offs([0.8, 0.9]) == [-2, -1]
+
+
+TIMES = st.lists(st.integers(-(10**15), 4 * 10**15), min_size=1, max_size=8)
+
+
+@given(st.lists(TIMES, min_size=1, max_size=6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_merge_order_of_histograms_does_not_matter(parts, data):
+    class Small(TimeHistogram):
+        MAX_BUCKETS = 4  # So that coarsening happens.
+
+    def merged(order):
+        result = Small()
+        for index in order:
+            result = result.merge(Small().add(np.array(parts[index], np.int64)))
+        return result.to_dict()
+
+    order = data.draw(st.permutations(range(len(parts))))
+    at_once = Small().add(np.array(list(itertools.chain(*parts)), np.int64)).to_dict()
+    assert merged(range(len(parts))) == merged(order) == at_once
+
+
+def test_histogram_survives_its_json_form():
+    histogram = TimeHistogram().add(np.array([3, 5, 5, 9]))
+    again = TimeHistogram(**json.loads(json.dumps(histogram.to_dict())))
+    assert again.to_dict() == histogram.to_dict()
+    assert again.cut_offs([0.5]) == histogram.cut_offs([0.5])
+
+
+def test_histogram_size_is_bounded_and_no_row_is_lost():
+    random = np.random.default_rng(0)
+    histogram = TimeHistogram()
+    for _ in range(4):
+        histogram = histogram.merge(TimeHistogram().add(random.integers(0, 10**15, 40_000)))
+    assert len(histogram.counts) <= TimeHistogram.MAX_BUCKETS == 65_536
+    assert histogram.counts.total() == 160_000
+    # Uniform times: the 80 % cut lies at 80 % of the range. Sampling error of a quantile: 0.1 %.
+    assert histogram.cut_offs([0.8])[0] == pytest.approx(0.8 * 10**15, rel=0.01)
+
+
+# --- Split -----------------------------------------------------------------------------------------------------------
+
+
+def test_time_split_puts_a_row_at_the_cut_off_into_the_later_split():
+    times = np.array([9, 10, 19, 20, 100])
+    assert split_indices(Split(), [10, 20], times, np.arange(5)).tolist() == [0, 1, 1, 2, 2]
+
+
+def test_cut_off_dates_replace_fractions():
+    split = Split(validation_from=dt.datetime(2024, 1, 2), test_from=dt.datetime(2024, 1, 3, 12))
+    # 2024-01-02 is 1,704,153,600 s after 1970; without time zone a date is UTC.
+    histogram = TimeHistogram().add(np.arange(5))
+    assert split_cut_offs(split, histogram) == [1_704_153_600_000_000, 1_704_283_200_000_000]
+
+
+def test_events_from_until_on_are_left_out():
+    day = 86_400_000_000
+    split = Split(
+        validation_from=dt.datetime(1970, 1, 11), test_from=dt.datetime(1970, 1, 21), until=dt.datetime(1970, 1, 31)
+    )
+    cut_offs = split_cut_offs(split, TimeHistogram().add(np.arange(5)))
+    assert cut_offs == [10 * day, 20 * day, 30 * day]
+    times = np.array([0, 10 * day, 20 * day, 30 * day - 1, 30 * day, 99 * day])
+    assert split_indices(split, cut_offs, times, np.arange(6)).tolist() == [0, 1, 2, 2, 3, 3]
+
+
+def test_cut_off_dates_respect_their_time_zone():
+    zone = dt.timezone(dt.timedelta(hours=2))
+    split = Split(validation_from=dt.datetime(2024, 1, 2, tzinfo=zone), test_from=dt.datetime(2024, 1, 3, tzinfo=zone))
+    assert split_cut_offs(split, TimeHistogram())[0] == (1_704_153_600 - 7200) * 1_000_000
+
+
+def test_random_split_has_the_fractions_and_does_not_follow_time():
+    row_ids = np.arange(100_000)
+    splits = split_indices(Split(rule="random", seed=4), [], row_ids, row_ids)
+    shares = np.bincount(splits) / len(splits)
+    # Standard error of a share of 0.8 in 100,000 rows is 0.0013: 5 of them.
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.0065)
+    assert np.mean(splits[:50_000] == 0) == pytest.approx(0.8, abs=0.01)
+
+
+def test_random_split_is_deterministic_and_changes_with_the_seed():
+    row_ids = np.arange(1000)
+    splits = [split_indices(Split(rule="random", seed=seed), [], row_ids, row_ids) for seed in (1, 1, 2)]
+    assert np.array_equal(splits[0], splits[1])
+    assert not np.array_equal(splits[0], splits[2])
+
+
+def test_split_of_a_row_does_not_depend_on_the_other_rows():
+    row_ids = np.arange(1000)
+    split = Split(rule="random", seed=1)
+    whole = split_indices(split, [], row_ids, row_ids)
+    assert np.array_equal(split_indices(split, [], row_ids[::-3], row_ids[::-3]), whole[::-3])
+
+
+# --- Hashes ----------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_row_ids_are_uniform():
+    mixed = mix_row_ids(np.arange(100_000), seed=0)
+    assert mixed.dtype == np.uint64
+    assert len(np.unique(mixed)) == 100_000
+    for bits in (mixed >> np.uint64(60), mixed & np.uint64(15)):  # The high and the low 4 bits.
+        counts = np.bincount(bits.astype(np.int64), minlength=16)
+        # 16 cells of 6,250 expected: chi-squared with 15 degrees of freedom exceeds 50 with probability 1e-5.
+        assert ((counts - 6250) ** 2 / 6250).sum() < 50
+
+
+def test_mixed_row_ids_are_the_published_splitmix64_sequence():
+    # First outputs of SplitMix64 seeded with 0: state 1, 2, 3 times the golden gamma.
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        states = gamma * np.arange(3, dtype=np.uint64)
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix_row_ids(states, seed=0).tolist() == expected
+
+
+def test_mixed_row_ids_of_two_seeds_are_unrelated():
+    first, second = (mix_row_ids(np.arange(10_000), seed) / 2.0**64 for seed in (101, 102))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05  # 5 standard errors of 1 / sqrt(10,000).
+
+
+def test_hash_of_a_key_is_stable_and_63_bit():
+    hashes = hash_keys(pa.chunked_array([["u1", "u2"], ["u1"]]))
+    assert hashes.dtype == np.int64
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert (hashes >= 0).all()
+
+
+def test_hash_of_an_integer_key_is_that_of_its_text():
+    assert hash_keys(pa.array([17])).tolist() == hash_keys(pa.array(["17"])).tolist()
