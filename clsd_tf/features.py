@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -24,7 +24,7 @@ from clsd_tf.feature_types import (
     UserGroup,
     Vocabulary,
 )
-from clsd_tf.model_inputs import RECORD_FIELDS, CategoricalInput, GroupInput, ModelInputs, RawInput
+from clsd_tf.model_inputs import RECORD_FIELDS, CategoricalInput, GroupInput, ModelInputs, RawInput, RecordLayout
 from clsd_tf.tables import Comparison, EventTime, Name, Split, Table, Tables
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
 
@@ -37,6 +37,9 @@ class FeatureSpec(StrictModel):
       intensity_label: optional stronger signal, held out from training, to judge click confidence with.
       intensity_value: optional numeric column of the log that grows with interest (seconds read), held out likewise.
       sample_weight: optional column of weights >= 0.
+      duplicates: what becomes of events of one user, item and time: the one of the lowest row id stays, all stay, or
+        the build fails. They are counted in any case.
+      record_layout: of the TFRecords: all integers of a row in one entry (fast), or an entry for each name.
     """
 
     name: Name
@@ -52,6 +55,8 @@ class FeatureSpec(StrictModel):
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
+    duplicates: Literal["keep_first", "keep_all", "fail"] = "keep_first"
+    record_layout: RecordLayout = "packed"
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> FeatureSpec:
