@@ -208,7 +208,9 @@ class _Build:
         return files, log_bytes, builder
 
     def _check_tables(self, counts: Mapping[str, int]) -> None:
-        tables: dict[str, Any] = {role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()}
+        tables: dict[str, Any] = {
+            role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()
+        }
         for name, count in sorted(counts.items()):
             role, kind, *rest = name.split("/", 2)
             if kind == "unreadable":
@@ -389,7 +391,11 @@ class _Build:
 
     def _collect(self, name: str, elements: beam.PCollection) -> None:
         """Writes all elements, in no particular order, as one JSON list."""
-        _ = elements | f"List_{name}" >> beam.combiners.ToList() | f"Write_{name}" >> results.WriteJson(self._result(name))
+        _ = (
+            elements
+            | f"List_{name}" >> beam.combiners.ToList()
+            | f"Write_{name}" >> results.WriteJson(self._result(name))
+        )
 
 
 def _previous_vocabularies(spec: FeatureSpec, grow_from: pathlib.Path | None) -> dict[str, list[str]]:

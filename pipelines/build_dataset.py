@@ -62,7 +62,9 @@ def main(argv) -> None:
 def _what_became_of_rows(counts) -> str:
     found = counts["accounting"]
     parts = [f"{found['read']:,} rows read = {found['written']:,} written"]
-    parts += [f"{found[name]:,} {name.replace('_', ' ')}" for name in ("dead_lettered", "duplicates_dropped", "left_out")]
+    parts += [
+        f"{found[name]:,} {name.replace('_', ' ')}" for name in ("dead_lettered", "duplicates_dropped", "left_out")
+    ]
     return " + ".join(parts)
 
 

@@ -26,7 +26,7 @@ from clsd_tf.sketches import Histogram
 from pipelines.checks import parse_rows
 from pipelines.exchange import ExchangeWriter, temporary_name
 from pipelines.joins import USER_HASH, event_times
-from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, row_number, tfds_batch
+from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batch
 
 _COUNTS, _TIMES, _INPUTS = "counts", "times", "inputs"
 _DEAD_LETTER_SCHEMA = pa.schema(
@@ -73,7 +73,13 @@ class _PlanFn(beam.DoFn):
         plan = plan_file(file, self._tables[file.role])
         yield beam.pvalue.TaggedOutput(
             _INPUTS,
-            {"table": file.role, "file": file.name, "index": file.index, "bytes": plan.num_bytes, "sha256": plan.sha256},
+            {
+                "table": file.role,
+                "file": file.name,
+                "index": file.index,
+                "bytes": plan.num_bytes,
+                "sha256": plan.sha256,
+            },
         )
         yield from plan.slices
 
@@ -208,9 +214,7 @@ class _ExchangeFn(beam.DoFn):
             users = hash_keys(table.column(self._spec.user_key))
             table = table.append_column(USER_HASH, pa.array(users))
             partitions = users % self._num_partitions
-        writer = self._writers.setdefault(
-            role, ExchangeWriter(self._directory, self._num_partitions if by_user else 1)
-        )
+        writer = self._writers.setdefault(role, ExchangeWriter(self._directory, self._num_partitions if by_user else 1))
         for path in writer.add(table, partitions):
             yield role, path
 

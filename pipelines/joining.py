@@ -139,14 +139,16 @@ class _JoinFn(beam.DoFn):
     def setup(self):
         """Tables by item, once per process."""
         plan = self._plan
-        roles = [role for role, _ in plan.spec.tables.items() if role != "log" and not plan.spec.tables.is_by_user(role)]
+        roles = [
+            role for role, _ in plan.spec.tables.items() if role != "log" and not plan.spec.tables.is_by_user(role)
+        ]
         self._items = self._shared.acquire(lambda: _Tables({role: _profiles(role, 0, plan) for role in roles}))
 
     def process(self, unit: tuple[int, list[int]]) -> Iterator:
         number, partitions = unit
         plan = self._plan
         writer = ExchangeWriter(plan.directory, plan.buckets.total)
-        summary, vocabularies = FitSummary.empty(), [VocabularyCounts.of(_no_rows(plan.spec), plan.spec)]
+        summary, vocabularies = FitSummary.empty(), [_no_counts(plan.spec)]
         for partition in partitions:
             joined, counts = self._join(partition)
             by_split = _by_split(joined, plan)
@@ -223,7 +225,9 @@ def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: Exchan
 def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout, summary_path: pathlib.Path):
     """Merges one kind of summary in the order of the units and writes what comes of it."""
     if name == _SUMMARY:
-        merged = functools.reduce(FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units))
+        merged = functools.reduce(
+            FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units)
+        )
         content = merged.to_dict()
         write_json(layout.data_statistics, content.pop("statistics"))
         write_json(summary_path, content)
@@ -232,6 +236,11 @@ def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout,
     values = rank(merged.values[name], plan.spec.vocabularies[name], plan.previous_vocabularies.get(name, ()))
     write_lines(str(layout.vocabulary(name)), values)
     yield name, merged.errors(plan.spec)[name]
+
+
+def _no_counts(spec: FeatureSpec) -> VocabularyCounts:
+    empty = COUNT_SCHEMA.empty_table()
+    return VocabularyCounts({name: TopValues(empty, rule.max_tracked) for name, rule in spec.vocabularies.items()})
 
 
 def _write_counts(path: str, counts: VocabularyCounts, spec: FeatureSpec) -> None:
