@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from clsd_tf.tables import Column
 
 LIST_SEPARATOR = "|"  # A list (JSON, Parquet, TFDS) becomes text with this between its values.
-_ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
+ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
 # At most 18 digits, so that a cast to int64 cannot overflow. No inf, no nan.
 _PATTERNS = {"int64": r"^[+-]?\d{1,18}$", "float": r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"}
 
@@ -26,7 +26,7 @@ def convert_column(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str
     unparsable = pc.invert(pc.match_substring_regex(text, _PATTERNS[column.type]))
     failures[f"not_{column.type}:{column.name}"] = true_mask(unparsable)
     text = pc.if_else(unparsable, pa.scalar(None, pa.string()), text)
-    numbers = pc.utf8_ltrim(text, "+").cast(_ARROW_TYPES[column.type])
+    numbers = pc.utf8_ltrim(text, "+").cast(ARROW_TYPES[column.type])
     if column.type == "float":  # 1e999 is well written, but more than a double holds.
         failures[f"not_float:{column.name}"] |= true_mask(pc.invert(pc.is_finite(numbers)))
     return numbers, failures

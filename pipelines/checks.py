@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.columns import convert_column, true_mask
+from clsd_tf.columns import ARROW_TYPES, convert_column, true_mask
 from clsd_tf.features import FeatureSpec, NumericFeature
-from clsd_tf.tables import Column
+from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 
@@ -39,6 +39,11 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRo
     good = pa.array(reasons == "")
     parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)}).filter(good)
     return parsed, batch.bad_rows + _bad_rows(batch, reasons)
+
+
+def parsed_schema(table: Table) -> pa.Schema:
+    """What ``parse_rows`` makes of a table: the declared columns and ``row_id``."""
+    return pa.schema([*((column.name, ARROW_TYPES[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
 
 
 def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
