@@ -24,7 +24,9 @@ _SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a 
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Directory to write; must not exist.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "Log to read instead of the spec's: a path, or tfds:<name>.")
-_SPLIT_RULE = flags.DEFINE_enum("split_rule", None, ["time", "random"], "Overrides the spec's split rule.")
+_SPLIT_RULE = flags.DEFINE_enum(
+    "split_rule", None, ["time", "random", "user", "last_n_per_user"], "Overrides the spec's split rule."
+)
 _MAX_BAD_FRACTION = flags.DEFINE_float("max_bad_fraction", 0.01, "More bad rows than this fail the job.", 0.0, 1.0)
 _ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 250_000, "Rows per TFRecord file.", 1)
 _COMPRESS = flags.DEFINE_bool("compress", False, "GZIP the TFRecord files.")

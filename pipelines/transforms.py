@@ -179,9 +179,10 @@ class JoinTables(beam.PTransform):
             role: rows
             | f"Only_{role}" >> beam.Filter(lambda row, role: row[0] == role, role)
             | f"PartitionBy_user_{role}" >> beam.FlatMap(lambda row: _partition(row[1], key, self._num_partitions))
-            for role in ("log", "user")
+            for role in ("log", *self._spec.user_tables)
         }
-        items = rows | "Only_item" >> beam.Filter(lambda row: row[0] == "item") | "ItemTables" >> beam.Values()
+        item_roles = tuple(self._spec.item_tables)
+        items = rows | "OnlyItems" >> beam.Filter(lambda row: row[0] in item_roles)
         return (
             by_user
             | "GroupUsers" >> beam.CoGroupByKey()
@@ -209,15 +210,15 @@ class _JoinFn(beam.DoFn):
         self._spec = spec
         self._directory = directory
 
-    def process(self, partition, items: list[pa.Table]) -> Iterator:
+    def process(self, partition, items: list[tuple[str, pa.Table]]) -> Iterator:
         index, tables = partition
-        events, users = list(tables["log"]), list(tables["user"])
-        profiles = self._profiles(users, items)
+        events = list(tables["log"])
+        profiles = self._profiles(tables, items)
         counts = Counter()
         for profile in profiles:
             duplicates, places = profile.duplicate_rows()
             # Every partition sees the whole item table: count its duplicates once.
-            if duplicates and (profile.role == "user" or index == 0):
+            if duplicates and (profile.role in self._spec.user_tables or index == 0):
                 counts[f"{profile.role}/duplicates/{places[0]}/{places[1]}"] += duplicates
         if events:
             joined, missing = join_rows(pa.concat_tables(events), profiles, self._spec)
@@ -232,14 +233,13 @@ class _JoinFn(beam.DoFn):
         pa.parquet.write_table(joined, temporary, row_group_size=ROWS_PER_BATCH)
         tf.io.gfile.rename(temporary, path, overwrite=True)
 
-    def _profiles(self, users: list[pa.Table], items: list[pa.Table]) -> list[Profiles]:
+    def _profiles(self, by_user: Mapping[str, Iterable[pa.Table]], items: list[tuple[str, pa.Table]]) -> list[Profiles]:
         """The declared profile tables; a user table without a row for this partition is empty, not absent."""
-        tables = self._spec.tables
         profiles = []
-        if tables.user:
-            profiles.append(Profiles("user", self._spec.user_key, _concat(users, tables.user)))
-        if tables.item:
-            profiles.append(Profiles("item", self._spec.item_key, _concat(items, tables.item)))
+        for role, table in self._spec.tables.items():
+            if role != "log":
+                parts = by_user[role] if role in by_user else [part for other, part in items if other == role]
+                profiles.append(Profiles(role, table.key, _concat(parts, table), table.valid_from))
         return profiles
 
 
@@ -266,22 +266,18 @@ class ReadJoined(beam.PTransform):
             pipeline
             | "ListParts" >> beam.Create(self._files)
             | "SpreadParts" >> beam.Reshuffle()
-            | "ReadParts" >> beam.FlatMap(_read_parquet)
             | "AssignSplit" >> beam.FlatMap(_assign_split, self._spec, self._cut_offs)
         )
 
 
-def _read_parquet(path: str) -> Iterator[pa.Table]:
-    with pa.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(ROWS_PER_BATCH):
-            yield pa.Table.from_batches([batch])
-
-
-def _assign_split(table: pa.Table, spec: FeatureSpec, cut_offs: list[int]) -> Iterator[tuple[int, pa.Table]]:
-    times, row_ids = table.column(EVENT_TIME).to_numpy(), table.column(ROW_ID).to_numpy()
-    for index, part in split_table(table, split_indices(spec.split, cut_offs, times, row_ids)):
-        if index < len(SPLITS):
-            yield index, part
+def _assign_split(path: str, spec: FeatureSpec, cut_offs: list[int]) -> Iterator[tuple[int, pa.Table]]:
+    table = pa.parquet.read_table(path)
+    indices = split_indices(spec.split, cut_offs, table)
+    for start in range(0, table.num_rows, ROWS_PER_BATCH):
+        rows = slice(start, start + ROWS_PER_BATCH)
+        for index, part in split_table(table.slice(start, ROWS_PER_BATCH), indices[rows]):
+            if index < len(SPLITS):
+                yield index, part
 
 
 # --- Encode ----------------------------------------------------------------------------------------------------------
