@@ -72,13 +72,13 @@ def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[
     failures = {}
     if column.name in _required_columns(spec):
         failures[f"missing:{column.name}"] = true_mask(pc.is_null(values))
-    if column.name == spec.event_time.column:
-        time = spec.event_time
+    if time := spec.time_columns.get(column.name):
         scale = 1_000_000 / time.microseconds_per_unit
         low, high = (_epoch_seconds(day) * scale for day in (time.earliest, time.latest))
         moments = values.cast(pa.float64(), safe=False)
         outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
-        failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
+        use = "event_time" if column.name == spec.event_time.column else "valid_from"
+        failures[f"{use}_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
     if column.name in _non_negative_columns(spec):
         failures[f"negative:{column.name}"] = true_mask(pc.less(values, 0))
     return failures
@@ -90,7 +90,7 @@ def _epoch_seconds(day: dt.date) -> float:
 
 def _required_columns(spec: FeatureSpec) -> set[str]:
     comparisons = [spec.label_comparison, spec.intensity_comparison]
-    required = {spec.user_key, spec.item_key, spec.event_time.column, spec.sample_weight}
+    required = {spec.user_key, spec.item_key, spec.sample_weight, *spec.time_columns}
     return required | {comparison.column for comparison in comparisons if comparison}
 
 
