@@ -19,11 +19,25 @@ class Vocabulary(StrictModel):
       min_count: a value seen less often in training is out of vocabulary.
       max_size: keep at most this many values.
       num_oov_indices: out-of-vocabulary values are hashed into this many ids.
+      weighted: each row counts its sample weight, to the millionth, instead of 1; for ``min_count``, too.
+      max_tracked: with more distinct values than this, those seen most often are found approximately, in memory for
+        this many. A count may then be too low, by at most the sum of all counts / (max_tracked + 1).
     """
 
     min_count: int = pydantic.Field(1, ge=1)
     max_size: int | None = pydantic.Field(None, ge=1)
     num_oov_indices: int = pydantic.Field(1, ge=1)
+    weighted: bool = False
+    max_tracked: int = pydantic.Field(5_000_000, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check_max_tracked(self) -> Vocabulary:
+        if self.max_size is not None and self.max_size > self.max_tracked:
+            raise ValueError(
+                f"max_tracked must be at least max_size. Received: {self.max_tracked} and {self.max_size}. "
+                "Raise max_tracked or lower max_size"
+            )
+        return self
 
 
 class IdFeature(StrictModel):

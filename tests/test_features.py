@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import feature_specs
-from clsd_tf.feature_types import UserGroup
+from clsd_tf.feature_types import UserGroup, Vocabulary
 from clsd_tf.features import FeatureSpec, load_spec, parse_spec
 from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
 from clsd_tf.tables import Comparison
@@ -67,7 +67,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("tables.log.paht", "columns, format, key, path"),
+        ("tables.log.paht", "columns, format, key, path, valid_from"),
         ("tables.log.columns.0.typ", "name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         (
@@ -76,7 +76,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
             "validation_from",
         ),
         ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
-        ("features.1.categorical.vocabulary.min_size", "max_size, min_count, num_oov_indices"),
+        ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
         ("features.6.history.column", "delay_seconds, max_length, name, of, type, where, within_seconds"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
     ],
@@ -635,7 +635,7 @@ def test_vocabularies_leave_hashed_features_out(shop_spec):
     rules = shop_spec.vocabularies
     assert list(rules) == ["item", "user_city", "item_tags"]
     assert rules["item"].num_oov_indices == 2
-    assert rules["user_city"].model_dump() == {"min_count": 1, "max_size": None, "num_oov_indices": 1}
+    assert rules["user_city"] == Vocabulary()
 
 
 # --- Fingerprint -----------------------------------------------------------------------------------------------------
