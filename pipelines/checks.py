@@ -15,7 +15,11 @@ from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 
-def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRow]]:
+def user_id_salt(spec):
+    return None
+
+
+def parse_rows(batch: RawBatch, spec: FeatureSpec, salt=None) -> tuple[pa.Table, list[BadRow]]:
     """Converts text to the declared types and takes out the rows that break a rule.
 
     Args:

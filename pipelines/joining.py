@@ -139,9 +139,8 @@ class _JoinFn(beam.DoFn):
     def setup(self):
         """Tables by item, once per process."""
         plan = self._plan
-        self._items = self._shared.acquire(
-            lambda: _Tables([_profiles(role, 0, plan) for role in plan.spec.item_tables])
-        )
+        roles = plan.spec.item_tables
+        self._items = self._shared.acquire(lambda: _Tables([_profiles(role, 0, plan) for role in roles]))
 
     def process(self, unit: tuple[int, list[int]]) -> Iterator:
         number, partitions = unit

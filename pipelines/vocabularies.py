@@ -80,7 +80,7 @@ class VocabularyCounts:
 
     def errors(self, spec: FeatureSpec) -> dict[str, float]:
         """Vocabulary name -> by how much a value's count, or sum of weights, may be too low; 0 where exact."""
-        return {name: self.values[name].error / _units(rule) for name, rule in spec.vocabularies.items()}
+        return {name: counts.error / _units(spec.vocabularies[name]) for name, counts in self.values.items()}
 
 
 def _units(rule: Vocabulary) -> int:
