@@ -31,18 +31,20 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec, salt=None) -> tuple[pa.Table,
     """
     table = dict(spec.tables.items())[batch.file.role]
     columns: dict[str, pa.Array] = {}
-    reasons = np.full(batch.table.num_rows, "", dtype=object)
+    failures: dict[str, np.ndarray] = {}  # In the order of the rules: a row is bad by the first it breaks.
     for column in table.columns:
-        values, failures = convert_column(batch.table.column(column.name).combine_chunks(), column)
+        values, failed = convert_column(batch.table.column(column.name).combine_chunks(), column)
         if table.format == "csv" and column.type == "string":
             # Mostly a stray quote that swallowed the rows behind it.
-            failures[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
-        for name, mask in [*failures.items(), *_rule_failures(values, column, spec).items()]:
-            reasons[mask & (reasons == "")] = name
+            failed[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
+        failures |= {**failed, **_rule_failures(values, column, spec)}
         columns[column.name] = values
-    good = pa.array(reasons == "")
-    parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)}).filter(good)
-    return parsed, batch.bad_rows + _bad_rows(batch, reasons)
+    parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)})
+    failures = {reason: mask for reason, mask in failures.items() if mask.any()}
+    if not failures:
+        return parsed, batch.bad_rows
+    good = pa.array(~np.logical_or.reduce(list(failures.values())))
+    return parsed.filter(good), batch.bad_rows + _bad_rows(batch, failures)
 
 
 def parsed_schema(table: Table) -> pa.Schema:
@@ -50,19 +52,21 @@ def parsed_schema(table: Table) -> pa.Schema:
     return pa.schema([*((column.name, ARROW_TYPES[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
 
 
-def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
-    bad = np.flatnonzero(reasons != "")
+def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray]) -> list[BadRow]:
+    bad = np.flatnonzero(np.logical_or.reduce(list(failures.values())))
+    names, masks = list(failures), np.stack(list(failures.values()))
+    reasons = np.argmax(masks[:, bad], axis=0)  # The first that is true.
     rows = batch.table.take(pa.array(bad)).to_pylist()
     return [
         BadRow(
             role=batch.file.role,
             file=batch.file.name,
             row=row_number(row.pop(ROW_ID)),
-            reason=reasons[index],
+            reason=names[reason],
             raw=json.dumps(row, default=_readable, sort_keys=True),
             lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
         )
-        for index, row in zip(bad, rows, strict=True)
+        for reason, row in zip(reasons, rows, strict=True)
     ]
 
 
