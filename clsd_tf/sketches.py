@@ -19,7 +19,7 @@ from clsd_tf.hashing import hash_keys
 
 Arrow = pa.Array | pa.ChunkedArray
 _MAX_HASH = 2**63 - 1  # Hashes lie in [0, _MAX_HASH).
-_TOP_VALUES = pa.schema([("value", pa.string()), ("count", pa.int64())])
+COUNT_SCHEMA = pa.schema([("value", pa.string()), ("count", pa.int64())])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ class TopValues:
     @classmethod
     def of_counts(cls, values: Arrow, counts: Arrow, limit: int) -> TopValues:
         """From distinct values without nulls, and the count (or positive integer weight) of each, [num_values]."""
-        return cls(pa.table([values.cast(pa.string()), counts], schema=_TOP_VALUES), limit)._trimmed()
+        return cls(pa.table([values.cast(pa.string()), counts], schema=COUNT_SCHEMA), limit)._trimmed()
 
     def merge(self, other: TopValues) -> TopValues:
         """Counts of both columns; both need one limit."""
@@ -306,5 +306,5 @@ class TopValues:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TopValues:
-        table = pa.table([content["values"], content["counts"]], schema=_TOP_VALUES)
+        table = pa.table([content["values"], content["counts"]], schema=COUNT_SCHEMA)
         return cls(table, content["limit"], content["error"])

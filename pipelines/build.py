@@ -17,7 +17,8 @@ import hashlib
 import itertools
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -148,16 +149,16 @@ class _Build:
         return make_pipeline(self.config.beam_arguments)
 
     @contextlib.contextmanager
-    def _step(self, name: str, what: str):
-        start = dt.datetime.now()
-        with step(f"{name}: {what}") as say:
+    def _step(self, name: str, what: str, progress_text: Callable[[], str]):
+        start = time.monotonic()
+        with step(f"{name}: {what}", progress_text) as say:
             yield say
-        self._seconds[name] = (dt.datetime.now() - start).total_seconds()
+        self._seconds[name] = time.monotonic() - start
 
     # --- 1. ingest
 
     def ingest(self) -> None:
-        with self._step("ingest", "read and check rows") as say:
+        with self._step("ingest", "read and check rows", self._ingested) as say:
             self._ingest()
             say(f"{self.counts['tables']['log']['rows']:,} rows")
 
@@ -208,7 +209,9 @@ class _Build:
         return files, log_bytes, builder
 
     def _check_tables(self, counts: Mapping[str, int]) -> None:
-        tables: dict[str, Any] = {role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()}
+        tables: dict[str, Any] = {
+            role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()
+        }
         for name, count in sorted(counts.items()):
             role, kind, *rest = name.split("/", 2)
             if kind == "unreadable":
@@ -235,7 +238,8 @@ class _Build:
     # --- 2. join and fit
 
     def join_and_fit(self) -> None:
-        with self._step("join and fit", "profiles, histories, splits; vocabularies and statistics of train") as say:
+        what = "profiles, histories, splits; vocabularies and statistics of train"
+        with self._step("join and fit", what, self._joined) as say:
             self._join_and_fit()
             say(", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS))
 
@@ -254,6 +258,7 @@ class _Build:
             directory=self._directory("by_shard"),
             previous_vocabularies=self._previous,
         )
+        self._num_units = len(plan.units())
         with self._pipeline() as pipeline:
             joined, errors = pipeline | "JoinAndFit" >> joining.JoinAndFit(plan, self.layout, self._result("summary"))
             self._collect("joined", joined)
@@ -343,7 +348,7 @@ class _Build:
     # --- 3. encode
 
     def encode(self) -> None:
-        with self._step("encode", "transform -> TFRecord shards") as say:
+        with self._step("encode", "transform -> TFRecord shards", self._encoded) as say:
             self._encode()
             say(f"{self.counts['accounting']['written']:,} rows")
 
@@ -377,6 +382,17 @@ class _Build:
         write_manifest(self.layout, self.spec, inputs=inputs, counts=self.counts, seconds=self._seconds)
         self.layout.mark_complete(self.spec)
 
+    # --- progress
+
+    def _ingested(self) -> str:
+        return f"{sum(path.stat().st_size for path in self._scratch.glob('by_user/*.arrow')) >> 20:,} MiB"
+
+    def _joined(self) -> str:
+        return f"{len(list(self._scratch.glob('by_shard/summary-*.json'))):,} of {self._num_units:,} units of users"
+
+    def _encoded(self) -> str:
+        return f"{len(list(self.layout.records.glob('*.tfrecord*[!e]'))):,} of {self._buckets.total:,} shards"
+
     # --- results of a pipeline
 
     def _directory(self, name: str) -> pathlib.Path:
@@ -389,7 +405,11 @@ class _Build:
 
     def _collect(self, name: str, elements: beam.PCollection) -> None:
         """Writes all elements, in no particular order, as one JSON list."""
-        _ = elements | f"List_{name}" >> beam.combiners.ToList() | f"Write_{name}" >> results.WriteJson(self._result(name))
+        _ = (
+            elements
+            | f"List_{name}" >> beam.combiners.ToList()
+            | f"Write_{name}" >> results.WriteJson(self._result(name))
+        )
 
 
 def _previous_vocabularies(spec: FeatureSpec, grow_from: pathlib.Path | None) -> dict[str, list[str]]:

@@ -19,13 +19,15 @@ from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by bei
 from clsd_tf.artifacts import SPLITS
 from clsd_tf.features import FeatureSpec
 from pipelines.build import BuildConfig, build_dataset
-from pipelines.overrides import SPLIT_RULES, override_source, override_split_rule
+from pipelines.overrides import override_source, override_split_rule
 
 _SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a YAML file.", required=True)
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Directory to write; must not exist.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "Log to read instead of the spec's: a path, or tfds:<name>.")
-_SPLIT_RULE = flags.DEFINE_enum("split_rule", None, SPLIT_RULES, "Overrides the spec's split rule.")
+_SPLIT_RULE = flags.DEFINE_enum(
+    "split_rule", None, ["time", "random", "user", "last_n_per_user"], "Overrides the spec's split rule."
+)
 _GROW_FROM = flags.DEFINE_string(
     "grow_from", None, "Dataset directory, say of the day before, whose vocabularies go on: an id keeps its meaning."
 )
@@ -62,7 +64,9 @@ def main(argv) -> None:
 def _what_became_of_rows(counts) -> str:
     found = counts["accounting"]
     parts = [f"{found['read']:,} rows read = {found['written']:,} written"]
-    parts += [f"{found[name]:,} {name.replace('_', ' ')}" for name in ("dead_lettered", "duplicates_dropped", "left_out")]
+    parts += [
+        f"{found[name]:,} {name.replace('_', ' ')}" for name in ("dead_lettered", "duplicates_dropped", "left_out")
+    ]
     return " + ".join(parts)
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys
-from pipelines.joins import USER_HASH, event_times
+from pipelines.joins import USER_HASH, microseconds
 from pipelines.sources import ROW_ID
 
 
@@ -42,7 +42,8 @@ def without_duplicates(events: pa.Table, spec: FeatureSpec) -> tuple[pa.Table, C
 
 def _first_row_ids(events: pa.Table, spec: FeatureSpec) -> np.ndarray:
     """Lowest row id among the events of the same user, item and time, [num_events]."""
-    keys = (hash_keys(events.column(spec.item_key)), event_times(events, spec), events.column(USER_HASH).to_numpy())
+    times = microseconds(events.column(spec.event_time.column), spec.event_time)
+    keys = (hash_keys(events.column(spec.item_key)), times, events.column(USER_HASH).to_numpy())
     row_ids = events.column(ROW_ID).to_numpy()
     order = np.lexsort((row_ids, *keys))
     is_new = np.ones(len(order), bool)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import apache_beam as beam
 import numpy as np

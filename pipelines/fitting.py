@@ -7,23 +7,20 @@ summaries are made per unit of users and merged in the order of the units, which
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-
-from clsd_tf.artifacts import SPLITS, read_json, write_json
 from clsd_tf.data_statistics import DataStatistics
+
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import NumericStatistics, RawInput
 from clsd_tf.sketches import Histogram
 from clsd_tf.transform import group_ids
 from pipelines.joins import EVENT_TIME
-from pipelines.vocabularies import VocabularyCounts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The first pipeline of a build: source files -> checked rows in exchange files.
 
-Files are cut into slices, slices are read and checked side by side. Good rows go to the exchange: those of the log and of
-tables by user are partitioned by user, so that a partition holds all that is known of its users; tables by item are kept
-whole. Bad rows go to the dead letter, batch by batch.
+Files are cut into slices, slices are read and checked side by side. Good rows go to the exchange: those of the log and
+of tables by user are partitioned by user, so that a partition holds all that is known of its users; tables by item are
+kept whole. Bad rows go to the dead letter, batch by batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from clsd_tf.hashing import hash_keys
 from clsd_tf.sketches import Histogram
 from pipelines.checks import parse_rows
 from pipelines.exchange import ExchangeWriter, temporary_name
-from pipelines.joins import USER_HASH, event_times
-from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, row_number, tfds_batch
+from pipelines.joins import USER_HASH, microseconds
+from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batch
 
 _COUNTS, _TIMES, _INPUTS = "counts", "times", "inputs"
 _DEAD_LETTER_SCHEMA = pa.schema(
@@ -73,7 +73,13 @@ class _PlanFn(beam.DoFn):
         plan = plan_file(file, self._tables[file.role])
         yield beam.pvalue.TaggedOutput(
             _INPUTS,
-            {"table": file.role, "file": file.name, "index": file.index, "bytes": plan.num_bytes, "sha256": plan.sha256},
+            {
+                "table": file.role,
+                "file": file.name,
+                "index": file.index,
+                "bytes": plan.num_bytes,
+                "sha256": plan.sha256,
+            },
         )
         yield from plan.slices
 
@@ -136,17 +142,16 @@ class _CheckRowsFn(beam.DoFn):
             counts[f"{role}/unreadable/{batch.file.name}: {batch.unreadable}"] += 1
         if bad_rows:
             write_dead_letter(bad_rows, batch.file, self._dead_letter_dir)
-        _report(role, counts)
+        _report(counts)
         yield beam.pvalue.TaggedOutput(_COUNTS, counts)
         if good.num_rows:
             yield role, good
 
 
-def _report(role: str, counts: Counter) -> None:
+def _report(counts: Counter) -> None:
     """Counters that a runner shows while the job runs."""
     for name, count in counts.items():
         beam.metrics.Metrics.counter("build_dataset", name.replace("/", "_")).inc(count)
-    del role
 
 
 def write_dead_letter(bad_rows: Sequence[BadRow], file: SourceFile, directory: str) -> None:
@@ -200,17 +205,17 @@ class _ExchangeFn(beam.DoFn):
 
     def process(self, row: tuple[str, pa.Table]) -> Iterator[tuple[str, str]]:
         role, table = row
-        by_user = self._spec.tables.is_by_user(role)
+        by_user = role == "log" or role in self._spec.user_tables
         if role == "log":
-            self._times = self._times.merge(Histogram.of_integers(event_times(table, self._spec)))
+            time = self._spec.event_time
+            times = microseconds(table.column(time.column), time)
+            self._times = self._times.merge(Histogram.of_integers(times))
         partitions = np.zeros(table.num_rows, np.int64)
         if by_user:
             users = hash_keys(table.column(self._spec.user_key))
             table = table.append_column(USER_HASH, pa.array(users))
             partitions = users % self._num_partitions
-        writer = self._writers.setdefault(
-            role, ExchangeWriter(self._directory, self._num_partitions if by_user else 1)
-        )
+        writer = self._writers.setdefault(role, ExchangeWriter(self._directory, self._num_partitions if by_user else 1))
         for path in writer.add(table, partitions):
             yield role, path
 

@@ -139,14 +139,14 @@ class _JoinFn(beam.DoFn):
     def setup(self):
         """Tables by item, once per process."""
         plan = self._plan
-        roles = [role for role, _ in plan.spec.tables.items() if role != "log" and not plan.spec.tables.is_by_user(role)]
-        self._items = self._shared.acquire(lambda: _Tables({role: _profiles(role, 0, plan) for role in roles}))
+        roles = plan.spec.item_tables
+        self._items = self._shared.acquire(lambda: _Tables([_profiles(role, 0, plan) for role in roles]))
 
     def process(self, unit: tuple[int, list[int]]) -> Iterator:
         number, partitions = unit
         plan = self._plan
         writer = ExchangeWriter(plan.directory, plan.buckets.total)
-        summary, vocabularies = FitSummary.empty(), [VocabularyCounts.of(_no_rows(plan.spec), plan.spec)]
+        summary, vocabularies = FitSummary.empty(), [_no_counts(plan.spec)]
         for partition in partitions:
             joined, counts = self._join(partition)
             by_split = _by_split(joined, plan)
@@ -165,14 +165,13 @@ class _JoinFn(beam.DoFn):
 
     def _join(self, partition: int) -> tuple[pa.Table | None, Counter]:
         plan = self._plan
-        tables = plan.spec.tables
-        roles = [role for role, _ in tables.items() if role != "log" and tables.is_by_user(role)]
-        profiles = [*(_profiles(role, partition, plan) for role in roles), *self._items.by_role.values()]
+        by_user = plan.spec.user_tables
+        profiles = [*(_profiles(role, partition, plan) for role in by_user), *self._items.profiles]
         counts = Counter()
         for profile in profiles:
             repeated, places = profile.duplicate_rows()
             # Every partition sees the whole tables by item: count their duplicates once.
-            if repeated and (tables.is_by_user(profile.role) or partition == 0):
+            if repeated and (profile.role in by_user or partition == 0):
                 counts[f"{profile.role}/duplicates/{places[0]}/{places[1]}"] += repeated
         events = pa.concat_tables(read_partition(plan.files["log"], partition))
         if not events.num_rows:
@@ -186,7 +185,7 @@ class _JoinFn(beam.DoFn):
 class _Tables:
     """Profiles of tables by item; a class of its own, since only such can be shared by the threads of a worker."""
 
-    by_role: dict[str, Profiles]
+    profiles: list[Profiles]
 
 
 def _profiles(role: str, partition: int, plan: JoinPlan) -> Profiles:
@@ -194,7 +193,7 @@ def _profiles(role: str, partition: int, plan: JoinPlan) -> Profiles:
     table = dict(plan.spec.tables.items())[role]
     schema = parsed_schema(table)
     parts = [part.select(schema.names) for part in read_partition(plan.files.get(role, []), partition)]
-    return Profiles(role, table.key, pa.concat_tables([schema.empty_table(), *parts]))
+    return Profiles(role, table.key, pa.concat_tables([schema.empty_table(), *parts]), table.valid_from)
 
 
 def _by_split(joined: pa.Table | None, plan: JoinPlan) -> dict[str, pa.Table]:
@@ -223,7 +222,9 @@ def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: Exchan
 def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout, summary_path: pathlib.Path):
     """Merges one kind of summary in the order of the units and writes what comes of it."""
     if name == _SUMMARY:
-        merged = functools.reduce(FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units))
+        merged = functools.reduce(
+            FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units)
+        )
         content = merged.to_dict()
         write_json(layout.data_statistics, content.pop("statistics"))
         write_json(summary_path, content)
@@ -232,6 +233,11 @@ def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout,
     values = rank(merged.values[name], plan.spec.vocabularies[name], plan.previous_vocabularies.get(name, ()))
     write_lines(str(layout.vocabulary(name)), values)
     yield name, merged.errors(plan.spec)[name]
+
+
+def _no_counts(spec: FeatureSpec) -> VocabularyCounts:
+    empty = COUNT_SCHEMA.empty_table()
+    return VocabularyCounts({name: TopValues(empty, rule.max_tracked) for name, rule in spec.vocabularies.items()})
 
 
 def _write_counts(path: str, counts: VocabularyCounts, spec: FeatureSpec) -> None:

@@ -68,15 +68,17 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of a checkout, with + behind it when files differ; None where there is no repository or no git."""
-    try:
+    """The commit of a checkout, with + behind it when files differ; None where this file is in no repository."""
+    this_file = pathlib.Path(__file__)
+
+    def git(*arguments: str) -> str:
         found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["git", *arguments], cwd=this_file.parent, capture_output=True, text=True, check=True, timeout=10
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return found.stdout
+
+    try:
+        git("ls-files", "--error-unmatch", this_file.name)  # An installed copy may lie in a repository of its user.
+        return git("describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*").strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
