@@ -289,15 +289,12 @@ class _Part:
         values = encoded.dictionary.to_numpy(zero_copy_only=False).astype(np.float64)
         in_segments = self._count(encoded.codes, len(values) + 1)[: len(values)]
         counts, present = in_segments[:, 0], np.maximum(count, 1)
-        # Deviations from the mean of the part: small numbers, so that their squares lose no digits.
-        centre = float((counts * values).sum()) / int(present[0])
-        deviations = values - centre
-        sums = (in_segments * deviations[:, np.newaxis]).sum(axis=0)
-        squares = (in_segments * (deviations**2)[:, np.newaxis]).sum(axis=0)
+        mean = (in_segments * values[:, np.newaxis]).sum(axis=0) / present
+        squares = (values[:, np.newaxis] - mean) ** 2
         return NumberSummary(
             count,
-            np.where(count > 0, centre + sums / present, 0.0),
-            np.maximum(squares - sums**2 / present, 0.0),
+            mean,
+            (in_segments * squares).sum(axis=0),
             float(values.min()) if len(values) else None,
             float(values.max()) if len(values) else None,
             int(counts[values == 0].sum()),
