@@ -16,6 +16,8 @@ LEVELS = [
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
     {"transform", "examples", "sketches"},
+    {"column_summaries", "small_groups"},
+    {"data_statistics"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
