@@ -43,6 +43,7 @@ setup(
         "export",
         "feature_specs",
         "pipelines",
+        "pipelines.sources",
         "benchmarks",
     ],
     package_data={"feature_specs": ["*.yaml"], "clsd_tf": ["*.html"], "pipelines": ["studies/*.yaml"]},

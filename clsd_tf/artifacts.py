@@ -93,10 +93,12 @@ class DatasetLayout:
         self.spec = root / "feature_spec.json"
         self.statistics = root / "statistics.json"
         self.counts = root / "counts.json"
+        self.data_statistics = root / "data_statistics.json"
+        self.manifest = root / "manifest.json"
         self.vocabularies = root / "vocabularies"
         self.records = root / "records"
         self.serving_sample = root / "serving_sample.parquet"
-        self.dead_letter = root / "dead_letter.jsonl"
+        self.dead_letter = root / "dead_letter.parquet"
         self.teacher_scores = root / "teacher_scores"
         self.success = root / _SUCCESS
 

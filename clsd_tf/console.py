@@ -41,9 +41,24 @@ def warn(message: str | None) -> None:
         console.print(f"[yellow]warning:[/] {rich.markup.escape(message)}", soft_wrap=True)
 
 
+class _LiveText(rich.progress.ProgressColumn):
+    """What a function says at each refresh."""
+
+    def __init__(self, text: Callable[[], str]):
+        super().__init__()
+        self._text = text
+
+    def render(self, task: rich.progress.Task) -> str:
+        return self._text()
+
+
 @contextlib.contextmanager
-def step(title: str) -> Iterator[Callable[[str], None]]:
+def step(title: str, progress_text: Callable[[], str] = str) -> Iterator[Callable[[str], None]]:
     """Shows a spinner with the elapsed time while a step runs, then one line with what it did.
+
+    Args:
+      title: of the step.
+      progress_text: how far it is, asked several times a second.
 
     Yields:
       A function that sets the text shown behind the title in the final line.
@@ -54,6 +69,7 @@ def step(title: str) -> Iterator[Callable[[str], None]]:
         rich.progress.SpinnerColumn(),
         rich.progress.TextColumn("{task.description}"),
         rich.progress.TimeElapsedColumn(),
+        _LiveText(progress_text),
         console=console,
         transient=True,
         disable=not console.is_terminal,

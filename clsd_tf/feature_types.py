@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from clsd_tf.model_inputs import OTHER_GROUP, UNKNOWN_GROUP
-from clsd_tf.tables import Name
+from clsd_tf.tables import Comparison, Name
 from clsd_tf.validation import StrictModel
 
 
@@ -19,11 +19,25 @@ class Vocabulary(StrictModel):
       min_count: a value seen less often in training is out of vocabulary.
       max_size: keep at most this many values.
       num_oov_indices: out-of-vocabulary values are hashed into this many ids.
+      weighted: each row counts its sample weight, to the millionth, instead of 1; for ``min_count``, too.
+      max_tracked: with more distinct values than this, those seen most often are found approximately, in memory for
+        this many. A count may then be too low, by at most the sum of all counts / (max_tracked + 1).
     """
 
     min_count: int = pydantic.Field(1, ge=1)
     max_size: int | None = pydantic.Field(None, ge=1)
     num_oov_indices: int = pydantic.Field(1, ge=1)
+    weighted: bool = False
+    max_tracked: int = pydantic.Field(5_000_000, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check_max_tracked(self) -> Vocabulary:
+        if self.max_size is not None and self.max_size > self.max_tracked:
+            raise ValueError(
+                f"max_tracked must be at least max_size. Received: {self.max_tracked} and {self.max_size}. "
+                "Raise max_tracked or lower max_size"
+            )
+        return self
 
 
 class IdFeature(StrictModel):
@@ -74,10 +88,39 @@ class NumericFeature(StrictModel):
     num_buckets: int = pydantic.Field(10, ge=2)
 
 
-class HistoryFeature(StrictModel):
+class FromPastEvents(StrictModel):
+    """What a feature of the user's own past looks at: events strictly before the one it describes.
+
+    Attributes:
+      where: only events for which this comparison of a log column holds, for example ``is_like == 1``. It may read
+        labels and other held-out columns, which are known of past events; where the column is missing it does not hold.
+      within_seconds: only events at most this old.
+      delay_seconds: an event is seen once it is older than this: labels arrive late in production.
+    """
+
+    where: str | None = None
+    within_seconds: float | None = pydantic.Field(None, gt=0, le=1e10)
+    delay_seconds: float = pydantic.Field(0, ge=0, le=1e10)
+
+    @pydantic.model_validator(mode="after")
+    def _window_is_not_empty(self):
+        if self.within_seconds is not None and self.within_seconds <= self.delay_seconds:
+            raise ValueError(
+                f"within_seconds must be more than delay_seconds. Received: {self.within_seconds:g} and "
+                f"{self.delay_seconds:g}"
+            )
+        return self
+
+    @property
+    def where_comparison(self) -> Comparison | None:
+        return Comparison.parse(self.where) if self.where else None
+
+
+class HistoryFeature(FromPastEvents):
     """The user's last ``max_length`` values of the categorical feature ``of`` strictly before the event, oldest first.
 
-    Shares the vocabulary (and so the embedding table) of ``of``. In a serving request it is a list of values.
+    ``of`` is a feature of the log or of an item table; the history shares its vocabulary, and so its embedding table.
+    In a serving request it is a list of values.
     """
 
     type: Literal["history"]
@@ -86,8 +129,56 @@ class HistoryFeature(StrictModel):
     max_length: int = pydantic.Field(20, ge=1)
 
 
+class WindowFeature(NumericFeature, FromPastEvents):
+    """A number made of the user's events strictly before the event; in a serving request, a number.
+
+    Only the user's own events can be counted: rows are joined user by user, so an item's events are never together.
+
+    Attributes:
+      column: the feature's own name; need not be given.
+      aggregate: ``count`` of events; ``rate``, the share of events for which ``where`` holds (missing without events);
+        ``mean`` of ``value`` over the events that have it; ``seconds_since_last`` event.
+      value: a numeric column of the log, held-out ones included.
+      min_count: ``rate`` and ``mean`` of fewer events are missing.
+    """
+
+    type: Literal["window"]
+    key: Literal["user"] = "user"
+    aggregate: Literal["count", "rate", "mean", "seconds_since_last"]
+    value: Name | None = None
+    min_count: int = pydantic.Field(1, ge=1)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _column_is_its_name(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "name" not in content:
+            return content
+        if content.get("column", content["name"]) != content["name"]:
+            raise ValueError(f"a window has no column; value is what a mean is of. Received: {content['column']!r}")
+        return {**content, "column": content["name"]}
+
+    @pydantic.field_validator("key", mode="before")
+    @classmethod
+    def _users_only(cls, key: Any) -> Any:
+        if key != "user":
+            raise ValueError(
+                f"windows are made of the user's own events; windows over an item's events, which lie with many users, "
+                f"are not supported. Received: {key!r}. Allowed: 'user'"
+            )
+        return key
+
+    @pydantic.model_validator(mode="after")
+    def _check_aggregate(self) -> WindowFeature:
+        if (self.aggregate == "mean") != (self.value is not None):
+            raise ValueError(f"value is what a mean is of. Received: aggregate: {self.aggregate}, value: {self.value}")
+        if self.aggregate == "rate" and not self.where:
+            raise ValueError("a rate is the share of events where a comparison holds. Received: no where")
+        return self
+
+
 Feature = Annotated[
-    CategoricalFeature | MultiValuedFeature | NumericFeature | HistoryFeature, pydantic.Field(discriminator="type")
+    CategoricalFeature | MultiValuedFeature | NumericFeature | HistoryFeature | WindowFeature,
+    pydantic.Field(discriminator="type"),
 ]
 
 

@@ -10,21 +10,23 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
 from clsd_tf.feature_types import (
     CategoricalFeature,
     Feature,
+    FromPastEvents,
     HistoryFeature,
     IdFeature,
     MultiValuedFeature,
     NumericFeature,
     UserGroup,
     Vocabulary,
+    WindowFeature,
 )
-from clsd_tf.model_inputs import RECORD_FIELDS, CategoricalInput, GroupInput, ModelInputs, RawInput
+from clsd_tf.model_inputs import RECORD_FIELDS, CategoricalInput, GroupInput, ModelInputs, RawInput, RecordLayout
 from clsd_tf.tables import Comparison, EventTime, Name, Split, Table, Tables
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
 
@@ -37,6 +39,9 @@ class FeatureSpec(StrictModel):
       intensity_label: optional stronger signal, held out from training, to judge click confidence with.
       intensity_value: optional numeric column of the log that grows with interest (seconds read), held out likewise.
       sample_weight: optional column of weights >= 0.
+      duplicates: what becomes of events of one user, item and time: the one of the lowest row id stays, all stay, or
+        the build fails. They are counted in any case.
+      record_layout: of the TFRecords: all integers of a row in one entry (fast), or an entry for each name.
     """
 
     name: Name
@@ -52,6 +57,8 @@ class FeatureSpec(StrictModel):
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
+    duplicates: Literal["keep_first", "keep_all", "fail"] = "keep_first"
+    record_layout: RecordLayout = "packed"
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> FeatureSpec:
@@ -77,13 +84,31 @@ class FeatureSpec(StrictModel):
                 raise ValueError(_not_a_column(key, getattr(self, key), self.tables.log.column_names))
 
     def _check_key(self, role: str, table: Table) -> None:
-        expected = {"log": None, "user": self.user_key, "item": self.item_key}[role]
+        expected = self.key_of(role)
         if table.key != expected:
             raise ValueError(f"tables.{role}.key must be {expected!r}. Received: {table.key!r}")
         if expected is not None:
             self._check_key_column(role, expected, table)
         if role != "log" and table.format == "tfds":
             raise ValueError(f"only the log may have format tfds. Received: tables.{role}.format: tfds")
+        self._check_valid_from(role, table)
+
+    def _check_valid_from(self, role: str, table: Table) -> None:
+        valid_from = table.valid_from
+        if valid_from is None:
+            if role.endswith("_state"):
+                raise ValueError(
+                    f"tables.{role} must have valid_from. Received: none. Or declare it as a profile table"
+                )
+            return
+        if role == "log":
+            raise ValueError("the log's time is event_time. Received: tables.log.valid_from. Remove it")
+        allowed = [column.name for column in table.columns if column.type != "string" and column.name != table.key]
+        if valid_from.column not in allowed:
+            raise ValueError(
+                f"tables.{role}.valid_from must be an int64 or float column of its table, not the key. "
+                f"Received: {valid_from.column!r}. Allowed: {allowed}"
+            )
 
     def _check_key_column(self, role: str, key: str, table: Table) -> None:
         if key not in table.column_names:
@@ -110,19 +135,27 @@ class FeatureSpec(StrictModel):
                 raise ValueError(
                     f"a feature's column may not be called {entry.name!r}. Give it another name (source_name)"
                 )
-            if entry.is_list and entry.name in self.column_types:
-                raise ValueError(f"a history may not have the name of a column. Received: {entry.name!r}")
+        for feature in self.features:
+            if isinstance(feature, FromPastEvents) and feature.name in self.column_types:
+                raise ValueError(f"a {feature.type} may not have the name of a column. Received: {feature.name!r}")
 
     def _check_uses(self) -> None:
         # What describes an event stands in the log; what a model may see, in any table.
         for use, name in self._held_out_columns.items():
             if name not in self.tables.log.column_names:
                 raise ValueError(_not_a_column(use, name, self.tables.log.column_names))
+        never_inputs = self._held_out_columns | {
+            f"tables.{role}.valid_from": table.valid_from.column
+            for role, table in self.tables.items()
+            if table.valid_from
+        }
         for feature in (*self.features, *self.user_groups):
-            column = getattr(feature, "column", None)
-            if column is not None and column not in self.column_types:
+            if isinstance(feature, FromPastEvents):
+                continue
+            column = feature.column
+            if column not in self.column_types:
                 raise ValueError(_not_a_column(feature.name, column, list(self.column_types)))
-            for use, name in self._held_out_columns.items():
+            for use, name in never_inputs.items():
                 if column == name:
                     raise ValueError(
                         f"a column used as {use} cannot be a model input. Received: {name!r} in {feature.name!r}"
@@ -148,8 +181,8 @@ class FeatureSpec(StrictModel):
         if self.intensity_value and types[self.intensity_value] == "string":
             raise ValueError("the intensity_value column must be int64 or float. Received: string")
         for feature in self.features:
-            if isinstance(feature, HistoryFeature):
-                self._check_history(feature)
+            if isinstance(feature, FromPastEvents):
+                self._check_past_events(feature)
                 continue
             allowed = ("int64", "float") if isinstance(feature, NumericFeature) else ("string", "int64")
             if types[feature.column] not in allowed:
@@ -158,24 +191,46 @@ class FeatureSpec(StrictModel):
                     f"Received: {types[feature.column]}"
                 )
         for use, comparison in (("label", self.label_comparison), ("intensity_label", self.intensity_comparison)):
-            if comparison and isinstance(comparison.value, str) != (types[comparison.column] == "string"):
-                raise ValueError(f"{use} compares a {types[comparison.column]} column with {comparison.value!r}")
+            self._check_comparison(use, comparison)
+
+    def _check_comparison(self, use: str, comparison: Comparison | None) -> None:
+        types = self.column_types
+        if comparison and isinstance(comparison.value, str) != (types[comparison.column] == "string"):
+            raise ValueError(f"{use} compares a {types[comparison.column]} column with {comparison.value!r}")
+
+    def _check_past_events(self, feature: HistoryFeature | WindowFeature) -> None:
+        log, where = self.tables.log, feature.where_comparison
+        if where and where.column not in log.column_names:
+            raise ValueError(_not_a_column(f"where of {feature.name!r}", where.column, log.column_names))
+        self._check_comparison(f"where of {feature.name!r}", where)
+        if isinstance(feature, HistoryFeature):
+            self._check_history(feature)
+        elif feature.value is not None:
+            numbers = [column.name for column in log.columns if column.type != "string"]
+            if feature.value not in numbers:
+                raise ValueError(
+                    f"value of {feature.name!r} must be an int64 or float column of the log. "
+                    f"Received: {feature.value!r}. Allowed: {numbers}"
+                )
 
     def _check_history(self, history: HistoryFeature) -> None:
+        of_event = {name for table in (self.tables.log, *self.item_tables.values()) for name in table.column_names}
         choices = [
             feature.name
             for feature in self.features
-            if isinstance(feature, CategoricalFeature) and feature.column in self.tables.log.column_names
+            if isinstance(feature, CategoricalFeature) and feature.column in of_event
         ]
         if history.of not in choices:
             raise ValueError(
-                f"history {history.name!r} needs a categorical feature of the log. "
+                f"history {history.name!r} needs a categorical feature of the log or of an item table. "
                 f"Received: of={history.of!r}. Allowed: {choices}"
             )
 
     def _check_groups(self) -> None:
-        profile = self.tables.user or self.tables.log
-        allowed = [name for name in profile.column_names if name != self.item_key]
+        profiles = list(self.user_tables.values()) or [self.tables.log]
+        allowed = list(
+            dict.fromkeys(name for table in profiles for name in table.column_names if name != self.item_key)
+        )
         for group in self.user_groups:
             if group.column not in allowed:
                 raise ValueError(
@@ -188,6 +243,26 @@ class FeatureSpec(StrictModel):
                     f"user group {group.name!r}: text columns take values, numbers take boundaries. "
                     f"Received: column type {self.column_types[group.column]}"
                 )
+
+    def key_of(self, role: str) -> str | None:
+        """The key of the tables of that role; None for the log."""
+        return {"log": None, "user": self.user_key, "item": self.item_key}[role.removesuffix("_state")]
+
+    @property
+    def user_tables(self) -> dict[str, Table]:
+        """Role -> table, of those with the user's key."""
+        return {role: table for role, table in self.tables.items() if role in ("user", "user_state")}
+
+    @property
+    def item_tables(self) -> dict[str, Table]:
+        """Role -> table, of those with the item's key."""
+        return {role: table for role, table in self.tables.items() if role in ("item", "item_state")}
+
+    @property
+    def time_columns(self) -> dict[str, EventTime]:
+        """Column name -> how its times are written, over all tables."""
+        tables = [table for _, table in self.tables.items() if table.valid_from]
+        return {self.event_time.column: self.event_time} | {x.valid_from.column: x.valid_from for x in tables}
 
     @property
     def column_types(self) -> dict[str, str]:
@@ -204,11 +279,13 @@ class FeatureSpec(StrictModel):
 
     @property
     def raw_inputs(self) -> tuple[RawInput, ...]:
-        """What a serving request carries: the columns of features and user groups, and the histories."""
+        """What a serving request carries: the columns of features and user groups, the histories and the windows."""
         inputs: dict[str, RawInput] = {}
         for feature in (*self.features, *self.user_groups):
             if isinstance(feature, HistoryFeature):
                 inputs[feature.name] = RawInput(feature.name, "string", is_list=True)
+            elif isinstance(feature, WindowFeature):
+                inputs[feature.name] = RawInput(feature.name, "float")
             else:
                 inputs.setdefault(feature.column, RawInput(feature.column, self.column_types[feature.column]))
         return tuple(inputs.values())
@@ -237,9 +314,7 @@ class FeatureSpec(StrictModel):
     @property
     def _user_features(self) -> tuple[str, ...]:
         """Single-valued features that tell of the user's profile, never of the user's id: what AdGate may read."""
-        if self.tables.user is None:
-            return ()
-        profile = {name for name in self.tables.user.column_names if name != self.user_key}
+        profile = {name for table in self.user_tables.values() for name in table.column_names if name != self.user_key}
         single_valued = (CategoricalFeature, NumericFeature)
         return tuple(x.name for x in self.features if isinstance(x, single_valued) and x.column in profile)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow as tf
 
 _MAX_HASH = 2**63 - 1
@@ -11,8 +12,11 @@ _MAX_HASH = 2**63 - 1
 
 def hash_keys(keys: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Stable 63-bit hash (FarmHash64) of each key; what partitions users and stands for them in records."""
-    text = keys.cast(pa.string()).cast(pa.binary()).to_numpy(zero_copy_only=False)
-    return tf.strings.to_hash_bucket_fast(tf.constant(text, tf.string, shape=[len(text)]), _MAX_HASH).numpy()
+    keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    encoded = pc.dictionary_encode(keys, null_encoding="encode")  # Distinct keys alone become Python objects.
+    text = encoded.dictionary.cast(pa.string()).cast(pa.binary()).to_numpy(zero_copy_only=False)
+    hashes = tf.strings.to_hash_bucket_fast(tf.constant(text, tf.string, shape=[len(text)]), _MAX_HASH).numpy()
+    return hashes[encoded.indices.to_numpy()]
 
 
 def mix_row_ids(row_ids: np.ndarray, seed: int) -> np.ndarray:

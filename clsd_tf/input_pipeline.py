@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.artifacts import DatasetDir
-from clsd_tf.examples import record_spec
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.examples import packed_columns, parse_records
 
 _SHUFFLE_BUFFER_ROWS = 200_000
 _READ_PARALLELISM = 4
@@ -51,7 +50,7 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
     serialized = _serialized(dataset.record_files(split))
     if shuffle_seed is not None:
         serialized = serialized.shuffle(_buffer_rows(dataset, split), seed=shuffle_seed)
-    return _prepared(_parsed(serialized, dataset.inputs, batch_size).map(_as_training_batch, **_PARALLEL))
+    return _prepared(_parsed(serialized, dataset, batch_size).map(_as_training_batch, **_PARALLEL))
 
 
 def training_epochs(
@@ -82,7 +81,8 @@ def _from_memory(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], 
     ``_from_files``.
     """
     _require_batch_size(batch_size)
-    columns = read_columns(dataset, "train", list(record_spec(dataset.inputs)))
+    ids, numbers = packed_columns(dataset.inputs)
+    columns = read_columns(dataset, "train", [*ids, *numbers])
     columns = {name: tf.constant(values) for name, values in columns.items()}
     num_rows = dataset.num_rows("train")
 
@@ -102,7 +102,7 @@ def _from_files(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], t
 
     def shuffled_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         rows = _serialized(files).shuffle(_SHUFFLE_BUFFER_ROWS, seed=epoch, reshuffle_each_iteration=False)
-        return _parsed(rows, dataset.inputs, batch_size)
+        return _parsed(rows, dataset, batch_size)
 
     return shuffled_batches
 
@@ -125,7 +125,7 @@ def with_row_weights(batched: tf.data.Dataset, weights: RowValues) -> tf.data.Da
 
 def read_columns(dataset: DatasetDir, split: str, names: list[str]) -> dict[str, np.ndarray]:
     """Whole columns of a split in file order: record fields or model inputs, by name."""
-    parsed = _parsed(_serialized(dataset.record_files(split)), dataset.inputs, 4096)
+    parsed = _parsed(_serialized(dataset.record_files(split)), dataset, 4096)
     selected = _prepared(parsed.map(lambda record: {name: record[name] for name in names}))
     parts = list(selected.as_numpy_iterator())
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
@@ -149,11 +149,11 @@ def _serialized(files: list[str]) -> tf.data.Dataset:
     )
 
 
-def _parsed(serialized: tf.data.Dataset, inputs: ModelInputs, batch_size: int) -> tf.data.Dataset:
+def _parsed(serialized: tf.data.Dataset, dataset: DatasetDir, batch_size: int) -> tf.data.Dataset:
     _require_batch_size(batch_size)
     # Batch first: parsing whole batches is more than ten times as fast as parsing examples.
-    spec = record_spec(inputs)
-    return serialized.batch(batch_size).map(lambda batch: tf.io.parse_example(batch, spec), **_PARALLEL)
+    inputs, layout = dataset.inputs, dataset.spec.record_layout
+    return serialized.batch(batch_size).map(lambda batch: parse_records(batch, inputs, layout), **_PARALLEL)
 
 
 def _require_batch_size(batch_size: int) -> None:

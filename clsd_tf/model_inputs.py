@@ -11,6 +11,7 @@ MISSING_ID = 0  # Id of a missing value and of padding, in every vocabulary and 
 MISSING_INT64 = -(2**63)  # What a missing int64 is in a raw tensor; floats use NaN, strings "".
 UNKNOWN_GROUP = "unknown"  # Label of user group 0: the profile or the value is missing.
 OTHER_GROUP = "other"
+RecordLayout = Literal["packed", "named"]  # See clsd_tf.examples.record_tensors.
 RECORD_FIELDS = (
     "label",
     "intensity_label",

@@ -47,16 +47,43 @@ class Column(StrictModel):
         return self.source_name or self.name
 
 
+class EventTime(StrictModel):
+    """The column of a time: an event's, or that a profile row is valid from.
+
+    Rows outside [earliest, latest) are bad rows: mostly a wrong ``unit``.
+    """
+
+    column: Name
+    unit: Literal["seconds", "milliseconds", "microseconds"]
+    earliest: dt.date = dt.date(1990, 1, 1)
+    latest: dt.date = dt.date(2100, 1, 1)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> EventTime:
+        if self.earliest >= self.latest:
+            raise ValueError(f"earliest must be before latest. Received: {self.earliest} and {self.latest}")
+        return self
+
+    @property
+    def microseconds_per_unit(self) -> int:
+        return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
+
+
 class Table(StrictModel):
     """A source table: ``path`` is relative to the input directory and may be a glob pattern.
 
-    ``key`` is the unique key that joins a user or item table to the log; the log has none.
+    ``key`` joins a user or item table to the log; the log has none. It is unique, unless the table has
+    ``valid_from``: then (key, valid_from) is, and each event gets the latest row with valid_from <= the event's time,
+    never a later one. A row that is valid from the very time of an event counts as known by then, since ``valid_from``
+    says when it can be read; so a row that sums up events until and including time t is valid from the next
+    microsecond on at the earliest.
     """
 
     path: str
     format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
+    valid_from: EventTime | None = None
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Table:
@@ -76,33 +103,22 @@ class Table(StrictModel):
 
 
 class Tables(StrictModel):
+    """The log, and what is known of users and items.
+
+    ``user_state`` and ``item_state`` hold what changes, beside a static profile in ``user`` and ``item``: they must
+    have ``valid_from``, which the other two may have.
+    """
+
     log: Table
     user: Table | None = None
     item: Table | None = None
+    user_state: Table | None = None
+    item_state: Table | None = None
 
     def items(self) -> list[tuple[str, Table]]:
         """The declared tables as (role, table)."""
-        roles = (("log", self.log), ("user", self.user), ("item", self.item))
-        return [(role, table) for role, table in roles if table is not None]
-
-
-class EventTime(StrictModel):
-    """Where an event's time stands. Rows outside [earliest, latest) are bad rows: mostly a wrong ``unit``."""
-
-    column: Name
-    unit: Literal["seconds", "milliseconds", "microseconds"]
-    earliest: dt.date = dt.date(1990, 1, 1)
-    latest: dt.date = dt.date(2100, 1, 1)
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> EventTime:
-        if self.earliest >= self.latest:
-            raise ValueError(f"earliest must be before latest. Received: {self.earliest} and {self.latest}")
-        return self
-
-    @property
-    def microseconds_per_unit(self) -> int:
-        return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
+        roles = ("log", "user", "item", "user_state", "item_state")
+        return [(role, getattr(self, role)) for role in roles if getattr(self, role) is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +144,28 @@ class Comparison:
 class Split(StrictModel):
     """How rows become train, validation and test.
 
-    ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
-    the given dates; a row never trains a model that is tested on an earlier one. Events from ``until`` on are left
-    out, which keeps days back while hyper-parameters are chosen. ``rule: random`` draws each row independently; it
-    flatters every model (the future leaks into training) and exists for comparison only.
+    - ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
+      the given dates; a row never trains a model that is tested on an earlier one. Events from ``until`` on are left
+      out, which keeps days back while hyper-parameters are chosen; so are events of the ``gap_days`` before validation
+      and before test, so that labels which arrive late cannot reach over the border.
+    - ``rule: user`` draws each user independently, by the fractions: tested users were never seen in training.
+    - ``rule: last_n_per_user`` tests on the last ``test_events`` of each user, validates on the ``validation_events``
+      before them and trains on the rest; users with nothing left to train on are in training as a whole. Other users'
+      later events are in training: for comparison with sequence models' published numbers.
+    - ``rule: random`` draws each row independently; it flatters every model (the future leaks into training) and exists
+      for comparison only.
     """
 
-    rule: Literal["time", "random"] = "time"
+    rule: Literal["time", "random", "user", "last_n_per_user"] = "time"
     train: float = pydantic.Field(0.8, gt=0, lt=1)
     validation: float = pydantic.Field(0.1, gt=0, lt=1)
     test: float = pydantic.Field(0.1, gt=0, lt=1)
     validation_from: Moment | None = None
     test_from: Moment | None = None
     until: Moment | None = None
+    gap_days: float = pydantic.Field(0, ge=0, le=36_500)
+    validation_events: int = pydantic.Field(1, ge=1)
+    test_events: int = pydantic.Field(1, ge=1)
     seed: int = pydantic.Field(0, ge=0)
 
     @pydantic.model_validator(mode="after")
@@ -150,8 +175,10 @@ class Split(StrictModel):
             raise ValueError(f"train + validation + test must be 1. Received: {total:g}")
         if (self.validation_from is None) != (self.test_from is None):
             raise ValueError("validation_from and test_from go together. Received: one of them")
-        if self.validation_from and self.rule == "random":
-            raise ValueError("cut-off dates need rule: time. Received: rule: random")
+        if self.validation_from and self.rule != "time":
+            raise ValueError(f"cut-off dates need rule: time. Received: rule: {self.rule}")
+        if self.gap_days and self.rule != "time":
+            raise ValueError(f"gap_days needs rule: time. Received: rule: {self.rule}")
         if self.validation_from and self.test_from <= self.validation_from:
             raise ValueError(
                 f"test_from must be after validation_from. Received: {self.test_from} <= {self.validation_from}"

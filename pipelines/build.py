@@ -1,7 +1,7 @@
 """Builds a dataset directory: three Beam pipelines with plain checks between them.
 
-1. join: read, check, join profile and item tables, derive histories -> Parquet
-2. fit: split, count, vocabularies and statistics on the training split only
+1. ingest: read, check -> exchange files, partitioned by user
+2. join and fit: profiles, histories, splits; vocabularies and statistics -> exchange files, by shard
 3. encode: the one transform -> TFRecord shards
 
 Between the pipelines the driver looks at small JSON results, so that bad input ends with an ordinary error as soon as
@@ -10,7 +10,6 @@ the step that meets it is done, and nothing is published unless every step succe
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime as dt
@@ -18,21 +17,26 @@ import hashlib
 import itertools
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from clsd_tf.artifacts import SPLITS, DatasetLayout, read_json, staged_directory, write_json
+from clsd_tf.artifacts import SPLITS, DatasetDir, DatasetLayout, read_json, staged_directory, write_json
 from clsd_tf.console import step
 from clsd_tf.features import FeatureSpec, NumericFeature
-from clsd_tf.model_inputs import NumericStatistics, Statistics
-from pipelines import fitting, results, sources, transforms
-from pipelines.splits import TimeHistogram, split_cut_offs
+from clsd_tf.model_inputs import Statistics
+from clsd_tf.sketches import Histogram
+from pipelines import encoding, ingest, joining, results, sources
+from pipelines.checks import user_id_salt
+from pipelines.engines import check_beam_arguments, make_pipeline
+from pipelines.fitting import NumericSummary
+from pipelines.provenance import write_manifest
+from pipelines.splits import expected_rows, split_cut_offs
+from pipelines.vocabularies import previous_vocabularies
 
-_BYTES_PER_PARTITION = 64 << 20
+_BYTES_PER_PARTITION = 32 << 20
 
 
 class BadInputError(ValueError):
@@ -46,8 +50,9 @@ class BuildConfig:
     Attributes:
       input_dir: what the spec's table paths are relative to; for TFDS the ``data_dir`` (empty: the TFDS default).
       max_bad_fraction: the largest share of bad rows of a table, in [0, 1].
-      rows_per_shard: a split gets ceil(rows / rows_per_shard) shards; a worker holds one shard in memory.
+      rows_per_shard: a split gets about rows / rows_per_shard shards; a worker holds one shard in memory.
       compressed: GZIP the shards.
+      grow_from: a dataset directory whose ids keep their meaning: its vocabularies are continued.
       beam_arguments: pipeline options for Beam, for example ``["--runner=FlinkRunner"]``.
     """
 
@@ -55,6 +60,7 @@ class BuildConfig:
     max_bad_fraction: float = 0.01
     rows_per_shard: int = 250_000
     compressed: bool = False
+    grow_from: pathlib.Path | None = None
     beam_arguments: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -71,17 +77,18 @@ def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Pa
     Raises:
       FileExistsError: ``output_dir`` is there already.
       FileNotFoundError: a table's files are missing.
-      BadInputError: too many bad rows, duplicate profiles, an empty table or split, a constant label, an empty
-        vocabulary. The bad rows seen so far are kept beside ``output_dir``, as ``<output_dir>.dead_letter.jsonl``.
+      SpecError: ``config.grow_from`` gives ids another meaning than ``spec``.
+      BadInputError: a file that cannot be read to its end, too many bad rows, duplicate profiles (or events, where the
+        spec says so), an empty table or split, a constant label, an empty vocabulary. The bad rows seen so far are kept
+        beside ``output_dir``, as ``<output_dir>.dead_letter.parquet``.
     """
     with staged_directory(output_dir) as staging, _kept_dead_letter(staging, output_dir):
         build = _Build(spec, config, staging)
-        counts = build.join_and_fit()
-        with step("encode: transform -> TFRecord shards") as say:
-            build.encode(counts)
-            say(f"{sum(counts['splits'][split]['rows'] for split in SPLITS):,} rows")
-        build.finish(counts)
-    return counts
+        build.ingest()
+        build.join_and_fit()
+        build.encode()
+        build.finish()
+    return build.counts
 
 
 def inspect_data(
@@ -90,12 +97,13 @@ def inspect_data(
     """Joins and fits without writing a dataset: what a build would find.
 
     Raises:
-      As ``build_dataset``; bad rows are kept as ``<spec name>.dead_letter.jsonl`` in the current directory.
+      As ``build_dataset``; bad rows are kept as ``<spec name>.dead_letter.parquet`` in the current directory.
     """
-    build = _Build(spec, config, scratch_dir)
     with _kept_dead_letter(scratch_dir, pathlib.Path(spec.name)):
-        counts = build.join_and_fit()
-    return counts, Statistics.from_json(build.layout.statistics.read_text(encoding="utf-8"))
+        build = _Build(spec, config, scratch_dir)
+        build.ingest()
+        build.join_and_fit()
+    return build.counts, Statistics.from_json(build.layout.statistics.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -107,139 +115,191 @@ def _kept_dead_letter(staging: pathlib.Path, output_dir: pathlib.Path) -> Iterat
         found = DatasetLayout(staging).dead_letter
         if not found.exists():
             raise
-        kept = output_dir.with_name(f"{output_dir.name}.dead_letter.jsonl")
+        kept = output_dir.with_name(f"{output_dir.name}.dead_letter.parquet")
         for attempt in itertools.count(2):
             if not kept.exists():
                 break
-            kept = output_dir.with_name(f"{output_dir.name}.dead_letter-{attempt}.jsonl")
+            kept = output_dir.with_name(f"{output_dir.name}.dead_letter-{attempt}.parquet")
         shutil.move(found, kept)
         raise BadInputError(f"{error}. The bad rows are in {kept}") from error
 
 
 class _Build:
-    """One build in its staging directory."""
+    """One build in its staging directory.
+
+    Attributes:
+      layout: of the staging directory.
+      counts: what the steps so far found; becomes counts.json.
+    """
 
     def __init__(self, spec: FeatureSpec, config: BuildConfig, staging: pathlib.Path):
         self.spec = spec
         self.config = config
         self.layout = DatasetLayout(staging)
-        self._file_names: dict[tuple[str, int], str] = {}  # (role, file index) -> name
-        self._joined = staging / "joined"
-        self._numeric = staging / "numeric"
-        for directory in (self.layout.vocabularies, self.layout.records, self._joined, self._numeric):
+        self.counts: dict[str, Any] = {}
+        self._salt = user_id_salt(spec)
+        self._previous = _previous_vocabularies(spec, config.grow_from)
+        self._scratch = staging / "scratch"
+        self._seconds: dict[str, float] = {}
+        for directory in (self.layout.vocabularies, self.layout.records, self._scratch):
             directory.mkdir()
         self.layout.spec.write_text(spec.to_json(), encoding="utf-8")
 
     def _pipeline(self) -> beam.Pipeline:
-        options = PipelineOptions(list(self.config.beam_arguments))
-        runner = options.view_as(StandardOptions).runner
-        if runner in (None, "DirectRunner"):
-            # DirectRunner's in-process engine by name: "DirectRunner" would first try to download another one.
-            return beam.Pipeline(runner=FnApiRunner(), options=options)
-        return beam.Pipeline(options=options)
+        return make_pipeline(self.config.beam_arguments)
 
-    def join_and_fit(self) -> dict[str, Any]:
-        with step("join: read, check, join profiles, derive histories") as say:
-            joined, times = self._join()
-            say(f"{joined['tables']['log']['rows']:,} rows")
-        with step("fit: split, vocabularies and statistics on the training split") as say:
-            counts = {**joined, **self._fit(times)}
-            say(", ".join(f"{split} {counts['splits'][split]['rows']:,}" for split in SPLITS))
-        return counts
+    @contextlib.contextmanager
+    def _step(self, name: str, what: str, progress_text: Callable[[], str]):
+        start = time.monotonic()
+        with step(f"{name}: {what}", progress_text) as say:
+            yield say
+        self._seconds[name] = time.monotonic() - start
 
-    # --- 1. join
+    # --- 1. ingest
 
-    def _join(self) -> tuple[dict[str, Any], TimeHistogram]:
-        read = self._readers()
-        result, histogram = self.layout.root / "join.json", self.layout.root / "times.json"
+    def ingest(self) -> None:
+        with self._step("ingest", "read and check rows", self._ingested) as say:
+            self._ingest()
+            say(f"{self.counts['tables']['log']['rows']:,} rows")
+
+    def _ingest(self) -> None:
+        exchange, dead_letters = self._directory("by_user"), self._directory("dead_letters")
+        files, log_bytes, tfds_builder = self._list_inputs()
+        self._num_partitions = 1 + log_bytes // _BYTES_PER_PARTITION
         with self._pipeline() as pipeline:
-            batches = [pipeline | f"Read_{index}" >> reader for index, reader in enumerate(read)]
-            checked = batches | "AllBatches" >> beam.Flatten() | "CheckRows" >> transforms.CheckRows(self.spec)
-            joined = checked.rows | "JoinTables" >> transforms.JoinTables(self.spec, self._joined, self._num_partitions)
-            counts = (checked.counts, joined.counts) | "AllCounts" >> beam.Flatten()
-            _ = checked.bad_rows | "DeadLetter" >> transforms.WriteDeadLetter(self.layout.dead_letter)
-            _ = (
-                counts
-                | "SumCounts" >> beam.CombineGlobally(results.MergeCounts())
-                | "WriteCounts" >> results.WriteJson(result)
+            batches, inputs = [], []
+            if files:
+                read, found = pipeline | "Read" >> ingest.ReadTables(files, self.spec)
+                batches, inputs = [read], [found]
+            if tfds_builder:
+                batches.append(pipeline | "ReadTfds" >> ingest.ReadTfds(tfds_builder, self.spec))
+            checked = (
+                batches
+                | "AllBatches" >> beam.Flatten()
+                | "CheckRows" >> ingest.CheckRows(self.spec, self._salt, dead_letters)
             )
-            _ = (
-                joined.times
-                | "Times" >> beam.CombineGlobally(transforms.MergeTimeHistograms())
-                | "TimesToJson" >> beam.Map(TimeHistogram.to_dict)
-                | "WriteTimes" >> results.WriteJson(histogram)
-            )
-        found = _nest_join_counts(read_json(result), [role for role, _ in self.spec.tables.items()])
-        self._check_tables(found, read_json(result))
-        return found, TimeHistogram(**read_json(histogram))
+            rows = checked.rows | "Exchange" >> ingest.ExchangeRows(self.spec, exchange, self._num_partitions)
+            self._collect("inputs", (inputs | "AllInputs" >> beam.Flatten()) if inputs else pipeline | beam.Create([]))
+            self._collect("files", rows.files)
+            counts = checked.counts | "SumCounts" >> beam.CombineGlobally(results.MergeCounts())
+            _ = counts | "WriteCounts" >> results.WriteJson(self._result("counts"))
+            times = rows.times | "MergeTimes" >> beam.CombineGlobally(ingest.MergeHistograms())
+            _ = times | "TimesToJson" >> beam.Map(Histogram.to_dict) | results.WriteJson(self._result("times"))
+        ingest.merge_dead_letters(dead_letters, self.layout.dead_letter)
+        self._check_tables(read_json(self._result("counts")))
+        self._times = Histogram.from_dict(read_json(self._result("times")))
+        self._exchanged: dict[str, list[str]] = {}
+        for role, path in sorted(read_json(self._result("files"))):
+            self._exchanged.setdefault(role, []).append(path)
 
-    def _readers(self) -> list[beam.PTransform]:
-        files = []
-        readers: list[beam.PTransform] = []
-        log_bytes = 0
+    def _list_inputs(self):
+        """(files, bytes of the log, TFDS builder or None)."""
+        files: list[sources.SourceFile] = []
+        builder, log_bytes = None, 0
         for role, table in self.spec.tables.items():
             if table.format == "tfds":
                 builder = _tfds_builder(table.path, self.config.input_dir)
-                readers.append(transforms.ReadTfds(builder, "+".join(builder.info.splits), self.spec))
                 log_bytes = sum(split.num_bytes for split in builder.info.splits.values())
                 continue
             found = sources.list_files(table, role, self.config.input_dir)
-            self._file_names |= {(role, file.index): file.name for file in found}
             files += found
             if role == "log":
                 log_bytes = sum(sources.size_in_bytes(file) for file in found)
-        self._num_partitions = 1 + log_bytes // _BYTES_PER_PARTITION
-        return [*readers, transforms.ReadTables(files, self.spec)] if files else readers
+        self._file_names = {(file.role, file.index): file.name for file in files}
+        return files, log_bytes, builder
 
-    def _check_tables(self, found: dict[str, Any], raw_counts: Mapping[str, int]) -> None:
-        for role, entry in found["tables"].items():
-            if not entry["rows"]:
-                raise BadInputError(f"a table must have rows. Received: tables.{role} with 0 rows. Allowed: at least 1")
-            bad = sum(entry["bad"].values())
-            if bad > self.config.max_bad_fraction * entry["rows"]:
-                reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(entry["bad"].items()))
-                raise BadInputError(
-                    f"too many bad rows in tables.{role}. Received: {bad:,} of {entry['rows']:,} ({reasons}). "
-                    f"Allowed: max_bad_fraction={self.config.max_bad_fraction:g}"
-                )
-            if bad == entry["rows"]:
-                raise BadInputError(f"a table must have good rows. Received: tables.{role} with {bad:,} bad rows only")
-        for name, count in raw_counts.items():
-            if "/duplicates/" in name:
-                role, _, *row_ids = name.split("/")
-                places = " and ".join(self._place(role, int(row_id)) for row_id in row_ids)
-                raise BadInputError(
-                    f"a key of tables.{role} must be unique. Received: {places} with the same "
-                    f"{dict(self.spec.tables.items())[role].key} ({count:,} such row(s)). Remove the duplicates"
-                )
+    def _check_tables(self, counts: Mapping[str, int]) -> None:
+        tables: dict[str, Any] = {
+            role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()
+        }
+        for name, count in sorted(counts.items()):
+            role, kind, *rest = name.split("/", 2)
+            if kind == "unreadable":
+                raise BadInputError(f"a file must be readable to its end. Received: tables.{role}, {rest[0]}")
+            if kind == "bad":
+                tables[role]["bad"][rest[0]] = count
+        self.counts["tables"] = tables
+        for role, entry in tables.items():
+            self._check_table(role, entry["rows"], entry["bad"])
+
+    def _check_table(self, role: str, rows: int, bad_by_reason: Mapping[str, int]) -> None:
+        if not rows:
+            raise BadInputError(f"a table must have rows. Received: tables.{role} with 0 rows. Allowed: at least 1")
+        bad = sum(bad_by_reason.values())
+        if bad > self.config.max_bad_fraction * rows:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(bad_by_reason.items()))
+            raise BadInputError(
+                f"too many bad rows in tables.{role}. Received: {bad:,} of {rows:,} ({reasons}). "
+                f"Allowed: max_bad_fraction={self.config.max_bad_fraction:g}"
+            )
+        if bad == rows:
+            raise BadInputError(f"a table must have good rows. Received: tables.{role} with {bad:,} bad rows only")
+
+    # --- 2. join and fit
+
+    def join_and_fit(self) -> None:
+        what = "profiles, histories, splits; vocabularies and statistics of train"
+        with self._step("join and fit", what, self._joined) as say:
+            self._join_and_fit()
+            say(", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS))
+
+    def _join_and_fit(self) -> None:
+        cut_offs = split_cut_offs(self.spec.split, self._times)
+        expected = expected_rows(self.spec.split, cut_offs, self._times)
+        self._buckets = joining.Buckets(
+            {split: max(1, -(-expected[split] // self.config.rows_per_shard)) for split in SPLITS}
+        )
+        plan = joining.JoinPlan(
+            spec=self.spec,
+            files=self._exchanged,
+            num_partitions=self._num_partitions,
+            cut_offs=cut_offs,
+            buckets=self._buckets,
+            directory=self._directory("by_shard"),
+            previous_vocabularies=self._previous,
+        )
+        self._num_units = len(plan.units())
+        with self._pipeline() as pipeline:
+            joined, errors = pipeline | "JoinAndFit" >> joining.JoinAndFit(plan, self.layout, self._result("summary"))
+            self._collect("joined", joined)
+            self._collect("vocabularies", errors)
+        summary = read_json(self._result("summary"))
+        self._check_duplicates(summary["counts"])
+        self._count_splits(summary, cut_offs)
+        self._check_splits(cut_offs)
+        self._account(summary["counts"])
+        self._write_statistics(summary["numeric"])
+        shutil.rmtree(self._scratch / "by_user")
+
+    def _check_duplicates(self, counts: Mapping[str, int]) -> None:
+        for name, count in sorted(counts.items()):
+            if "/duplicates/" not in name:
+                continue
+            role, _, *row_ids = name.split("/")
+            places = " and ".join(self._place(role, int(row_id)) for row_id in row_ids)
+            table = dict(self.spec.tables.items())[role]
+            key = f"{self.spec.user_key}, {self.spec.item_key} and event time" if role == "log" else table.key
+            raise BadInputError(
+                f"a key of tables.{role} must be unique. Received: {places} with the same {key} ({count:,} such "
+                "row(s)). Remove the duplicates"
+            )
 
     def _place(self, role: str, row_id: int) -> str:
         return f"row {sources.row_number(row_id)} of {self._file_names[role, sources.file_index(row_id)]}"
 
-    # --- 2. fit
-
-    def _fit(self, histogram: TimeHistogram) -> dict[str, Any]:
-        cut_offs = split_cut_offs(self.spec.split, histogram) if self.spec.split.rule == "time" else []
-        self._cut_offs = cut_offs
-        path = self.layout.root / "fit.json"
-        with self._pipeline() as pipeline:
-            rows = pipeline | "ReadJoined" >> transforms.ReadJoined(self._joined_files(), self.spec, cut_offs)
-            train = rows | "OnlyTrain" >> beam.Filter(lambda row: row[0] == 0) | "TrainTables" >> beam.Values()
-            _ = rows | "CountSplits" >> fitting.CountSplits(self.spec) | "WriteCounts" >> results.WriteJson(path)
-            _ = train | "WriteFitted" >> fitting.WriteFitted(self.spec, self.layout, self._numeric)
-        splits = _nest_split_counts(read_json(path), self.spec)
-        self._check_splits(splits, cut_offs)
-        self._write_statistics()
-        moments = [_iso_time(cut_off) for cut_off in cut_offs]
+    def _count_splits(self, summary: Mapping[str, Any], cut_offs: Sequence[int]) -> None:
+        self.counts["splits"] = {split: _split_counts(summary["splits"].get(split), self.spec) for split in SPLITS}
+        self.counts["split_rule"] = self.spec.split.rule
         names = ("validation_from", "test_from", "until")
-        return {"splits": splits, "split_rule": self.spec.split.rule, **dict(zip(names, moments, strict=False))}
+        self.counts |= dict(zip(names, map(_iso_time, cut_offs), strict=False))
+        for name, count in summary["counts"].items():
+            if name.endswith("_profile_missing"):
+                self.counts[name] = count
+        self.counts["vocabulary_count_errors"] = dict(read_json(self._result("vocabularies")))
 
-    def _joined_files(self) -> list[str]:
-        return sorted(str(path) for path in self._joined.glob("*.parquet"))
-
-    def _check_splits(self, splits: dict[str, Any], cut_offs: list[int]) -> None:
-        for name, entry in splits.items():
-            sizes = ", ".join(f"{split} {splits[split]['rows']:,}" for split in SPLITS)
+    def _check_splits(self, cut_offs: Sequence[int]) -> None:
+        sizes = ", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS)
+        for name, entry in self.counts["splits"].items():
             if not entry["rows"]:
                 raise BadInputError(
                     f"every split must have rows. Received: {sizes}, with rule {self.spec.split.rule} and cut-offs "
@@ -248,76 +308,112 @@ class _Build:
             if entry["clicks"] in (0, entry["rows"]):
                 raise BadInputError(
                     f"the label must not be constant. Received: {entry['clicks']:,} clicks in {entry['rows']:,} rows "
-                    f"of {name}, by label `{self.spec.label}`. Allowed: both values in every split"
+                    f"of {name}, by label `{self.spec.label}`. Allowed: both values"
                 )
 
-    def _write_statistics(self) -> None:
+    def _account(self, counts: Mapping[str, int]) -> None:
+        """Every row of the log that was read is somewhere."""
+        log = self.counts["tables"]["log"]
+        self.counts["duplicates"] = counts.get("duplicates", 0)
+        self.counts["accounting"] = found = {
+            "read": log["rows"],
+            "written": sum(entry["rows"] for entry in self.counts["splits"].values()),
+            "dead_lettered": sum(log["bad"].values()),
+            "duplicates_dropped": counts.get("duplicates_dropped", 0),
+            "left_out": counts.get("left_out", 0),
+        }
+        if found["read"] != sum(found.values()) - found["read"]:
+            raise RuntimeError(f"rows were lost. Received: {found}. Expected: read to be the sum of the others")
+
+    def _write_statistics(self, numeric: Mapping[str, Any]) -> None:
         lengths = {}
         for name, rule in self.spec.vocabularies.items():
-            path = self.layout.vocabulary(name)
-            lengths[name] = len(path.read_text(encoding="utf-8").split("\n")) - 1 if path.exists() else 0
+            lengths[name] = len(self.layout.vocabulary(name).read_bytes().split(b"\n")) - 1
             if not lengths[name]:
                 raise BadInputError(
                     f"the vocabulary of {name!r} is empty. Received: no value with min_count={rule.min_count} in the "
                     "training split. Lower min_count, or use hash_buckets"
                 )
-        numeric = {}
+        fitted = {}
         for feature in self.spec.features:
             if isinstance(feature, NumericFeature):
-                path = self._numeric / f"{feature.name}.json"
-                if not path.exists():
+                if feature.name not in numeric:
                     raise BadInputError(
                         f"numeric feature {feature.name!r} has no value in the training split. Received: column "
                         f"{feature.column!r} with only missing values. Remove the feature"
                     )
-                entry = read_json(path)
-                numeric[feature.name] = NumericStatistics(**{**entry, "boundaries": tuple(entry["boundaries"])})
-        self.layout.statistics.write_text(Statistics(lengths, numeric).to_json(), encoding="utf-8")
+                fitted[feature.name] = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
+        self.layout.statistics.write_text(Statistics(lengths, fitted).to_json(), encoding="utf-8")
 
     # --- 3. encode
 
-    def encode(self, counts: Mapping[str, Any]) -> None:
-        num_rows = {split: counts["splits"][split]["rows"] for split in SPLITS}
-        num_shards = {split: -(-rows // self.config.rows_per_shard) for split, rows in num_rows.items()}
-        written = self.layout.root / "written.json"
-        with self._pipeline() as pipeline:
-            rows = pipeline | "ReadJoined" >> transforms.ReadJoined(self._joined_files(), self.spec, self._cut_offs)
-            _ = (
-                rows
-                | "EncodeShards" >> transforms.EncodeShards(self.spec, self.layout, num_shards, self.config.compressed)
-                | "AllShards" >> beam.combiners.ToList()
-                | "WriteShards" >> results.WriteJson(written)
-            )
-            _ = rows | "ServingSample" >> transforms.WriteServingSample(
-                self.spec, self.layout.serving_sample, num_rows["test"]
-            )
-        self._check_shards(read_json(written), num_rows, num_shards)
+    def encode(self) -> None:
+        with self._step("encode", "transform -> TFRecord shards", self._encoded) as say:
+            self._encode()
+            say(f"{self.counts['accounting']['written']:,} rows")
 
-    def _check_shards(
-        self, written: list[dict[str, Any]], num_rows: dict[str, int], num_shards: dict[str, int]
-    ) -> None:
-        """Every row must be written; a shard that got none becomes an empty file, so that their number is right."""
+    def _encode(self) -> None:
+        files = sorted(read_json(self._result("joined")))
+        num_rows = {split: self.counts["splits"][split]["rows"] for split in SPLITS}
+        with self._pipeline() as pipeline:
+            shards = pipeline | "EncodeShards" >> encoding.EncodeShards(
+                self.spec,
+                self.layout,
+                files,
+                self._buckets,
+                num_test_rows=num_rows["test"],
+                compressed=self.config.compressed,
+            )
+            self._collect("shards", shards)
+        written = read_json(self._result("shards"))
         received = {split: sum(shard["rows"] for shard in written if shard["split"] == split) for split in SPLITS}
         if received != num_rows:
             raise RuntimeError(f"rows were lost while encoding. Received: {received}. Expected: {num_rows}")
-        for split in SPLITS:
-            for index in range(num_shards[split]):
-                path = self.layout.shard(split, index, num_shards[split], self.config.compressed)
-                if not path.exists():
-                    transforms.write_records(path, [], self.config.compressed)
         digests = sorted(f"{shard['split']}-{shard['shard']} {shard['digest']}" for shard in written)
-        self._records_digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        self.counts["records_digest"] = hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
-    def finish(self, counts: Mapping[str, Any]) -> None:
-        """Removes intermediate files and marks the directory complete."""
-        for directory in (self._joined, self._numeric):
-            shutil.rmtree(directory)
-        for name in ("join.json", "times.json", "fit.json", "written.json"):
-            (self.layout.root / name).unlink()
+    def finish(self) -> None:
+        """Removes intermediate files, writes the manifest and marks the directory complete."""
+        inputs = sorted(read_json(self._result("inputs")), key=lambda entry: (entry["table"], entry.pop("index")))
+        shutil.rmtree(self._scratch)
         for leftover in self.layout.records.glob("*.incomplete"):  # Of attempts that a runner gave up.
             leftover.unlink()
-        write_json(self.layout.counts, {**counts, "records_digest": self._records_digest})
+        write_json(self.layout.counts, self.counts)
+        write_manifest(self.layout, self.spec, inputs=inputs, counts=self.counts, seconds=self._seconds)
         self.layout.mark_complete(self.spec)
+
+    # --- progress
+
+    def _ingested(self) -> str:
+        return f"{sum(path.stat().st_size for path in self._scratch.glob('by_user/*.arrow')) >> 20:,} MiB"
+
+    def _joined(self) -> str:
+        return f"{len(list(self._scratch.glob('by_shard/summary-*.json'))):,} of {self._num_units:,} units of users"
+
+    def _encoded(self) -> str:
+        return f"{len(list(self.layout.records.glob('*.tfrecord*[!e]'))):,} of {self._buckets.total:,} shards"
+
+    # --- results of a pipeline
+
+    def _directory(self, name: str) -> pathlib.Path:
+        path = self._scratch / name
+        path.mkdir()
+        return path
+
+    def _result(self, name: str) -> pathlib.Path:
+        return self._scratch / f"{name}.json"
+
+    def _collect(self, name: str, elements: beam.PCollection) -> None:
+        """Writes all elements, in no particular order, as one JSON list."""
+        _ = (
+            elements
+            | f"List_{name}" >> beam.combiners.ToList()
+            | f"Write_{name}" >> results.WriteJson(self._result(name))
+        )
+
+
+def _previous_vocabularies(spec: FeatureSpec, grow_from: pathlib.Path | None) -> dict[str, list[str]]:
+    return previous_vocabularies(DatasetDir(grow_from), spec) if grow_from else {}
 
 
 def _tfds_builder(name: str, data_dir: str):
@@ -329,53 +425,22 @@ def _tfds_builder(name: str, data_dir: str):
     return builder
 
 
-def check_beam_arguments(arguments: Sequence[str]) -> None:
-    """Refuses flags that neither a command nor Beam knows: Beam itself would drop them with a log line.
-
-    Raises:
-      ValueError: names the unknown flags.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
-    pending = [PipelineOptions]
-    while pending:
-        options = pending.pop()
-        pending += options.__subclasses__()
-        if "_add_argparse_args" in vars(options):
-            options._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise ValueError(
-            f"unknown flags. Received: {' '.join(unknown)}. Allowed: the flags that --help lists, and Beam's options"
-        )
-
-
-def _nest_join_counts(counts: Mapping[str, int], roles: list[str]) -> dict[str, Any]:
-    tables: dict[str, Any] = {role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role in roles}
-    missing = {}
-    for name, count in counts.items():
-        role, _, rest = name.partition("/")
-        if rest.startswith("bad/"):
-            tables[role]["bad"][rest.removeprefix("bad/")] = count
-        elif name.endswith("_profile_missing"):
-            missing[name] = count
-    return {"tables": tables, **missing}
-
-
-def _nest_split_counts(counts: Mapping[str, int], spec: FeatureSpec) -> dict[str, Any]:
-    splits = {}
-    for split in SPLITS:
-        rows, clicks = counts.get(f"{split}/rows", 0), counts.get(f"{split}/clicks", 0)
-        groups = {
-            group.name: {
-                label: {
-                    kind: counts.get(f"{split}/group/{group.name}/{label}/{kind}", 0) for kind in ("rows", "clicks")
-                }
-                for label in group.labels
-            }
-            for group in spec.user_groups
-        }
-        splits[split] = {"rows": rows, "clicks": clicks, "intense": counts.get(f"{split}/intense", 0), "groups": groups}
-    return splits
+def _split_counts(summary: Mapping[str, Any] | None, spec: FeatureSpec) -> dict[str, Any]:
+    if summary is None:
+        groups = {group.name: {label: {"rows": 0, "clicks": 0} for label in group.labels} for group in spec.user_groups}
+        return {"rows": 0, "clicks": 0, "intense": 0, "groups": groups}
+    groups = {
+        name: {label: {"rows": rows, "clicks": clicks} for label, (rows, clicks) in labels.items()}
+        for name, labels in summary["groups"].items()
+    }
+    return {
+        "rows": summary["rows"],
+        "clicks": summary["clicks"],
+        "intense": summary["intense"],
+        "first_event": _iso_time(summary["first"]),
+        "last_event": _iso_time(summary["last"]),
+        "groups": groups,
+    }
 
 
 def _iso_time(microseconds: int) -> str:

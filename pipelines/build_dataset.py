@@ -3,10 +3,11 @@
 Example:
   python -m pipelines.build_dataset --spec=movielens_100k --input_dir=demo/raw --dataset_dir=demo/dataset
 
-Reads the tables that the spec declares, checks every row (bad ones go to dead_letter.jsonl with their reason), joins
-the user profile and the item table, derives histories without looking ahead, splits by time, counts vocabularies on
-the training split only, applies the one transform and writes TFRecords of tf.Example. The directory appears under its
-name only when it is complete. Flags that are not listed here go to Beam, for example --runner=FlinkRunner.
+Reads the tables that the spec declares, checks every row (bad ones go to dead_letter.parquet with their reason), joins
+user profiles and item tables as of the event's time, derives histories without looking ahead, splits, counts
+vocabularies on the training split only, applies the one transform and writes TFRecords of tf.Example. The directory
+appears under its name only when it is complete; manifest.json says from what it was built. Flags that are not listed
+here go to Beam, for example --runner=FlinkRunner; by default DirectRunner uses all cores.
 """
 
 import pathlib
@@ -24,9 +25,14 @@ _SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a 
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Directory to write; must not exist.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "Log to read instead of the spec's: a path, or tfds:<name>.")
-_SPLIT_RULE = flags.DEFINE_enum("split_rule", None, ["time", "random"], "Overrides the spec's split rule.")
+_SPLIT_RULE = flags.DEFINE_enum(
+    "split_rule", None, ["time", "random", "user", "last_n_per_user"], "Overrides the spec's split rule."
+)
+_GROW_FROM = flags.DEFINE_string(
+    "grow_from", None, "Dataset directory, say of the day before, whose vocabularies go on: an id keeps its meaning."
+)
 _MAX_BAD_FRACTION = flags.DEFINE_float("max_bad_fraction", 0.01, "More bad rows than this fail the job.", 0.0, 1.0)
-_ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 250_000, "Rows per TFRecord file.", 1)
+_ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 250_000, "About how many rows a TFRecord file holds.", 1)
 _COMPRESS = flags.DEFINE_bool("compress", False, "GZIP the TFRecord files.")
 
 
@@ -41,18 +47,27 @@ def main(argv) -> None:
         max_bad_fraction=_MAX_BAD_FRACTION.value,
         rows_per_shard=_ROWS_PER_SHARD.value,
         compressed=_COMPRESS.value,
+        grow_from=pathlib.Path(_GROW_FROM.value) if _GROW_FROM.value else None,
         beam_arguments=tuple(argv[1:]),
     )
     dataset_dir = pathlib.Path(_DATASET_DIR.value)
     counts = build_dataset(resolve_spec(), config, dataset_dir)
-    rows = [(split, counts["splits"][split]["rows"], _click_rate(counts["splits"][split])) for split in SPLITS]
-    console.print_table("Dataset", ["split", "rows", "click rate"], rows)
-    bad = sum(sum(table["bad"].values()) for table in counts["tables"].values())
-    console.console.print(f"{bad:,} bad rows; dataset in {dataset_dir}")
+    rows = [
+        (split, entry["rows"], entry["clicks"] / entry["rows"], entry["first_event"], entry["last_event"])
+        for split, entry in ((split, counts["splits"][split]) for split in SPLITS)
+    ]
+    console.print_table("Dataset", ["split", "rows", "click rate", "first event", "last event"], rows)
+    console.console.print(_what_became_of_rows(counts))
+    console.console.print(f"dataset in {dataset_dir}", soft_wrap=True)
 
 
-def _click_rate(entry) -> float:
-    return entry["clicks"] / entry["rows"]
+def _what_became_of_rows(counts) -> str:
+    found = counts["accounting"]
+    parts = [f"{found['read']:,} rows read = {found['written']:,} written"]
+    parts += [
+        f"{found[name]:,} {name.replace('_', ' ')}" for name in ("dead_lettered", "duplicates_dropped", "left_out")
+    ]
+    return " + ".join(parts)
 
 
 if __name__ == "__main__":

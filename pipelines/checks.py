@@ -9,13 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.columns import convert_column, true_mask
+from clsd_tf.columns import ARROW_TYPES, convert_column, true_mask
 from clsd_tf.features import FeatureSpec, NumericFeature
-from clsd_tf.tables import Column
+from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 
-def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRow]]:
+def user_id_salt(spec):
+    return None
+
+
+def parse_rows(batch: RawBatch, spec: FeatureSpec, salt=None) -> tuple[pa.Table, list[BadRow]]:
     """Converts text to the declared types and takes out the rows that break a rule.
 
     Args:
@@ -27,33 +31,42 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec) -> tuple[pa.Table, list[BadRo
     """
     table = dict(spec.tables.items())[batch.file.role]
     columns: dict[str, pa.Array] = {}
-    reasons = np.full(batch.table.num_rows, "", dtype=object)
+    failures: dict[str, np.ndarray] = {}  # In the order of the rules: a row is bad by the first it breaks.
     for column in table.columns:
-        values, failures = convert_column(batch.table.column(column.name).combine_chunks(), column)
+        values, failed = convert_column(batch.table.column(column.name).combine_chunks(), column)
         if table.format == "csv" and column.type == "string":
             # Mostly a stray quote that swallowed the rows behind it.
-            failures[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
-        for name, mask in [*failures.items(), *_rule_failures(values, column, spec).items()]:
-            reasons[mask & (reasons == "")] = name
+            failed[f"line_break:{column.name}"] = true_mask(pc.match_substring(values, "\n"))
+        failures |= {**failed, **_rule_failures(values, column, spec)}
         columns[column.name] = values
-    good = pa.array(reasons == "")
-    parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)}).filter(good)
-    return parsed, batch.bad_rows + _bad_rows(batch, reasons)
+    parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)})
+    failures = {reason: mask for reason, mask in failures.items() if mask.any()}
+    if not failures:
+        return parsed, batch.bad_rows
+    good = pa.array(~np.logical_or.reduce(list(failures.values())))
+    return parsed.filter(good), batch.bad_rows + _bad_rows(batch, failures)
 
 
-def _bad_rows(batch: RawBatch, reasons: np.ndarray) -> list[BadRow]:
-    bad = np.flatnonzero(reasons != "")
+def parsed_schema(table: Table) -> pa.Schema:
+    """What ``parse_rows`` makes of a table: the declared columns and ``row_id``."""
+    return pa.schema([*((column.name, ARROW_TYPES[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
+
+
+def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray]) -> list[BadRow]:
+    bad = np.flatnonzero(np.logical_or.reduce(list(failures.values())))
+    names, masks = list(failures), np.stack(list(failures.values()))
+    reasons = np.argmax(masks[:, bad], axis=0)  # The first that is true.
     rows = batch.table.take(pa.array(bad)).to_pylist()
     return [
         BadRow(
             role=batch.file.role,
             file=batch.file.name,
             row=row_number(row.pop(ROW_ID)),
-            reason=reasons[index],
+            reason=names[reason],
             raw=json.dumps(row, default=_readable, sort_keys=True),
             lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
         )
-        for index, row in zip(bad, rows, strict=True)
+        for reason, row in zip(reasons, rows, strict=True)
     ]
 
 
@@ -67,13 +80,13 @@ def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[
     failures = {}
     if column.name in _required_columns(spec):
         failures[f"missing:{column.name}"] = true_mask(pc.is_null(values))
-    if column.name == spec.event_time.column:
-        time = spec.event_time
+    if time := spec.time_columns.get(column.name):
         scale = 1_000_000 / time.microseconds_per_unit
         low, high = (_epoch_seconds(day) * scale for day in (time.earliest, time.latest))
         moments = values.cast(pa.float64(), safe=False)
         outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
-        failures[f"event_time_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
+        use = "event_time" if column.name == spec.event_time.column else "valid_from"
+        failures[f"{use}_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
     if column.name in _non_negative_columns(spec):
         failures[f"negative:{column.name}"] = true_mask(pc.less(values, 0))
     return failures
@@ -85,7 +98,7 @@ def _epoch_seconds(day: dt.date) -> float:
 
 def _required_columns(spec: FeatureSpec) -> set[str]:
     comparisons = [spec.label_comparison, spec.intensity_comparison]
-    required = {spec.user_key, spec.item_key, spec.event_time.column, spec.sample_weight}
+    required = {spec.user_key, spec.item_key, spec.sample_weight, *spec.time_columns}
     return required | {comparison.column for comparison in comparisons if comparison}
 
 

@@ -1,188 +1,200 @@
-"""The Beam transforms that learn from data: split counts, vocabularies and numeric statistics."""
+"""What a build learns from joined rows: counts of the splits, vocabularies, moments and data statistics.
+
+Everything here is a summary of some rows that can be merged with another. Sums of floats depend on their order, so
+summaries are made per unit of users and merged in the order of the units, whichever worker made them.
+"""
 
 from __future__ import annotations
 
-import pathlib
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+from clsd_tf.data_statistics import DataStatistics
 
-from clsd_tf.artifacts import SPLITS, DatasetLayout
 from clsd_tf.examples import arrow_to_tensors
-from clsd_tf.features import FeatureSpec, MultiValuedFeature, NumericFeature, Vocabulary
+from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import NumericStatistics, RawInput
+from clsd_tf.sketches import Histogram
 from clsd_tf.transform import group_ids
-from pipelines.results import MergeCounts, write_json, write_lines
+from pipelines.joins import EVENT_TIME
 
 
-class CountSplits(beam.PTransform):
-    """(split, table) -> one Counter: rows, clicks, intense rows, time range and user groups of each split."""
+@dataclasses.dataclass(frozen=True)
+class SplitSummary:
+    """Rows, clicks, intense rows and time range of a split (microseconds), and rows and clicks of its user groups."""
 
-    def __init__(self, spec: FeatureSpec):
-        super().__init__()
-        self._spec = spec
+    rows: int = 0
+    clicks: int = 0
+    intense: int = 0
+    first: int | None = None
+    last: int | None = None
+    groups: Mapping[str, Mapping[str, Sequence[int]]] = dataclasses.field(default_factory=dict)
 
-    def expand(self, rows):
-        spec = self._spec
-        counts = rows | "CountRows" >> beam.MapTuple(lambda split, table: _count_rows(split, table, spec))
-        return counts | "SumCounts" >> beam.CombineGlobally(MergeCounts())
+    @classmethod
+    def of(cls, table: pa.Table, spec: FeatureSpec) -> SplitSummary:
+        label = table.column("label").to_numpy()
+        times = table.column(EVENT_TIME).to_numpy()
+        return cls(
+            rows=table.num_rows,
+            clicks=int(label.sum()),
+            intense=int(table.column("intensity_label").to_numpy().sum()),
+            first=int(times.min()),
+            last=int(times.max()),
+            groups={group.name: _group_counts(group, table, label, spec) for group in spec.user_groups},
+        )
 
-
-def _count_rows(split: int, table: pa.Table, spec: FeatureSpec) -> Counter:
-    name = SPLITS[split]
-    label = table.column("label").to_numpy()
-    counts = Counter({f"{name}/rows": len(label), f"{name}/clicks": int(label.sum())})
-    counts[f"{name}/intense"] = int(table.column("intensity_label").to_numpy().sum())
-    for group in spec.user_groups:
-        raw = RawInput(group.column, spec.column_types[group.column])
-        ids = group_ids(group, arrow_to_tensors(table, [raw])[group.column]).numpy()
-        for index, group_label in enumerate(group.labels):
-            counts[f"{name}/group/{group.name}/{group_label}/rows"] += int((ids == index).sum())
-            counts[f"{name}/group/{group.name}/{group_label}/clicks"] += int(label[ids == index].sum())
-    return counts
-
-
-class FitVocabularies(beam.PTransform):
-    """Training tables -> (vocabulary name, values by falling count); ties in the order of the text."""
-
-    def __init__(self, spec: FeatureSpec):
-        super().__init__()
-        self._spec = spec
-
-    def expand(self, tables):
-        rules = self._spec.vocabularies
-        return (
-            tables
-            | "CountValues" >> beam.FlatMap(_count_values, self._spec)
-            | "SumValues" >> beam.CombinePerKey(sum)
-            | "ByVocabulary" >> beam.MapTuple(lambda key, count: (key[0], (key[1], count)))
-            | "GroupVocabulary" >> beam.GroupByKey()
-            | "Rank" >> beam.MapTuple(lambda name, counts: (name, _rank(counts, rules[name])))
+    def merge(self, other: SplitSummary) -> SplitSummary:
+        if not self.rows or not other.rows:
+            return self if self.rows else other
+        groups = {
+            name: {
+                label: [mine + theirs for mine, theirs in zip(pair, other.groups[name][label], strict=True)]
+                for label, pair in labels.items()
+            }
+            for name, labels in self.groups.items()
+        }
+        return SplitSummary(
+            self.rows + other.rows,
+            self.clicks + other.clicks,
+            self.intense + other.intense,
+            min(self.first, other.first),
+            max(self.last, other.last),
+            groups,
         )
 
 
-def _count_values(table: pa.Table, spec: FeatureSpec) -> Iterator[tuple[tuple[str, str], int]]:
-    for name in spec.vocabularies:
-        feature = spec.feature(name)
-        values = table.column(feature.column).cast(pa.string())
-        if isinstance(feature, MultiValuedFeature):
-            values = pa.compute.list_flatten(pa.compute.split_pattern(values, feature.separator))
-        for entry in pa.compute.value_counts(values.drop_null()).to_pylist():
-            # A vocabulary file holds one value a line, so a value with a line break stays out of vocabulary.
-            if entry["values"] and not {"\n", "\r"} & set(entry["values"]):
-                yield (name, entry["values"]), entry["counts"]
+def _group_counts(group, table: pa.Table, label: np.ndarray, spec: FeatureSpec) -> dict[str, list[int]]:
+    raw = RawInput(group.column, spec.column_types[group.column])
+    ids = group_ids(group, arrow_to_tensors(table, [raw])[group.column]).numpy()
+    rows = np.bincount(ids, minlength=len(group.labels))
+    clicks = np.bincount(ids, weights=label, minlength=len(group.labels))
+    return {name: [int(rows[index]), int(clicks[index])] for index, name in enumerate(group.labels)}
 
 
-def _rank(counts: Iterable[tuple[str, int]], rule: Vocabulary) -> list[str]:
-    kept = [(-count, value) for value, count in counts if count >= rule.min_count]
-    return [value for _, value in sorted(kept)[: rule.max_size]]
+@dataclasses.dataclass(frozen=True)
+class NumericSummary:
+    """Count, mean, squared deviation, minimum and maximum of a numeric feature, merged by Chan et al. (1979).
 
+    ``histogram`` is there for features in quantile buckets.
+    """
 
-class FitNumeric(beam.PTransform):
-    """Training tables -> (feature name, NumericStatistics)."""
+    count: int
+    mean: float
+    deviation: float
+    minimum: float
+    maximum: float
+    histogram: Histogram | None
 
-    def __init__(self, features: list[NumericFeature]):
-        super().__init__()
-        self._features = features
-
-    def expand(self, tables):
-        values = tables | "NumericValues" >> beam.FlatMap(_numeric_values, self._features)
-        moments = values | "Moments" >> beam.CombinePerKey(_MomentsFn())
-        quantiles = [self._quantiles(values, feature) for feature in self._features if _is_bucketised(feature)]
-        if not quantiles:
-            return moments
-        boundaries = quantiles | "AllQuantiles" >> beam.Flatten()
-        return moments | "AddBoundaries" >> beam.Map(_with_boundaries, beam.pvalue.AsDict(boundaries))
-
-    @staticmethod
-    def _quantiles(values, feature: NumericFeature):
-        return (
-            values
-            | f"Only_{feature.name}" >> beam.Filter(lambda pair, name: pair[0] == name, feature.name)
-            | f"Lists_{feature.name}" >> beam.MapTuple(lambda _, array: array.tolist())
-            | f"Quantiles_{feature.name}"
-            >> beam.ApproximateQuantiles.Globally(feature.num_buckets + 1, input_batched=True)
-            | f"Inner_{feature.name}"
-            >> beam.Map(lambda edges, name: (name, tuple(sorted(set(edges[1:-1])))), feature.name)
-        )
-
-
-def _is_bucketised(feature: NumericFeature) -> bool:
-    return feature.scaling == "quantile_buckets"
-
-
-def _numeric_values(table: pa.Table, features: list[NumericFeature]) -> Iterator[tuple[str, np.ndarray]]:
-    for feature in features:
+    @classmethod
+    def of(cls, table: pa.Table, feature: NumericFeature) -> NumericSummary | None:
+        """None where the feature has no value."""
         values = table.column(feature.column).drop_null().to_numpy().astype(np.float64)
-        if len(values):
-            yield feature.name, np.log1p(values) if feature.log1p else values
-
-
-class _MomentsFn(beam.CombineFn):
-    """Count, mean, squared deviation, minimum and maximum, merged by Chan et al. (1979)."""
-
-    def create_accumulator(self):
-        return 0, 0.0, 0.0, float("inf"), float("-inf")
-
-    def add_input(self, accumulator, values):
+        if not len(values):
+            return None
+        values = np.log1p(values) if feature.log1p else values
         mean = float(values.mean())
-        part = (len(values), mean, float(((values - mean) ** 2).sum()), float(values.min()), float(values.max()))
-        return self._merge(accumulator, part)
+        histogram = Histogram.of_floats(values) if feature.scaling == "quantile_buckets" else None
+        deviation = float(((values - mean) ** 2).sum())
+        return cls(len(values), mean, deviation, float(values.min()), float(values.max()), histogram)
 
-    def merge_accumulators(self, accumulators):
-        merged = self.create_accumulator()
-        for accumulator in accumulators:
-            merged = self._merge(merged, accumulator)
-        return merged
+    def merge(self, other: NumericSummary) -> NumericSummary:
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return NumericSummary(
+            count,
+            self.mean + delta * other.count / count,
+            self.deviation + other.deviation + delta**2 * self.count * other.count / count,
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+            self.histogram.merge(other.histogram) if self.histogram else None,
+        )
 
-    @staticmethod
-    def _merge(left, right):
-        count = left[0] + right[0]
-        if not count:
-            return left
-        delta = right[1] - left[1]
-        mean = left[1] + delta * right[0] / count
-        deviation = left[2] + right[2] + delta**2 * left[0] * right[0] / count
-        return count, mean, deviation, min(left[3], right[3]), max(left[4], right[4])
+    def statistics(self, feature: NumericFeature) -> NumericStatistics:
+        """What the transform needs; boundaries are the distinct inner quantiles."""
+        boundaries: tuple[float, ...] = ()
+        if self.histogram:
+            fractions = np.arange(1, feature.num_buckets) / feature.num_buckets
+            boundaries = tuple(sorted(set(self.histogram.quantiles(fractions).tolist())))
+        std = (self.deviation / self.count) ** 0.5
+        return NumericStatistics(self.count, self.mean, std, self.minimum, self.maximum, boundaries)
 
-    def extract_output(self, accumulator):
-        count, mean, deviation, minimum, maximum = accumulator
-        return NumericStatistics(count, mean, (deviation / count) ** 0.5, minimum, maximum)
+    def to_dict(self) -> dict[str, Any]:
+        histogram = self.histogram.to_dict() if self.histogram else None
+        return {**vars(self), "histogram": histogram}
 
-
-def _with_boundaries(moments: tuple[str, NumericStatistics], boundaries: Mapping[str, tuple[float, ...]]):
-    name, fitted = moments
-    values = {**vars(fitted), "boundaries": boundaries.get(name, ())}
-    return name, NumericStatistics(**values)
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> NumericSummary:
+        histogram = Histogram.from_dict(value["histogram"]) if value["histogram"] else None
+        return cls(**{**value, "histogram": histogram})
 
 
-class WriteFitted(beam.PTransform):
-    """Vocabularies -> one text file each; numeric statistics -> one JSON file each, for the driver to collect."""
+@dataclasses.dataclass(frozen=True)
+class FitSummary:
+    """All that a build learns from joined rows but the vocabularies.
 
-    def __init__(self, spec: FeatureSpec, layout: DatasetLayout, numeric_dir: pathlib.Path):
-        super().__init__()
-        self._spec = spec
-        self._vocabularies = str(layout.vocabularies)
-        self._numeric_dir = str(numeric_dir)
+    Attributes:
+      counts: of rows by what became of them: duplicates, rows in no split, rows without a profile.
+      splits: by split.
+      numeric: by feature, of training rows.
+      statistics: by split.
+    """
 
-    def expand(self, tables):
-        features = [feature for feature in self._spec.features if isinstance(feature, NumericFeature)]
-        vocabularies, numeric_dir = self._vocabularies, self._numeric_dir
-        written = [
-            tables
-            | "FitVocabularies" >> FitVocabularies(self._spec)
-            | "WriteVocabularies"
-            >> beam.MapTuple(lambda name, values: write_lines(f"{vocabularies}/{name}.txt", values))
-        ]
-        if features:
-            written.append(
-                tables
-                | "FitNumeric" >> FitNumeric(features)
-                | "WriteNumeric"
-                >> beam.MapTuple(lambda name, fitted: write_json(vars(fitted), f"{numeric_dir}/{name}.json"))
-            )
-        return written | "AllWritten" >> beam.Flatten()
+    counts: Counter
+    splits: Mapping[str, SplitSummary]
+    numeric: Mapping[str, NumericSummary]
+    statistics: Mapping[str, DataStatistics]
+
+    @classmethod
+    def of(cls, counts: Counter, by_split: Mapping[str, pa.Table], spec: FeatureSpec) -> FitSummary:
+        train = by_split.get("train")
+        numeric = {}
+        if train is not None:
+            features = [feature for feature in spec.features if isinstance(feature, NumericFeature)]
+            found = {feature.name: NumericSummary.of(train, feature) for feature in features}
+            numeric = {name: summary for name, summary in found.items() if summary}
+        return cls(
+            counts,
+            {split: SplitSummary.of(table, spec) for split, table in by_split.items()},
+            numeric,
+            {split: DataStatistics.of(table, spec) for split, table in by_split.items()},
+        )
+
+    @classmethod
+    def empty(cls) -> FitSummary:
+        return cls(Counter(), {}, {}, {})
+
+    def merge(self, other: FitSummary) -> FitSummary:
+        return FitSummary(
+            self.counts + other.counts,
+            _merge_by_name(self.splits, other.splits),
+            _merge_by_name(self.numeric, other.numeric),
+            _merge_by_name(self.statistics, other.statistics),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "counts": dict(self.counts),
+            "splits": {name: dataclasses.asdict(entry) for name, entry in self.splits.items()},
+            "numeric": {name: entry.to_dict() for name, entry in self.numeric.items()},
+            "statistics": {name: entry.to_dict() for name, entry in self.statistics.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> FitSummary:
+        return cls(
+            Counter(value["counts"]),
+            {name: SplitSummary(**entry) for name, entry in value["splits"].items()},
+            {name: NumericSummary.from_dict(entry) for name, entry in value["numeric"].items()},
+            {name: DataStatistics.from_dict(entry) for name, entry in value["statistics"].items()},
+        )
+
+
+def _merge_by_name(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(left)
+    for name, entry in right.items():
+        merged[name] = merged[name].merge(entry) if name in merged else entry
+    return merged

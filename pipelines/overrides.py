@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from clsd_tf.features import FeatureSpec, parse_spec
 
 _TFDS = "tfds:"
@@ -17,11 +19,14 @@ def override_source(spec: FeatureSpec, source: str | None) -> FeatureSpec:
 
 
 def override_split_rule(spec: FeatureSpec, rule: str | None) -> FeatureSpec:
-    """Splits by ``rule`` instead of the spec's."""
-    return spec if rule is None else _replaced(spec, ("split",), {"rule": rule})
+    """Splits by ``rule`` instead of the spec's; its dates and gap are those of the time rule alone."""
+    if rule is None:
+        return spec
+    of_time = {"validation_from": None, "test_from": None, "until": None, "gap_days": 0}
+    return _replaced(spec, ("split",), {"rule": rule, **(of_time if rule != "time" else {})})
 
 
-def _replaced(spec: FeatureSpec, path: tuple[str, ...], changes: dict[str, str]) -> FeatureSpec:
+def _replaced(spec: FeatureSpec, path: tuple[str, ...], changes: dict[str, Any]) -> FeatureSpec:
     content = spec.model_dump(mode="json")
     node = content
     for key in path:

@@ -1,68 +1,23 @@
-"""Which split a row belongs to, and the histogram of event times that cut-offs by fractions come from."""
+"""Which split a row belongs to."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
+from clsd_tf.artifacts import SPLITS
 from clsd_tf.hashing import mix_row_ids
+from clsd_tf.sketches import Histogram
 from clsd_tf.tables import Split
 
-
-class TimeHistogram:
-    """Counts of rows per event time, mergeable and of bounded size.
-
-    Bucket width is a power of two of microseconds and grows only when there would be more than ``MAX_BUCKETS``
-    buckets, so the result depends on the data alone, not on the order of merges.
-    """
-
-    MAX_BUCKETS = 1 << 16
-
-    def __init__(self, shift: int = 0, counts: Sequence[tuple[int, int]] = ()):
-        self.shift = shift
-        self.counts: Counter = Counter(dict(counts))
-
-    def to_dict(self) -> dict:
-        """The constructor's arguments, ready for JSON."""
-        return {"shift": self.shift, "counts": sorted(self.counts.items())}
-
-    def add(self, times: np.ndarray) -> TimeHistogram:
-        buckets, counts = np.unique(times >> self.shift, return_counts=True)
-        self.counts.update(dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
-        return self._coarsen()
-
-    def merge(self, other: TimeHistogram) -> TimeHistogram:
-        shift = max(self.shift, other.shift)
-        merged: Counter = Counter()
-        for histogram in (self, other):
-            for bucket, count in histogram.counts.items():
-                merged[bucket >> (shift - histogram.shift)] += count
-        self.shift, self.counts = shift, merged
-        return self._coarsen()
-
-    def _coarsen(self) -> TimeHistogram:
-        while len(self.counts) > self.MAX_BUCKETS:
-            self.shift += 1
-            coarser: Counter = Counter()
-            for bucket, count in self.counts.items():
-                coarser[bucket >> 1] += count
-            self.counts = coarser
-        return self
-
-    def cut_offs(self, fractions: Sequence[float]) -> list[int]:
-        """Times t such that about ``fraction`` of the rows lie before t; rows of one time are never separated."""
-        buckets = np.array(sorted(self.counts), np.int64)
-        before = np.cumsum([0] + [self.counts[bucket] for bucket in buckets.tolist()])
-        ends = np.append(buckets, buckets[-1] + 1)
-        nearest = [int(np.argmin(np.abs(before - fraction * before[-1]))) for fraction in fractions]
-        return [int(ends[index]) << self.shift for index in nearest]
+_LEFT_OUT = 3  # Behind the indices of train, validation and test.
 
 
-def split_cut_offs(split: Split, histogram: TimeHistogram) -> list[int]:
-    """Event times in microseconds at which validation and test begin (unused by the random rule)."""
+def split_cut_offs(split: Split, histogram: Histogram) -> list[int]:
+    """Event times in microseconds at which validation and test begin (the time rule alone has cut-offs)."""
     if split.validation_from is not None:
         moments = [split.validation_from, split.test_from, split.until]
         return [_microseconds(moment) for moment in moments if moment is not None]
@@ -73,9 +28,50 @@ def _microseconds(moment: dt.datetime) -> int:
     return round(moment.timestamp() * 1_000_000)
 
 
-def split_indices(split: Split, cut_offs: Sequence[int], times: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """0 train, 1 validation, 2 test, 3 left out, per row."""
-    if split.rule == "time":
-        return np.searchsorted(np.array(cut_offs, np.int64), times, side="right")
-    uniform = mix_row_ids(row_ids, split.seed) / 2.0**64
+def expected_rows(split: Split, cut_offs: Sequence[int], histogram: Histogram) -> dict[str, int]:
+    """About how many rows each split will have: what its number of shards comes from."""
+    if split.rule != "time":
+        return {name: round(getattr(split, name) * histogram.count) for name in SPLITS}
+    ends = np.array([*cut_offs, np.iinfo(np.int64).max][: len(SPLITS)])
+    before = np.rint(histogram.share_up_to(ends - 1) * histogram.count).astype(int)
+    return dict(zip(SPLITS, np.diff(before, prepend=0).tolist(), strict=True))
+
+
+def split_indices(split: Split, cut_offs: Sequence[int], table: pa.Table) -> np.ndarray:
+    """0 train, 1 validation, 2 test, 3 left out, per row.
+
+    Args:
+      split: the rule.
+      cut_offs: of the time rule, see ``split_cut_offs``.
+      table: ``row_id``, ``event_time`` and ``user_hash`` of every event of some users, sorted by user, time and row id.
+    """
+    match split.rule:
+        case "time":
+            return _by_time(split, np.array(cut_offs, np.int64), table.column("event_time").to_numpy())
+        case "user":
+            return _by_hash(split, table.column("user_hash").to_numpy())
+        case "last_n_per_user":
+            return _last_events(split, table.column("user_hash").to_numpy())
+        case "random":
+            return _by_hash(split, table.column("row_id").to_numpy())
+
+
+def _by_time(split: Split, cut_offs: np.ndarray, times: np.ndarray) -> np.ndarray:
+    indices = np.searchsorted(cut_offs, times, side="right")
+    gap = round(split.gap_days * 86_400_000_000)
+    for later, begin in enumerate(cut_offs[:2], start=1):  # Validation and test.
+        indices[(indices < later) & (times >= begin - gap)] = _LEFT_OUT
+    return indices
+
+
+def _by_hash(split: Split, keys: np.ndarray) -> np.ndarray:
+    uniform = mix_row_ids(keys, split.seed) / 2.0**64
     return np.searchsorted([split.train, split.train + split.validation], uniform, side="right")
+
+
+def _last_events(split: Split, users: np.ndarray) -> np.ndarray:
+    _, user, sizes = np.unique(users, return_inverse=True, return_counts=True)
+    from_end = np.cumsum(sizes)[user] - np.arange(len(users))  # 1 for a user's last event.
+    indices = np.where(from_end <= split.test_events, 2, 1)
+    held_out = split.test_events + split.validation_events
+    return np.where((from_end > held_out) | (sizes[user] <= held_out), 0, indices)

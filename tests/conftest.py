@@ -5,7 +5,6 @@ import clsd_tf  # noqa: F401  First: it selects the Keras that tensorflow-recomm
 
 # isort: on
 import dataclasses
-import pathlib
 import shutil
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 import feature_specs
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import make_deterministic
+from clsd_tf.examples import encode_examples, parse_records, record_tensors
 from clsd_tf.features import parse_spec
 from clsd_tf.train_config import TrainConfig, load_config
 from clsd_tf.training import train
@@ -157,18 +157,26 @@ def clsd_run(run_of, tiny, deterministic):
 def with_changed_records():
     """(dataset, path, change) -> a copy of the dataset after ``change(feature)`` of each training record.
 
-    Stored teacher scores stay behind.
+    ``feature`` is the feature map of a tf.Example that holds the record's values by name. Stored teacher scores stay
+    behind.
     """
 
     def changed(dataset, path, change):
         shutil.copytree(dataset.path, path, ignore=shutil.ignore_patterns("teacher_scores"))
         copy = DatasetDir(path)
-        for file in map(pathlib.Path, copy.record_files("train")):
-            examples = [tf.train.Example.FromString(text.numpy()) for text in tf.data.TFRecordDataset(str(file))]
-            with tf.io.TFRecordWriter(str(file)) as writer:
-                for example in examples:
-                    change(example.features.feature)
-                    writer.write(example.SerializeToString())
+        for file in copy.record_files("train"):
+            serialized = list(tf.data.TFRecordDataset(file).as_numpy_iterator())
+            rows = parse_records(tf.constant(serialized), copy.inputs, copy.spec.record_layout)
+            named = encode_examples({name: tf.convert_to_tensor(values) for name, values in rows.items()}).numpy()
+            examples = [tf.train.Example.FromString(text) for text in named]
+            for example in examples:
+                change(example.features.feature)
+            texts = tf.constant([example.SerializeToString() for example in examples])
+            again = parse_records(texts, copy.inputs, "named")
+            written = encode_examples(record_tensors(again, copy.inputs, copy.spec.record_layout)).numpy()
+            with tf.io.TFRecordWriter(file) as writer:
+                for text in written:
+                    writer.write(text)
         return copy
 
     return changed

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import feature_specs
-from clsd_tf.feature_types import UserGroup
+from clsd_tf.feature_types import UserGroup, Vocabulary
 from clsd_tf.features import FeatureSpec, load_spec, parse_spec
 from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
 from clsd_tf.tables import Comparison
@@ -67,13 +67,17 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("tables.log.paht", "columns, format, key, path"),
+        ("tables.log.paht", "columns, format, key, path, valid_from"),
         ("tables.log.columns.0.typ", "name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
-        ("split.ratio", "rule, seed, test, test_from, train, until, validation, validation_from"),
+        (
+            "split.ratio",
+            "gap_days, rule, seed, test, test_events, test_from, train, until, validation, validation_events, "
+            "validation_from",
+        ),
         ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
-        ("features.1.categorical.vocabulary.min_size", "max_size, min_count, num_oov_indices"),
-        ("features.6.history.column", "max_length, name, of, type"),
+        ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
+        ("features.6.history.column", "delay_seconds, max_length, name, of, type, where, within_seconds"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
     ],
 )
@@ -382,7 +386,10 @@ def test_vocabulary_together_with_hash_buckets_is_refused(shop_content):
 def test_history_of_anything_but_a_categorical_log_feature_is_refused(shop_content, of):
     feature(shop_content, "recent_items")["of"] = of
     message = error_of(shop_content)
-    assert f"history 'recent_items' needs a categorical feature of the log. Received: of={of!r}" in message
+    assert (
+        f"history 'recent_items' needs a categorical feature of the log or of an item table. Received: of={of!r}"
+        in message
+    )
     assert "Allowed: ['user', 'item']" in message
 
 
@@ -465,7 +472,10 @@ def test_text_column_compared_with_a_number_is_refused(shop_content):
             },
             "until must come after test_from. Received: 2024-02-01 00:00:00+00:00 and 2024-02-01",
         ),
-        ({"rule": "by_user"}, "split.rule: Input should be 'time' or 'random'. Received: 'by_user'"),
+        (
+            {"rule": "by_user"},
+            "split.rule: Input should be 'time', 'random', 'user' or 'last_n_per_user'. Received: 'by_user'",
+        ),
         ({"seed": -1}, "split.seed"),
     ],
 )
@@ -625,7 +635,7 @@ def test_vocabularies_leave_hashed_features_out(shop_spec):
     rules = shop_spec.vocabularies
     assert list(rules) == ["item", "user_city", "item_tags"]
     assert rules["item"].num_oov_indices == 2
-    assert rules["user_city"].model_dump() == {"min_count": 1, "max_size": None, "num_oov_indices": 1}
+    assert rules["user_city"] == Vocabulary()
 
 
 # --- Fingerprint -----------------------------------------------------------------------------------------------------

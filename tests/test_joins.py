@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.features import Comparison, parse_spec
+from clsd_tf.features import Comparison, SpecError, parse_spec
 from clsd_tf.hashing import hash_keys
-from pipelines.joins import EVENT_TIME, USER_HASH, Profiles, evaluate_comparison, join_rows, user_histories
-from pipelines.sources import ROW_ID
+from clsd_tf.tables import EventTime
+from pipelines.checks import parse_rows
+from pipelines.joins import EVENT_TIME, USER_HASH, Profiles, evaluate_comparison, join_rows, microseconds
+from pipelines.sources import ROW_ID, RawBatch, SourceFile
 
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z
 LOG = {"user_id": "u1", "item_id": "i1", "time": str(T0), "clicked": "1", "seconds": "2.5", "weight": "1"}
@@ -75,85 +77,113 @@ def test_comparison_with_text():
     assert evaluate_comparison(Comparison("action", "==", "buy"), table).tolist() == [1, 0, 1]
 
 
-# --- Histories -------------------------------------------------------------------------------------------------------
+def test_no_comparison_holds_where_the_column_is_missing():
+    numbers = pa.table({"rating": pa.array([None, 3, 4], pa.int64())})
+    assert evaluate_comparison(Comparison("rating", "!=", 4.0), numbers).tolist() == [0, 1, 0]
+    texts = pa.table({"action": pa.array(["view", None], pa.string())})
+    assert evaluate_comparison(Comparison("action", ">=", "buy"), texts).tolist() == [1, 0]
 
 
-def histories(users, times, values, max_length):
-    column = pa.chunked_array([pa.array(values, pa.string())])
-    return user_histories(np.array(users, np.int64), np.array(times, np.int64), column, max_length).to_pylist()
+# --- Times -----------------------------------------------------------------------------------------------------------
 
 
-def naive_histories(users, times, values, max_length):
-    """As the documentation says it, event by event."""
-    result = []
-    for user, time in zip(users, times, strict=True):
-        before = [
-            value
-            for other, earlier, value in zip(users, times, values, strict=True)
-            if other == user and earlier < time and value is not None
-        ]
-        result.append(before[-max_length:])
-    return result
+def test_times_become_microseconds_by_their_unit():
+    for unit, value in (("seconds", 1_700_000_000), ("milliseconds", 1_700_000_000_000), ("microseconds", 17 * 10**14)):
+        time = EventTime(column="t", unit=unit)
+        assert microseconds(pa.chunked_array([[value]]), time).tolist() == [1_700_000_000_000_000]
 
 
-def test_history_is_the_users_last_values_before_the_event_oldest_first():
-    users = [1, 1, 1, 1, 2, 2]
-    times = [10, 20, 30, 40, 5, 50]
-    values = ["a", "b", "c", "d", "e", "f"]
-    # Length 2: d's history drops a; user 2 starts empty although user 1's events lie before.
-    assert histories(users, times, values, 2) == [[], ["a"], ["a", "b"], ["b", "c"], [], ["e"]]
+def test_times_with_a_fraction_are_rounded_to_the_nearest_microsecond():
+    # 1700000000.123456 s is ...455.8 microseconds in binary: cutting would give a time before that very time.
+    values = pa.chunked_array([[1_700_000_000.123456]])
+    assert microseconds(values, EventTime(column="t", unit="seconds")).tolist() == [1_700_000_000_123_456]
 
 
-def test_events_at_the_same_time_do_not_see_each_other():
-    users = [1, 1, 1, 1]
-    times = [10, 20, 20, 30]
-    assert histories(users, times, ["a", "b", "c", "d"], 5) == [[], ["a"], ["a"], ["a", "b", "c"]]
+# --- Versioned profiles ----------------------------------------------------------------------------------------------
+
+VALID_FROM = EventTime(column="since", unit="seconds")
 
 
-def test_same_time_of_two_users_is_no_tie():
-    assert histories([1, 1, 2, 2], [10, 20, 20, 30], ["a", "b", "c", "d"], 5) == [[], ["a"], [], ["c"]]
+def versions(rows, valid_from=VALID_FROM):
+    """A user table from (user, seconds after T0, city)."""
+    table = pa.table(
+        {
+            "user_id": pa.array([user for user, _, _ in rows], pa.string()),
+            "since": pa.array([T0 + since for _, since, _ in rows], pa.int64()),
+            "city": pa.array([city for _, _, city in rows], pa.string()),
+            ROW_ID: pa.array(range(2, 2 + len(rows)), pa.int64()),
+        }
+    )
+    return Profiles("user", "user_id", table, valid_from)
 
 
-def test_missing_values_are_left_out_of_histories():
-    # The null does not take one of the two places.
-    assert histories([1] * 4, [1, 2, 3, 4], ["a", "b", None, "d"], 2) == [[], ["a"], ["a", "b"], ["a", "b"]]
+def cities(profiles, asked):
+    """The city of each (user, seconds after T0)."""
+    times = np.array([(T0 + time) * 1_000_000 for _, time in asked], np.int64)
+    found, missing = profiles.lookup(pa.chunked_array([pa.array([user for user, _ in asked], pa.string())]), times)
+    assert list(found) == ["city"]
+    values = found["city"].to_pylist()
+    assert missing == sum(value is None for value in values)  # These tables have no null of their own.
+    return values
 
 
-def test_history_never_contains_the_event_itself():
-    values = [f"v{index}" for index in range(50)]
-    result = histories([7] * 50, list(range(50)), values, 100)
-    assert all(values[index] not in history for index, history in enumerate(result))
-    assert [len(history) for history in result] == list(range(50))
+def test_each_event_gets_the_latest_version_at_or_before_its_time():
+    table = versions([("u1", 20, "Oslo"), ("u2", 0, "Paris"), ("u1", 10, "Rome")])  # In no order.
+    asked = [("u1", 9), ("u1", 10), ("u1", 19), ("u1", 20), ("u1", 99), ("u2", 5), ("ghost", 50)]
+    assert cities(table, asked) == [None, "Rome", "Rome", "Oslo", "Oslo", "Paris", None]
 
 
-def test_no_events_give_no_histories():
-    assert histories([], [], [], 3) == []
+def test_an_event_before_the_only_version_gets_nothing():
+    assert cities(versions([("u1", 10, "Rome")]), [("u1", 9)]) == [None]
 
 
-@st.composite
-def sorted_events(draw):
-    """Events sorted by (user, time), with many ties."""
-    pairs = sorted(draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8)), max_size=40)))
-    values = draw(st.lists(st.none() | st.sampled_from("abcdef"), min_size=len(pairs), max_size=len(pairs)))
-    return [user for user, _ in pairs], [time for _, time in pairs], values
+def test_a_version_one_microsecond_after_the_event_is_not_seen():
+    table = pa.table(
+        {
+            "user_id": ["u1", "u1"],
+            "since": pa.array([5, 7], pa.int64()),
+            "city": ["Rome", "Oslo"],
+            ROW_ID: pa.array([0, 1], pa.int64()),
+        }
+    )
+    profiles = Profiles("user", "user_id", table, EventTime(column="since", unit="microseconds"))
+    found, _ = profiles.lookup(pa.chunked_array([["u1", "u1"]]), np.array([6, 7]))
+    assert found["city"].to_pylist() == ["Rome", "Oslo"]
 
 
-@given(sorted_events(), st.integers(1, 6))
+def test_an_empty_versioned_table_knows_nothing():
+    assert cities(versions([]), [("u1", 0), ("u2", 5)]) == [None, None]
+
+
+VERSIONS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 5)), unique=True, max_size=15)
+ASKED = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-7, 7)), max_size=20)
+
+
+@given(VERSIONS, ASKED)
+@settings(max_examples=300, deadline=None)
+def test_versions_equal_a_naive_loop(rows, asked):
+    expected = []
+    for user, time in asked:
+        known = [(since, f"{user}{since}") for other, since in rows if other == user and since <= time]
+        expected.append(max(known)[1] if known else None)
+    assert cities(versions([(user, since, f"{user}{since}") for user, since in rows]), asked) == expected
+
+
+def test_a_repeated_pair_of_key_and_time_is_a_duplicate_and_a_new_time_is_none():
+    table = versions([("a", 1, "x"), ("b", 1, "x"), ("a", 2, "y"), ("b", 1, "z"), ("a", 1, "w")])
+    assert table.duplicate_rows() == (2, [3, 5])  # Rows 3 and 5 are b at 1; rows 2 and 6 are a at 1.
+    assert versions([("a", 1, "x"), ("b", 1, "x"), ("a", 2, "y")]).duplicate_rows() == (0, [])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2)), max_size=12))
 @settings(max_examples=200, deadline=None)
-def test_histories_equal_a_naive_loop(events, max_length):
-    assert histories(*events, max_length) == naive_histories(*events, max_length)
-
-
-@given(sorted_events(), st.integers(1, 6))
-@settings(max_examples=200, deadline=None)
-def test_no_history_value_comes_from_an_event_at_or_after_the_events_time(events, max_length):
-    users, times, _ = events
-    # Values say where they come from, so each can be traced to its event.
-    values = [str(index) for index in range(len(users))]
-    for index, history in enumerate(histories(users, times, values, max_length)):
-        for source in map(int, history):
-            assert users[source] == users[index]
-            assert times[source] < times[index]
+def test_duplicates_equal_a_naive_loop(pairs):
+    count, places = 0, []
+    for row, pair in enumerate(pairs):
+        if pair in pairs[:row]:
+            count += 1
+            places = places or [2 + pairs.index(pair), 2 + row]
+    assert versions([(user, since, "x") for user, since in pairs]).duplicate_rows() == (count, places)
 
 
 # --- Join ------------------------------------------------------------------------------------------------------------
@@ -260,3 +290,117 @@ def test_duplicate_rows_gives_the_number_and_the_first_pair():
 
 def test_unique_keys_have_no_duplicate_rows():
     assert Profiles("user", "user_id", users_table([("a", 1, "x"), ("b", 1, "x")])).duplicate_rows() == (0, [])
+
+
+# --- State tables, histories and windows in the join -----------------------------------------------------------------
+
+
+@pytest.fixture
+def state_content(shop_content):
+    """The shop with what is known of users and items as of a time, and features of the user's past."""
+    for role, value in (("user", "mood"), ("item", "rank")):
+        types = {f"{role}_id": "string", value: "string", f"{value}_since": "int64"}
+        shop_content["tables"][f"{role}_state"] = {
+            "path": f"{role}_state.csv",
+            "format": "csv",
+            "key": f"{role}_id",
+            "valid_from": {"column": f"{value}_since", "unit": "seconds"},
+            "columns": [{"name": name, "type": kind} for name, kind in types.items()],
+        }
+    shop_content["features"] += [
+        {"name": "user_mood", "type": "categorical", "column": "mood"},
+        {"name": "item_rank", "type": "categorical", "column": "rank"},
+        {"name": "recent_ranks", "type": "history", "of": "item_rank", "max_length": 5},
+        {"name": "clicked_items", "type": "history", "of": "item", "where": "clicked == 1", "max_length": 5},
+        {"name": "user_ctr", "type": "window", "aggregate": "rate", "where": "clicked == 1", "within_seconds": 2.5},
+        {"name": "mean_seconds", "type": "window", "aggregate": "mean", "value": "seconds"},
+    ]
+    return shop_content
+
+
+def state(role, name, rows):
+    """A state table from (key, seconds after T0, value)."""
+    table = pa.table(
+        {
+            f"{role}_id": [key for key, _, _ in rows],
+            name: [value for _, _, value in rows],
+            f"{name}_since": pa.array([T0 + since for _, since, _ in rows], pa.int64()),
+            ROW_ID: pa.array(range(len(rows)), pa.int64()),
+        }
+    )
+    return Profiles(f"{role}_state", f"{role}_id", table, EventTime(column=f"{name}_since", unit="seconds"))
+
+
+def test_join_gives_each_event_the_state_and_the_past_as_of_its_time(state_content):
+    spec = parse_spec(state_content, "shop")
+    # Clicked is 0, 1, 0, 1 and seconds 0, 10, 20, 30.
+    events = events_table([("u1", "i1", 0), ("u1", "i2", 1), ("u1", "i1", 2), ("u1", "i1", 3)])
+    profiles = [
+        *profiles_of([("u1", 20, "Rome")], [("i1", "a", 1.0), ("i2", "b", 2.0)]),
+        state("user", "mood", [("u1", 2, "glad"), ("u1", 1, "sad")]),
+        state("item", "rank", [("i1", 0, "high"), ("i1", 3, "low")]),
+    ]
+    rows, counts = joined_by_row_id(events, profiles, spec)
+    column = {name: [rows[index][name] for index in range(4)] for name in rows[0]}
+    assert column["mood"] == [None, "sad", "glad", "glad"]
+    assert column["rank"] == ["high", None, "high", "low"]
+    assert counts["user_state_profile_missing"] == counts["item_state_profile_missing"] == 1
+    # The rank that an item had when it was seen, not the one it has now; i2 had none.
+    assert column["recent_ranks"] == [[], ["high"], ["high"], ["high", "high"]]
+    assert column["clicked_items"] == [[], [], ["i2"], ["i2"]]
+    assert column["user_ctr"] == [None, 0, 0.5, 0.5]  # Event 3 no longer sees event 0.
+    assert column["mean_seconds"] == [None, 0, 5, 10]
+    assert not {"mood_since", "rank_since"} & set(column)
+
+
+def test_features_of_user_state_are_user_features(state_content):
+    spec = parse_spec(state_content, "shop")
+    lengths = dict.fromkeys(spec.vocabularies, 3)
+    assert spec.model_inputs(lengths).user_features == ("user_city", "user_age", "user_mood")
+    assert list(spec.user_tables) == ["user", "user_state"]
+    assert list(spec.item_tables) == ["item", "item_state"]
+    assert spec.time_columns["mood_since"].unit == "seconds"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tables: tables["user_state"].pop("valid_from"),
+            "tables.user_state must have valid_from. Received: none",
+        ),
+        (lambda tables: tables["log"].update(valid_from={"column": "time", "unit": "seconds"}), "time is event_time"),
+        (
+            lambda tables: tables["user_state"]["valid_from"].update(column="mood"),
+            "Received: 'mood'. Allowed: ['mood_s",
+        ),
+        (lambda tables: tables["item_state"].update(key="rank"), "tables.item_state.key must be 'item_id'"),
+    ],
+)
+def test_bad_state_table_is_refused(state_content, change, message):
+    change(state_content["tables"])
+    with pytest.raises(SpecError) as caught:
+        parse_spec(state_content, "shop")
+    assert message in str(caught.value)
+
+
+def test_the_time_a_row_is_valid_from_is_no_feature(state_content):
+    state_content["features"].append({"name": "since", "type": "numeric", "column": "mood_since"})
+    with pytest.raises(SpecError, match=r"used as tables.user_state.valid_from cannot be a model input"):
+        parse_spec(state_content, "shop")
+
+
+def test_a_row_without_the_time_it_is_valid_from_or_with_an_absurd_one_is_bad(state_content):
+    spec = parse_spec(state_content, "shop")
+    table = pa.table(
+        {
+            "user_id": ["u1", "u2", "u3"],
+            "mood": ["sad"] * 3,
+            "mood_since": [str(T0), None, str(T0 * 1000)],
+            ROW_ID: pa.array([2, 3, 4], pa.int64()),
+        }
+    )
+    good, bad = parse_rows(RawBatch(SourceFile("user_state", 0, "state.csv"), table, []), spec)
+    assert good.column("user_id").to_pylist() == ["u1"]
+    reasons = [row.reason for row in bad]
+    assert reasons == ["missing:mood_since", "valid_from_outside_1990-01-01_to_2100-01-01_in_seconds"]

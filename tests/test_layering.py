@@ -15,7 +15,7 @@ LEVELS = [
     {"feature_types"},
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
-    {"transform", "examples"},
+    {"transform", "examples", "sketches"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},

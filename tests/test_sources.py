@@ -9,9 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from clsd_tf.tables import Column, Table
-from pipelines import sources
 from pipelines.checks import parse_rows
-from pipelines.sources import ROW_ID, SourceFile, list_files, read_file, row_number, tfds_batch
+from pipelines.sources import ROW_ID, SourceFile, files, list_files, read_file, row_number, tfds_batch
 
 COLUMNS = (
     Column(name="user_id", type="string"),
@@ -134,7 +133,7 @@ def test_rows_count_once_when_a_quoted_value_holds_a_line_break(tmp_path):
 
 
 def test_quoted_line_breaks_are_read_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 64)
     columns = (Column(name="title", type="string"), Column(name="year", type="int64"))
     (tmp_path / "a.csv").write_text("title,year\n" + '"two\nlines",1945\n' * 40, encoding="utf-8")
     table, bad = read_all(tmp_path, table_of("a.csv", "csv", columns))
@@ -263,7 +262,7 @@ def test_empty_line_is_a_row_without_values_that_keeps_its_line(tmp_path, spec):
 
 
 def test_lines_are_right_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 256)  # About 15 rows to a block.
+    monkeypatch.setattr(files, "BLOCK_BYTES", 256)  # About 15 rows to a block.
     # Each good row holds its own line number; every 7th line is too short, and lines 100 to 139 all are.
     lines, expected_bad = [], []
     for line in range(2, 402):
@@ -280,7 +279,7 @@ def test_lines_are_right_across_blocks(tmp_path, monkeypatch):
 
 
 def test_bad_rows_at_the_end_of_a_file_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 256)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
     # 100 short lines fill the last two blocks, which hold no good row.
     write_csv(tmp_path / "log.csv", [GOOD] * 30 + [b"short"] * 100)
     table, bad = read_all(tmp_path, table_of("log.csv"))
@@ -325,7 +324,7 @@ def test_parquet_rows_are_numbered_from_zero_over_row_groups(tmp_path):
 
 
 def test_file_larger_than_a_batch_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(files, "ROWS_PER_BATCH", 4)
     (tmp_path / "x.jsonl").write_text("".join(f'{{"a": "{row}"}}\n' for row in range(1, 11)), encoding="utf-8")
     table = table_of("x.jsonl", "jsonl", (Column(name="a", type="string"),))
     [file] = list_files(table, "log", str(tmp_path))

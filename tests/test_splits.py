@@ -14,6 +14,20 @@ from clsd_tf.features import Split
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from pipelines.splits import TimeHistogram, split_cut_offs, split_indices
 
+
+def rows(times=None, users=None, row_ids=None):
+    """Joined rows in their order; what is not given is 0, 1, 2, ... (row ids, times) or one user."""
+    given = next(column for column in (times, users, row_ids) if column is not None)
+    default = np.arange(len(given))
+    return pa.table(
+        {
+            "row_id": default if row_ids is None else row_ids,
+            "event_time": default if times is None else times,
+            "user_hash": np.zeros(len(given), np.int64) if users is None else users,
+        }
+    )
+
+
 # --- Time histogram --------------------------------------------------------------------------------------------------
 
 
@@ -32,7 +46,7 @@ def test_cut_off_is_the_nearest_boundary_between_times():
 def test_rows_of_one_time_are_never_separated():
     histogram = TimeHistogram().add(np.array([1] * 50 + [2] * 50))
     times = np.array([1] * 50 + [2] * 50)
-    splits = split_indices(Split(), histogram.cut_offs([0.8, 0.9]), times, np.arange(100))
+    splits = split_indices(Split(), histogram.cut_offs([0.8, 0.9]), rows(times))
     assert all(len(set(splits[times == time])) == 1 for time in (1, 2))
 
 
@@ -83,7 +97,7 @@ def test_histogram_size_is_bounded_and_no_row_is_lost():
 
 def test_time_split_puts_a_row_at_the_cut_off_into_the_later_split():
     times = np.array([9, 10, 19, 20, 100])
-    assert split_indices(Split(), [10, 20], times, np.arange(5)).tolist() == [0, 1, 1, 2, 2]
+    assert split_indices(Split(), [10, 20], rows(times)).tolist() == [0, 1, 1, 2, 2]
 
 
 def test_cut_off_dates_replace_fractions():
@@ -101,7 +115,7 @@ def test_events_from_until_on_are_left_out():
     cut_offs = split_cut_offs(split, TimeHistogram().add(np.arange(5)))
     assert cut_offs == [10 * day, 20 * day, 30 * day]
     times = np.array([0, 10 * day, 20 * day, 30 * day - 1, 30 * day, 99 * day])
-    assert split_indices(split, cut_offs, times, np.arange(6)).tolist() == [0, 1, 2, 2, 3, 3]
+    assert split_indices(split, cut_offs, rows(times)).tolist() == [0, 1, 2, 2, 3, 3]
 
 
 def test_cut_off_dates_respect_their_time_zone():
@@ -112,7 +126,7 @@ def test_cut_off_dates_respect_their_time_zone():
 
 def test_random_split_has_the_fractions_and_does_not_follow_time():
     row_ids = np.arange(100_000)
-    splits = split_indices(Split(rule="random", seed=4), [], row_ids, row_ids)
+    splits = split_indices(Split(rule="random", seed=4), [], rows(row_ids=row_ids))
     shares = np.bincount(splits) / len(splits)
     # Standard error of a share of 0.8 in 100,000 rows is 0.0013: 5 of them.
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.0065)
@@ -121,7 +135,7 @@ def test_random_split_has_the_fractions_and_does_not_follow_time():
 
 def test_random_split_is_deterministic_and_changes_with_the_seed():
     row_ids = np.arange(1000)
-    splits = [split_indices(Split(rule="random", seed=seed), [], row_ids, row_ids) for seed in (1, 1, 2)]
+    splits = [split_indices(Split(rule="random", seed=seed), [], rows(row_ids=row_ids)) for seed in (1, 1, 2)]
     assert np.array_equal(splits[0], splits[1])
     assert not np.array_equal(splits[0], splits[2])
 
@@ -129,8 +143,72 @@ def test_random_split_is_deterministic_and_changes_with_the_seed():
 def test_split_of_a_row_does_not_depend_on_the_other_rows():
     row_ids = np.arange(1000)
     split = Split(rule="random", seed=1)
-    whole = split_indices(split, [], row_ids, row_ids)
-    assert np.array_equal(split_indices(split, [], row_ids[::-3], row_ids[::-3]), whole[::-3])
+    whole = split_indices(split, [], rows(row_ids=row_ids))
+    assert np.array_equal(split_indices(split, [], rows(row_ids=row_ids[::-3])), whole[::-3])
+
+
+def test_the_gap_before_validation_and_before_test_is_left_out():
+    day = 86_400_000_000
+    split = Split(gap_days=0.5)
+    # Validation begins on day 10, test on day 20: [9.5, 10) would be training, [19.5, 20) validation.
+    times = (np.array([9.4, 9.5, 9.9, 10, 19.4, 19.5, 20, 99]) * day).astype(np.int64)
+    assert split_indices(split, [10 * day, 20 * day], rows(times)).tolist() == [0, 3, 3, 1, 1, 3, 2, 2]
+
+
+def test_a_gap_longer_than_validation_leaves_no_training_row_near_the_test():
+    day = 86_400_000_000
+    times = np.arange(0, 12) * day
+    # Validation is day 9, test from day 10. Days 6 to 8 lie before validation, day 9 before test.
+    expected = [0] * 6 + [3] * 4 + [2] * 2
+    assert split_indices(Split(gap_days=3), [9 * day, 10 * day], rows(times)).tolist() == expected
+
+
+def test_events_from_until_on_stay_left_out_with_a_gap():
+    day = 86_400_000_000
+    split = Split(gap_days=1)
+    times = np.array([18, 19, 20, 29, 30]) * day
+    assert split_indices(split, [10 * day, 20 * day, 30 * day], rows(times)).tolist() == [1, 3, 2, 2, 3]
+
+
+def test_user_split_never_separates_a_user_and_has_the_fractions():
+    users = np.sort(np.random.default_rng(0).integers(0, 2**62, 20_000).repeat(3))
+    splits = split_indices(Split(rule="user", seed=1), [], rows(users=users)).reshape(-1, 3)
+    assert (splits == splits[:, :1]).all()
+    # Standard error of a share of 0.1 in 20,000 users is 0.0021, of 0.8 it is 0.0028: 5 of them.
+    assert np.bincount(splits[:, 0]) / 20_000 == pytest.approx([0.8, 0.1, 0.1], abs=0.014)
+
+
+def test_user_split_depends_on_the_user_and_the_seed_alone():
+    users = np.arange(1000)
+    whole = split_indices(Split(rule="user", seed=1), [], rows(users=users))
+    some = split_indices(Split(rule="user", seed=1), [], rows(users=users[::7], row_ids=users[::7] + 5))
+    assert np.array_equal(some, whole[::7])
+    assert not np.array_equal(split_indices(Split(rule="user", seed=2), [], rows(users=users)), whole)
+
+
+def test_last_events_of_each_user_are_test_and_those_before_validation():
+    split = Split(rule="last_n_per_user", validation_events=2, test_events=1)
+    # Three users with 5, 4 and 3 events; the last has none left to train on and is in training as a whole.
+    users = np.repeat([3, 7, 8], [5, 4, 3])
+    assert split_indices(split, [], rows(users=users)).tolist() == [0, 0, 1, 1, 2, 0, 1, 1, 2, 0, 0, 0]
+
+
+def naive_last_n(users, validation_events, test_events):
+    """User by user, as the documentation says it."""
+    result = []
+    for _, group in itertools.groupby(users):
+        size = len(list(group))
+        held_out = [1] * validation_events + [2] * test_events
+        result += [0] * (size - len(held_out)) + held_out if size > len(held_out) else [0] * size
+    return result
+
+
+@given(st.lists(st.integers(0, 4), max_size=40).map(sorted), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_last_n_per_user_equals_a_naive_loop(users, validation_events, test_events):
+    split = Split(rule="last_n_per_user", validation_events=validation_events, test_events=test_events)
+    result = split_indices(split, [], rows(users=np.array(users, np.int64)))
+    assert result.tolist() == naive_last_n(users, validation_events, test_events)
 
 
 # --- Hashes ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""What runs a Beam pipeline: DirectRunner on all cores by default, or the runner that flags name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+
+def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
+    """A pipeline for the engine that Beam's flags name.
+
+    Args:
+      arguments: pipeline options, for example ``["--runner=FlinkRunner"]``. Without any: DirectRunner, a thread per
+        core; the hot path is in Arrow and TensorFlow, which release Python's lock.
+    """
+    options = PipelineOptions(list(arguments))
+    if options.view_as(StandardOptions).runner not in (None, "DirectRunner"):
+        return beam.Pipeline(options=options)
+    if not any(argument.startswith("--direct_") for argument in arguments):
+        direct = options.view_as(DirectOptions)
+        direct.direct_num_workers, direct.direct_running_mode = os.cpu_count() or 1, "multi_threading"
+    # DirectRunner's own engine by name: "DirectRunner" would first try to download another one.
+    return beam.Pipeline(runner=FnApiRunner(), options=options)
+
+
+def check_beam_arguments(arguments: Sequence[str]) -> None:
+    """Refuses flags that neither a command nor Beam knows: Beam itself would drop them with a log line.
+
+    Raises:
+      ValueError: names the unknown flags.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    pending = [PipelineOptions]
+    while pending:
+        options = pending.pop()
+        pending += options.__subclasses__()
+        if "_add_argparse_args" in vars(options):
+            options._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ValueError(
+            f"unknown flags. Received: {' '.join(unknown)}. Allowed: the flags that --help lists, and Beam's options"
+        )

@@ -1,0 +1,84 @@
+"""The manifest of a dataset: from what, by what and when it was built."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clsd_tf.artifacts import DatasetLayout, write_json
+from clsd_tf.examples import packed_columns
+from clsd_tf.features import FeatureSpec
+from clsd_tf.model_inputs import Statistics
+
+_LIBRARIES = ("apache-beam", "numpy", "pyarrow", "tensorflow")
+
+
+def write_manifest(
+    layout: DatasetLayout,
+    spec: FeatureSpec,
+    *,
+    inputs: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> None:
+    """Writes manifest.json. It names a moment, so unlike the rest of a dataset it differs between two builds.
+
+    Args:
+      layout: of a directory that is complete but for its marker.
+      spec: of the dataset.
+      inputs: table, file name, bytes and SHA-256 of each file that was read.
+      counts: of the build.
+      seconds: that each step took.
+    """
+    ids, numbers = packed_columns(spec.model_inputs(_statistics(layout).vocabulary_lengths))
+    manifest = {
+        "dataset_fingerprint": layout.fingerprint(),
+        "spec": {"name": spec.name, "fingerprint": spec.fingerprint},
+        "inputs": inputs,
+        "code": {"clsd_tf": _version("clsd_tf"), "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}},
+        "built_at": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "accounting": counts["accounting"],
+        "bad_rows": {role: entry["bad"] for role, entry in counts["tables"].items()},
+        "splits": {name: _split(entry) for name, entry in counts["splits"].items()},
+        "records": {"layout": spec.record_layout, "ids": ids, "numbers": numbers},
+    }
+    write_json(layout.manifest, manifest)
+
+
+def _statistics(layout: DatasetLayout) -> Statistics:
+    return Statistics.from_json(layout.statistics.read_text(encoding="utf-8"))
+
+
+def _split(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Row count, click rate and time range."""
+    facts = {name: entry[name] for name in ("rows", "clicks", "first_event", "last_event")}
+    return {**facts, "click_rate": entry["clicks"] / entry["rows"]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # clsd_tf itself, run from its sources.
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, with + behind it when files differ; None where this file is in no repository."""
+    this_file = pathlib.Path(__file__)
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=this_file.parent, capture_output=True, text=True, check=True, timeout=10
+        )
+        return found.stdout
+
+    try:
+        git("ls-files", "--error-unmatch", this_file.name)  # An installed copy may lie in a repository of its user.
+        return git("describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

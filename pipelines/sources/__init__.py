@@ -1,0 +1,161 @@
+"""Source tables -> Arrow batches, with the place of each row.
+
+One interface for every format: ``list_files`` finds the files of a table, ``plan_file`` cuts a file into slices that
+can be read side by side, and ``read_slice`` yields ``RawBatch``es. Values stay text here (typed formats keep their
+Arrow type); ``pipelines.checks`` checks and converts them, so every format is validated by the same rules. A file that
+cannot be read to its end gives a batch that says so, never an exception.
+
+To add a format: its name in ``clsd_tf.tables.Table.format`` and an entry in ``_FORMATS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from apache_beam.io.filesystems import FileSystems
+
+from clsd_tf.tables import Table
+from pipelines.sources import columnar, delimited, text
+from pipelines.sources.files import (
+    READ_ERRORS,
+    ROW_ID,
+    ROWS_PER_BATCH,
+    BadRow,
+    FilePlan,
+    RawBatch,
+    SourceFile,
+    SourceSlice,
+    UnreadableError,
+    file_index,
+    hash_file,
+    match_files,
+    row_number,
+    size_in_bytes,
+    until_unreadable,
+)
+from pipelines.sources.records import tfds_batch
+
+__all__ = [
+    "ROWS_PER_BATCH",
+    "ROW_ID",
+    "BadRow",
+    "FilePlan",
+    "RawBatch",
+    "SourceFile",
+    "SourceSlice",
+    "file_index",
+    "hash_file",
+    "list_files",
+    "plan_file",
+    "read_file",
+    "read_slice",
+    "row_number",
+    "size_in_bytes",
+    "tfds_batch",
+]
+SLICE_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """Functions of a format: names of the columns (None: each row has names of its own), slices, batches."""
+
+    column_names: Callable[[SourceFile, Table], list[str] | None]
+    plan: Callable[[SourceFile, Table, int], FilePlan]
+    read: Callable[[SourceSlice, Table], Iterator[RawBatch]]
+
+
+def _no_column_names(file: SourceFile, table: Table) -> None:
+    return None  # An absent key or feature is a missing value, checked row by row.
+
+
+_DELIMITED = _Format(delimited.column_names, text.plan, text.read)
+_FORMATS = {
+    "csv": _DELIMITED,
+    "tsv": _DELIMITED,
+    "jsonl": _Format(_no_column_names, text.plan, text.read),
+    "parquet": _Format(columnar.column_names, columnar.plan, columnar.read),
+}
+
+
+def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
+    """The files of a table, sorted by path, after a look at their columns.
+
+    Hidden files and folders (``.x``, ``_SUCCESS``) are left out unless the pattern names them.
+
+    Raises:
+      FileNotFoundError: nothing matches the path.
+      ValueError: a file lacks a declared column (the message lists the columns it has) or cannot be read.
+    """
+    pattern = FileSystems.join(input_dir, table.path) if input_dir else table.path
+    paths = match_files(pattern)
+    if not paths:
+        raise FileNotFoundError(
+            f"tables.{role}.path must match at least one file. Received: {pattern}. "
+            "The path is relative to --input_dir and may be a glob pattern"
+        )
+    found = [SourceFile(role, index, path) for index, path in enumerate(paths)]
+    for file in found:
+        _check_columns(file, table)
+    return found
+
+
+def _check_columns(file: SourceFile, table: Table) -> None:
+    available = _column_names(file, table)
+    if available is None:
+        return
+    declared = [column.name_in_file for column in table.columns]
+    missing = [name for name in declared if name not in available]
+    if missing:
+        raise ValueError(
+            f"{file.name} lacks columns that tables.{file.role} declares. Received: {', '.join(available)}. "
+            f"Missing: {', '.join(missing)}. Correct the spec (source_name is the name in the file) or the file"
+        )
+    repeated = [name for name in declared if available.count(name) > 1]
+    if repeated:
+        raise ValueError(
+            f"{file.name} must have each declared column once. Received: {repeated[0]!r} "
+            f"{available.count(repeated[0])} times. Rename or remove one of them in the file"
+        )
+
+
+def _column_names(file: SourceFile, table: Table) -> list[str] | None:
+    try:
+        return _FORMATS[table.format].column_names(file, table)
+    except UnreadableError as error:
+        reason = str(error)
+    except READ_ERRORS as error:
+        if file.name in str(error):
+            raise
+        reason = " ".join(str(error).split())
+    raise ValueError(
+        f"{file.name} must be a readable {table.format} file. Received: {reason}. Correct or remove the file"
+    )
+
+
+def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) -> FilePlan:
+    """Cuts a file into slices of about ``slice_bytes`` bytes, and hashes it.
+
+    Uncompressed CSV, TSV and JSON lines are cut between rows, Parquet between row groups; other files are one slice.
+    The file is read once, at the speed of its hash. The rows of the slices are those of the file, with the same ids,
+    whatever their size.
+
+    Raises:
+      ValueError: the header or the footer cannot be read; ``list_files`` refuses such a file.
+    """
+    return _FORMATS[table.format].plan(file, table, slice_bytes)
+
+
+def read_slice(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Reads one slice in batches of at most ``ROWS_PER_BATCH`` rows.
+
+    Damage never raises: the last batch then has ``unreadable``, the reason and the row behind which reading stopped.
+    """
+    return until_unreadable(_FORMATS[table.format].read(part, table), part.file, table)
+
+
+def read_file(file: SourceFile, table: Table) -> Iterator[RawBatch]:
+    """Reads all slices of a file."""
+    for part in plan_file(file, table).slices:
+        yield from read_slice(part, table)

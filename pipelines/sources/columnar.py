@@ -1,0 +1,50 @@
+"""Parquet: slices are ranges of row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from clsd_tf.tables import Table
+from pipelines.sources import files
+from pipelines.sources.files import FilePlan, RawBatch, SourceFile, SourceSlice, UnreadableError
+
+
+def column_names(file: SourceFile, table: Table) -> list[str]:
+    with files.open_arrow(file) as stream:
+        return pa.parquet.ParquetFile(stream).schema_arrow.names
+
+
+def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+    with files.open_arrow(file) as stream:
+        metadata = pa.parquet.ParquetFile(stream).metadata
+    return FilePlan(file, tuple(_cut(file, metadata, slice_bytes)), *files.hash_file(file))
+
+
+def _cut(file: SourceFile, metadata: pa.parquet.FileMetaData, slice_bytes: int) -> Iterator[SourceSlice]:
+    start, first_row, row, num_bytes = 0, 0, 0, 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        row, num_bytes = row + group.num_rows, num_bytes + group.total_byte_size
+        if num_bytes >= slice_bytes or index + 1 == metadata.num_row_groups:
+            yield SourceSlice(file, start, index + 1, first_row)
+            start, first_row, num_bytes = index + 1, row, 0
+
+
+def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    names = [column.name_in_file for column in table.columns]
+    row = part.first_row
+    try:
+        with files.open_arrow(part.file) as stream:
+            groups = range(part.start, part.end)
+            reader = pa.parquet.ParquetFile(stream)
+            for batch in reader.iter_batches(files.ROWS_PER_BATCH, row_groups=list(groups), columns=names):
+                numbers = np.arange(row, row + batch.num_rows, dtype=np.int64)
+                rows = files.named(pa.Table.from_batches([batch]), table, part.file.row_ids(numbers))
+                yield RawBatch(part.file, rows, [])
+                row += batch.num_rows
+    except files.READ_ERRORS as error:
+        raise UnreadableError(str(error), row - 1) from error

@@ -1,0 +1,114 @@
+"""CSV and TSV: Arrow parses blocks of whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from clsd_tf.tables import Table
+from pipelines.sources import files
+from pipelines.sources.files import BadRow, RawBatch, SourceFile, SourceSlice, UnreadableError
+from pipelines.sources.row_blocks import Framing, RowBlock, row_blocks, row_ends
+
+HEADER_ROW = 1
+_HEADER_BYTES = 64 << 10
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def framing(table: Table) -> Framing:
+    """CSV quotes with ". TSV has no quoting: a quote is an ordinary character, as film titles need."""
+    return Framing(",", quoted=True) if table.format == "csv" else Framing("\t")
+
+
+def column_names(file: SourceFile, table: Table) -> list[str]:
+    """Names in the header.
+
+    Raises:
+      ValueError: the file is empty.
+      UnreadableError: its first row cannot be read.
+    """
+    with files.open_arrow(file) as stream:
+        block = next(row_blocks(stream.read, framing(table), HEADER_ROW, _HEADER_BYTES), None)
+    header = _first_row(block.data, table) if block else b""
+    if not header.strip():
+        raise ValueError(f"{file.name} is empty. Received: a file of 0 rows. Allowed: a header line and rows")
+    text = header.decode("utf-8", errors="replace").encode()
+    return pa.csv.read_csv(pa.BufferReader(text), parse_options=_parse_options(table)).column_names
+
+
+def _first_row(block: bytes, table: Table) -> bytes:
+    ends = row_ends(block, framing(table), is_last=True)
+    return block[: int(ends[0]) + 1] if len(ends) else block
+
+
+def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Parses the rows of a block, of which the first is the header if the block starts at row 1."""
+    data, first_row, num_rows = block.data, block.first_row, block.num_rows
+    if first_row == HEADER_ROW:
+        data, first_row, num_rows = data[len(_first_row(data, table)) :], first_row + 1, num_rows - 1
+    if not num_rows:
+        return
+    if data.startswith(_BYTE_ORDER_MARK):  # Arrow takes one away, as if a file started here.
+        data = _BYTE_ORDER_MARK + data
+    rows, skipped = _parse(data, part.header, table)
+    bad_rows = [_unequal_row(part.file, row, first_row) for row in skipped]
+    numbers = np.delete(np.arange(num_rows), [row.number - 1 for row in skipped]) + first_row
+    if len(numbers) != rows.num_rows:
+        raise UnreadableError(f"{rows.num_rows} rows parsed where {len(numbers)} stand", first_row - 1)
+    yield from _batches(files.named(rows, table, part.file.row_ids(numbers)), bad_rows, part.file)
+
+
+def _parse(data: bytes, header: tuple[str, ...], table: Table) -> tuple[pa.Table, list[pa.csv.InvalidRow]]:
+    """(rows as text, rows with too few or too many values). Rows are numbered from 1."""
+    skipped: list[pa.csv.InvalidRow] = []
+
+    def skip(row: pa.csv.InvalidRow) -> str:
+        skipped.append(row)
+        return "skip"
+
+    names = [column.name_in_file for column in table.columns]
+    rows = pa.csv.read_csv(
+        pa.BufferReader(data),
+        # Without threads pyarrow reports the number of a row with too few or too many values.
+        read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=list(header)),
+        parse_options=_parse_options(table, skip),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.binary()),
+            include_columns=names,
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    )
+    return rows, skipped
+
+
+def _parse_options(table: Table, on_bad_row=None) -> pa.csv.ParseOptions:
+    frame = framing(table)
+    return pa.csv.ParseOptions(
+        delimiter=frame.delimiter,
+        quote_char='"' if frame.quoted else False,
+        invalid_row_handler=on_bad_row,
+        # An empty line is a bad row: ignoring it would shift the numbers behind it.
+        ignore_empty_lines=False,
+        newlines_in_values=frame.quoted,
+    )
+
+
+def _unequal_row(file: SourceFile, row: pa.csv.InvalidRow, first_row: int) -> BadRow:
+    return BadRow(
+        role=file.role,
+        file=file.name,
+        row=first_row + row.number - 1,
+        reason=f"{row.actual_columns}_columns_instead_of_{row.expected_columns}",
+        raw=row.text,
+        lines=1 + row.text.rstrip("\r\n").count("\n"),
+    )
+
+
+def _batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
+    """Cuts rows into batches; the bad rows go with the first."""
+    for start in range(0, max(rows.num_rows, 1), files.ROWS_PER_BATCH):
+        yield RawBatch(file, rows.slice(start, files.ROWS_PER_BATCH), bad_rows if start == 0 else [])

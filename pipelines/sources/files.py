@@ -1,0 +1,202 @@
+"""Files of any Beam file system: finding them, opening them, and the place of a row in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from clsd_tf.tables import Table
+
+ROW_ID = "row_id"
+ROWS_PER_BATCH = 65_536
+_FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
+BLOCK_BYTES = 8 << 20  # How much of a file is read at once.
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+# What reading a damaged file raises: Arrow's errors are ValueErrors or OSErrors.
+READ_ERRORS = (OSError, ValueError, EOFError, NotImplementedError, MemoryError, pa.ArrowException)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a table. ``index`` is its place in the sorted list of the table's files."""
+
+    role: str
+    index: int
+    path: str
+
+    @property
+    def name(self) -> str:
+        return pathlib.PurePath(self.path).name
+
+    @property
+    def compression(self) -> str | None:
+        return _COMPRESSIONS.get(pathlib.PurePath(self.path).suffix)
+
+    def row_ids(self, rows: np.ndarray) -> np.ndarray:
+        return (self.index << _FILE_SHIFT) | rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSlice:
+    """A part of a file that is read on its own.
+
+    Attributes:
+      file: where it stands.
+      start, end: bytes [start, end) of an uncompressed text file, row groups [start, end) of Parquet; (0, None) stands
+        for the whole file.
+      first_row: number of the first row.
+      header: names of all columns of a CSV or TSV file; the slice itself holds none.
+    """
+
+    file: SourceFile
+    start: int = 0
+    end: int | None = None
+    first_row: int = 0
+    header: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePlan:
+    """How a file is read, and what it was: its slices in file order, its size in bytes and its SHA-256 in hex."""
+
+    file: SourceFile
+    slices: tuple[SourceSlice, ...]
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that was refused. ``row`` counts rows: from 1, the header, in CSV and TSV; from 1 in JSON lines; from
+    0 in other formats."""
+
+    role: str
+    file: str
+    row: int
+    reason: str
+    raw: str
+    lines: int = 1  # A stray quote in a CSV can make one row of many lines: they all count as bad.
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclasses.dataclass
+class RawBatch:
+    """At most ``ROWS_PER_BATCH`` rows of one file: the spec's columns plus ``row_id``, and the rows that could not even
+    be split into columns.
+
+    Attributes:
+      unreadable: why the rest of the slice cannot be read, and after which row; None when it can. It comes with the
+        slice's last batch. No dataset may be built from such a file.
+    """
+
+    file: SourceFile
+    table: pa.Table
+    bad_rows: list[BadRow]
+    unreadable: str | None = None
+
+
+class UnreadableError(Exception):
+    """The rest of a file cannot be read. ``last_row`` is the number of the last row before it."""
+
+    def __init__(self, reason: str, last_row: int):
+        super().__init__(f"{_one_line(reason)}, after row {last_row}")
+
+
+def _one_line(reason: str) -> str:
+    """An error's text, short enough for a table."""
+    return " ".join(reason.split())[:200]
+
+
+def file_index(row_id: int) -> int:
+    return row_id >> _FILE_SHIFT
+
+
+def row_number(row_id: int) -> int:
+    return row_id & ((1 << _FILE_SHIFT) - 1)
+
+
+def size_in_bytes(file: SourceFile) -> int:
+    """Size of a file; of a compressed one about what it holds."""
+    size = FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes
+    return size * 5 if file.compression else size
+
+
+def match_files(pattern: str) -> list[str]:
+    """Paths that match, sorted, without what writers leave beside the data (``_SUCCESS``, ``.x.crc``)."""
+    paths = sorted(match.path for match in FileSystems.match([pattern])[0].metadata_list)
+    wildcard = re.search(r"[*?\[]", pattern)
+    if wildcard is None:
+        return paths
+    num_fixed = pattern.count("/", 0, wildcard.start())  # Folders that the pattern names.
+    return [path for path in paths if not any(part[:1] in ("_", ".") for part in path.split("/")[num_fixed:])]
+
+
+def open_bytes(file: SourceFile):
+    """The file as it is stored: an object with ``read`` and ``seek``."""
+    return FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def open_arrow(file: SourceFile) -> pa.NativeFile:
+    """The file as an Arrow stream, decompressed by its ending."""
+    stream = pa.PythonFile(open_bytes(file), mode="r")
+    return pa.CompressedInputStream(stream, file.compression) if file.compression else stream
+
+
+class HashingReader:
+    """Reads a file as it is stored, once, and hashes what it reads."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._digest.update(data)
+        self.num_bytes += len(data)
+        return data
+
+    def finish(self) -> tuple[int, str]:
+        """Reads what is left -> (bytes, SHA-256 in hex)."""
+        while self.read(BLOCK_BYTES):
+            pass
+        return self.num_bytes, self._digest.hexdigest()
+
+
+def hash_file(file: SourceFile) -> tuple[int, str]:
+    """(bytes, SHA-256 in hex) of a file as it is stored."""
+    with open_bytes(file) as stream:
+        return HashingReader(stream).finish()
+
+
+def named(data: pa.Table, table: Table, row_ids: np.ndarray) -> pa.Table:
+    """Selects the declared columns under their names in the spec and adds the row ids."""
+    columns = {column.name: data.column(column.name_in_file) for column in table.columns}
+    return pa.table({**columns, ROW_ID: pa.array(row_ids, pa.int64())})
+
+
+def empty_batch(file: SourceFile, table: Table, unreadable: str | None = None) -> RawBatch:
+    columns = {column.name: pa.array([], pa.string()) for column in table.columns}
+    return RawBatch(file, pa.table({**columns, ROW_ID: pa.array([], pa.int64())}), [], unreadable)
+
+
+def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table) -> Iterator[RawBatch]:
+    """Yields batches; when the rest cannot be read, a last batch says why instead of an exception."""
+    try:
+        yield from batches
+    except UnreadableError as error:
+        yield empty_batch(file, table, str(error))
+
+
+Reader = Callable[[SourceSlice, Table], Iterator[RawBatch]]

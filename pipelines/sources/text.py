@@ -1,0 +1,68 @@
+"""What CSV, TSV and JSON lines share: slices are byte ranges of whole rows, compressed files one slice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from clsd_tf.tables import Table
+from pipelines.sources import delimited, files, jsonl
+from pipelines.sources.files import FilePlan, HashingReader, RawBatch, SourceFile, SourceSlice, UnreadableError
+from pipelines.sources.row_blocks import Framing, RowBlock, row_blocks
+
+_FIRST_ROW = 1  # Of CSV and TSV it is the header.
+
+
+def _framing(table: Table) -> Framing:
+    return jsonl.FRAMING if table.format == "jsonl" else delimited.framing(table)
+
+
+def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+    header = () if table.format == "jsonl" else tuple(delimited.column_names(file, table))
+    whole = SourceSlice(file, first_row=_FIRST_ROW, header=header)
+    if file.compression:
+        return FilePlan(file, (whole,), *files.hash_file(file))
+    with files.open_bytes(file) as stream:
+        reader = HashingReader(stream)
+        blocks = row_blocks(reader.read, _framing(table), _FIRST_ROW, min(files.BLOCK_BYTES, slice_bytes))
+        slices = tuple(_cut(blocks, whole, slice_bytes))
+        return FilePlan(file, slices, *reader.finish())
+
+
+def _cut(blocks: Iterator[RowBlock], whole: SourceSlice, slice_bytes: int) -> Iterator[SourceSlice]:
+    """Joins blocks into slices of about ``slice_bytes``; what cannot be read is left to the last, which says why."""
+    start, first_row = whole.start, whole.first_row
+    with contextlib.suppress(UnreadableError):
+        for block in blocks:
+            if block.end - start >= slice_bytes:
+                yield SourceSlice(whole.file, start, block.end, first_row, whole.header)
+                start, first_row = block.end, block.first_row + block.num_rows
+    yield SourceSlice(whole.file, start, None, first_row, whole.header)
+
+
+def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    parse = jsonl.read if table.format == "jsonl" else delimited.read
+    with files.open_arrow(part.file) if part.file.compression else files.open_bytes(part.file) as stream:
+        for block in row_blocks(_bounded_read(stream, part), _framing(table), part.first_row):
+            try:
+                yield from parse(block, part, table)
+            except files.READ_ERRORS as error:
+                raise UnreadableError(str(error), block.first_row - 1) from error
+
+
+def _bounded_read(stream, part: SourceSlice) -> Callable[[int], bytes]:
+    """Reads from the slice's start up to its end."""
+    if part.end is None and part.start == 0:
+        return stream.read
+    stream.seek(part.start)
+    if part.end is None:
+        return stream.read
+    left = part.end - part.start
+
+    def read(size: int) -> bytes:
+        nonlocal left
+        data = stream.read(min(size, left))
+        left -= len(data)
+        return data
+
+    return read
