@@ -50,11 +50,13 @@ class Column(StrictModel):
 class Table(StrictModel):
     """A source table: ``path`` is relative to the input directory and may be a glob pattern.
 
-    ``key`` is the unique key that joins a user or item table to the log; the log has none.
+    ``key`` is the unique key that joins a user or item table to the log; the log has none. ``delimiter`` stands between
+    the values of a CSV file, when that is no comma.
     """
 
     path: str
-    format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
+    format: Literal["csv", "tsv", "jsonl", "parquet", "avro", "tfrecord", "tfds"]
+    delimiter: str | None = pydantic.Field(None, pattern=r"^[!-/:-@\[-`{-~ ]$")
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
 
@@ -65,6 +67,10 @@ class Table(StrictModel):
         repeated = sorted({name for name in in_file if in_file.count(name) > 1})
         if repeated:
             raise ValueError(f"each column of a file may be declared once. Received: {repeated[0]!r} twice")
+        if self.delimiter and (self.format != "csv" or self.delimiter == '"'):
+            raise ValueError(
+                f"only a csv table has a delimiter, and no quote. Received: {self.format}, {self.delimiter!r}"
+            )
         return self
 
     @property
