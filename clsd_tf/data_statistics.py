@@ -318,15 +318,19 @@ class _Part:
 
 
 def is_number(spec: FeatureSpec, column: str) -> bool:
-    """Whether statistics treat the column as numbers: it is scaled or cut into intervals."""
+    """Whether statistics treat the column as numbers: it is scaled, cut into intervals or expected in a range."""
     uses = _uses(spec, column)
-    return any(isinstance(use, NumericFeature) or (isinstance(use, UserGroup) and bool(use.boundaries)) for use in uses)
+    by_use = any(
+        isinstance(use, NumericFeature) or (isinstance(use, UserGroup) and bool(use.boundaries)) for use in uses
+    )
+    return by_use or (column in spec.expectations and spec.expectations[column].has_range)
 
 
 def is_id(spec: FeatureSpec, column: str) -> bool:
-    """Whether statistics count the column's values: they become ids or user groups."""
+    """Whether statistics count the column's values: they become ids or user groups, or are listed in the spec."""
     uses = _uses(spec, column)
-    return any(isinstance(use, IdFeature) or (isinstance(use, UserGroup) and bool(use.values)) for use in uses)
+    by_use = any(isinstance(use, IdFeature) or (isinstance(use, UserGroup) and bool(use.values)) for use in uses)
+    return by_use or (column in spec.expectations and bool(spec.expectations[column].values))
 
 
 def _uses(spec: FeatureSpec, column: str) -> list[Feature | UserGroup]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from clsd_tf.expectations import DriftLimits, Expectation
 from clsd_tf.feature_types import (
     CategoricalFeature,
     Feature,
@@ -57,6 +58,7 @@ class FeatureSpec(StrictModel):
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
+    drift: DriftLimits = DriftLimits()
     duplicates: Literal["keep_first", "keep_all", "fail"] = "keep_first"
     record_layout: RecordLayout = "packed"
 
@@ -67,6 +69,7 @@ class FeatureSpec(StrictModel):
         self._check_uses()
         self._check_raw_names()
         self._check_groups()
+        self._check_expectations()
         return self
 
     def _check_columns(self) -> None:
@@ -263,6 +266,23 @@ class FeatureSpec(StrictModel):
         """Column name -> how its times are written, over all tables."""
         tables = [table for _, table in self.tables.items() if table.valid_from]
         return {self.event_time.column: self.event_time} | {x.valid_from.column: x.valid_from for x in tables}
+
+    def _check_expectations(self) -> None:
+        # Statistics, which expectations are compared with, are made of what models may see.
+        allowed = [entry.name for entry in self.raw_inputs if entry.name in self.column_types]
+        for name, expectation in self.expectations.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"expect is for columns of features and user groups. Received: {name!r}. Allowed: {allowed}"
+                )
+            if name == self.user_key and (expectation.has_range or expectation.values):
+                raise ValueError(f"of user ids only max_missing can be expected. Received: more for {name!r}")
+
+    @property
+    def expectations(self) -> dict[str, Expectation]:
+        """Column name -> what is expected of it, for columns that declare it."""
+        columns = [column for _, table in self.tables.items() for column in table.columns]
+        return {column.name: column.expect for column in columns if column.expect}
 
     @property
     def column_types(self) -> dict[str, str]:

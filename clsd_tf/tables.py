@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from clsd_tf.expectations import Expectation
 from clsd_tf.validation import StrictModel
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -36,11 +37,21 @@ class Column(StrictModel):
       name: the name used in the rest of the spec and in serving requests.
       type: how the text is read. Unparsable values make the row a bad row.
       source_name: the column's name in the file, when it differs.
+      expect: what ``pipelines.validate_data`` checks the values by.
     """
 
     name: Name
     type: Literal["string", "int64", "float"]
     source_name: str | None = None
+    expect: Expectation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_expect(self) -> Column:
+        if self.expect and self.expect.has_range and self.type == "string":
+            raise ValueError(f"expect.min and expect.max are for numbers. Received: the string column {self.name!r}")
+        if self.expect and self.expect.values and self.type == "float":
+            raise ValueError(f"expect.values is for string and int64. Received: the float column {self.name!r}")
+        return self
 
     @property
     def name_in_file(self) -> str:

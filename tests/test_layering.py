@@ -11,6 +11,7 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 # Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
 LEVELS = [
     {"model_inputs", "validation"},
+    {"expectations"},
     {"tables"},
     {"feature_types"},
     {"features"},
@@ -18,6 +19,7 @@ LEVELS = [
     {"transform", "examples", "sketches"},
     {"column_summaries", "small_groups"},
     {"data_statistics"},
+    {"data_checks"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
@@ -134,6 +136,6 @@ def test_the_verifier_of_servables_does_not_import_clsd_tf():
 
 
 def test_the_spec_types_need_no_tensorflow():
-    rooms = ("validation", "model_inputs", "tables", "feature_types", "features", "artifacts")
+    rooms = ("validation", "model_inputs", "expectations", "tables", "feature_types", "features", "artifacts")
     for name in ("clsd_tf", "feature_specs", *(f"clsd_tf.{room}" for room in rooms)):
         assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("tensorflow", "apache_beam")]
