@@ -204,6 +204,12 @@ def empty_batch(file: SourceFile, table: Table, unreadable: str | None = None) -
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array([], pa.int64())}), [], unreadable)
 
 
+def cut_batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
+    """Cuts rows into batches; the bad rows go with the first."""
+    for start in range(0, max(rows.num_rows, 1), ROWS_PER_BATCH):
+        yield RawBatch(file, rows.slice(start, ROWS_PER_BATCH), bad_rows if start == 0 else [])
+
+
 def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table) -> Iterator[RawBatch]:
     """Yields batches; when the rest cannot be read, a last batch says why instead of an exception."""
     try:
