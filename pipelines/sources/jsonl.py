@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from clsd_tf.columns import convert_column
+from clsd_tf.columns import convert_column, value_to_text
 from clsd_tf.tables import Column, Table
 from pipelines.sources import files
 from pipelines.sources.files import BadRow, RawBatch, SourceFile, SourceSlice
@@ -103,25 +103,26 @@ def _arrow_type(column: Column, records: list[dict[str, Any]]) -> pa.DataType | 
 def _exact_text(values: pa.ChunkedArray) -> pa.Array | None:
     """A column as the text that ``value_to_text`` gives; None if that cannot be told."""
     values = values.combine_chunks()
-    if pa.types.is_floating(values.type) and not _is_written_alike(values):
-        return None
-    text, failures = _text(values)
-    return None if failures else text
-
-
-def _text(values: pa.Array) -> tuple[pa.Array, dict[str, np.ndarray]]:
     if pa.types.is_string(values.type):
-        return values, {}
+        return values
     text, failures = convert_column(values, Column(name="any", type="string"))
+    if failures:
+        return None
+    if pa.types.is_floating(values.type):
+        return _rewritten(values, text)
     if pa.types.is_list(values.type):  # There an empty list is missing; here it is the empty text.
-        text = pc.if_else(pc.and_(values.is_valid(), text.is_null()), pa.scalar("", pa.string()), text)
-    return text, failures
+        return pc.if_else(pc.and_(values.is_valid(), text.is_null()), pa.scalar("", pa.string()), text)
+    return text
 
 
-def _is_written_alike(values: pa.Array) -> bool:
-    """Whether Python and Arrow write all these floats in the same way, and none was a longer integer."""
-    size = np.abs(values.drop_null().to_numpy())
-    return bool(((size == 0) | ((size >= 1e-4) & (size < 1e15))).all())
+def _rewritten(values: pa.DoubleArray, text: pa.StringArray) -> pa.Array | None:
+    """Small floats, which Python and Arrow write differently, as Python does; None if one may be a longer integer."""
+    size = np.abs(pc.fill_null(values, 0.0).to_numpy())
+    if not (size < 1e15).all():
+        return None
+    small = (size > 0) & (size < 1e-4)
+    replacements = [value_to_text(value) for value in values.filter(pa.array(small)).to_pylist()]
+    return pc.replace_with_mask(text, pa.array(small), pa.array(replacements, pa.string()))
 
 
 # --- Line by line ----------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def _read_lines(lines: list[bytes], first_row: int, part: SourceSlice, table: Ta
 
 def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8-sig"))  # A byte order mark may stand before the first line.
         if b"\\u" in line:  # An escape may stand for half a character, which no text can hold.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):  # Also UnicodeDecodeError and UnicodeEncodeError.
