@@ -88,10 +88,13 @@ class Table(StrictModel):
     never a later one. A row that is valid from the very time of an event counts as known by then, since ``valid_from``
     says when it can be read; so a row that sums up events until and including time t is valid from the next
     microsecond on at the earliest.
+
+    ``delimiter`` stands between the values of a CSV file, when that is no comma.
     """
 
     path: str
-    format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
+    format: Literal["csv", "tsv", "jsonl", "parquet", "avro", "tfrecord", "tfds"]
+    delimiter: str | None = pydantic.Field(None, pattern=r"^[!-/:-@\[-`{-~ ]$")
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
     valid_from: EventTime | None = None
@@ -103,6 +106,10 @@ class Table(StrictModel):
         repeated = sorted({name for name in in_file if in_file.count(name) > 1})
         if repeated:
             raise ValueError(f"each column of a file may be declared once. Received: {repeated[0]!r} twice")
+        if self.delimiter and (self.format != "csv" or self.delimiter == '"'):
+            raise ValueError(
+                f"only a csv table has a delimiter, and no quote. Received: {self.format}, {self.delimiter!r}"
+            )
         return self
 
     @property

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from clsd_tf.features import (
     CategoricalFeature,
+    Feature,
     FeatureSpec,
     HistoryFeature,
     MultiValuedFeature,
@@ -80,8 +81,8 @@ class FeatureTransform(tf.Module):
 
     def __init__(self, spec: FeatureSpec, statistics: Statistics, vocabulary_dir: pathlib.Path):
         super().__init__()
-        self._spec = spec
         self._statistics = statistics
+        self._entries = {entry.name: entry for entry in (*spec.features, *spec.user_groups)}
         self._lookups = {
             feature.name: self._lookup(feature, vocabulary_dir)
             for feature in spec.features
@@ -104,25 +105,40 @@ class FeatureTransform(tf.Module):
         Returns:
           int64 ids [batch] or [batch, max_values], float32 numbers [batch], and int64 user-group ids [batch].
         """
-        outputs = {}
-        for feature in self._spec.features:
-            outputs[feature.name] = self._feature(feature, raw)
-        for group in self._spec.user_groups:
-            outputs[group.name] = group_ids(group, raw[group.column])
-        return outputs
+        return {entry.name: self.column(entry.name, self._values(entry, raw)) for entry in self._entries.values()}
 
-    def _feature(self, feature, raw: Tensors) -> tf.Tensor:
-        match feature:
+    @staticmethod
+    def _values(entry: Feature | UserGroup, raw: Tensors) -> tf.Tensor:
+        if isinstance(entry, HistoryFeature):
+            return last_values(raw[entry.name], entry.max_length)
+        return raw[entry.column]
+
+    def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
+        """Transforms the raw values of one feature or user group, each on its own.
+
+        Every output depends on its own value alone, so the distinct values of a column can be transformed once and the
+        result gathered by row.
+
+        Args:
+          name: of a feature or user group of the spec.
+          values: raw values [num_values], missing as in ``__call__``. Of a history: single values of the feature it is
+            made of, of any shape.
+
+        Returns:
+          What ``__call__`` gives for rows of these values; of a history one id per value, in the shape of ``values``.
+        """
+        match self._entries[name]:
+            case UserGroup() as group:
+                return group_ids(group, values)
             case CategoricalFeature():
-                return self._lookups[feature.name](as_text(raw[feature.column]))
-            case MultiValuedFeature():
-                values = tf.strings.split(as_text(raw[feature.column]), feature.separator)
-                values = first_values(values, feature.max_values)
-                return self._lookups[feature.name](values)
-            case HistoryFeature():
-                return self._lookups[feature.of](last_values(raw[feature.name], feature.max_length))
-            case NumericFeature():
-                return numeric_values(feature, self._statistics.numeric[feature.name], raw[feature.column])
+                return self._lookups[name](as_text(values))
+            case MultiValuedFeature() as feature:
+                pieces = tf.strings.split(as_text(values), feature.separator)
+                return self._lookups[name](first_values(pieces, feature.max_values))
+            case HistoryFeature() as feature:
+                return self._lookups[feature.of](values)
+            case NumericFeature() as feature:
+                return numeric_values(feature, self._statistics.numeric[name], values)
 
 
 def as_text(values: tf.Tensor) -> tf.Tensor:
@@ -154,9 +170,12 @@ def as_float(values: tf.Tensor) -> tf.Tensor:
 def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
     """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
     values = as_float(raw)
-    if feature.log1p:
-        values = tf.math.log1p(tf.maximum(values, 0.0))  # Negative values are bad rows when the dataset is built.
     missing = tf.math.is_nan(values)
+    if feature.log1p:
+        positive = tf.where(values > 0.0, values, 0.0)  # Negative values are bad rows when the dataset is built.
+        # In float64: the last bits of TensorFlow's float32 logarithm depend on a value's place in the batch, so that
+        # a served value would differ from the trained one.
+        values = tf.cast(tf.math.log1p(tf.cast(positive, tf.float64)), tf.float32)
     if feature.scaling == "quantile_buckets":
         boundaries = tf.constant(statistics.boundaries, tf.float32)
         buckets = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)

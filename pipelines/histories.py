@@ -29,7 +29,7 @@ class SortedEvents:
         self._distinct_times, ranks = np.unique(times, return_inverse=True)
         new_user = np.append(True, users[1:] != users[:-1])[: len(users)]
         # (user, time) as one number that sorts like the pair; microseconds themselves would overflow.
-        self._user_base = np.cumsum(new_user) * (len(self._distinct_times) + 1)
+        self._user_base = np.cumsum(new_user) * len(self._distinct_times)
         self._moments = self._user_base + ranks
 
     def rows_before(self, moments: np.ndarray) -> np.ndarray:

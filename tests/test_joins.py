@@ -94,9 +94,9 @@ def test_times_become_microseconds_by_their_unit():
 
 
 def test_times_with_a_fraction_are_rounded_to_the_nearest_microsecond():
-    # 1700000000.123456 s is ...455.8 microseconds in binary: cutting would give a time before that very time.
-    values = pa.chunked_array([[1_700_000_000.123456]])
-    assert microseconds(values, EventTime(column="t", unit="seconds")).tolist() == [1_700_000_000_123_456]
+    # 2199444544.775469 s is a little less in binary: cutting would give ...468, a time before that very time.
+    values = pa.chunked_array([[2_199_444_544.775469]])
+    assert microseconds(values, EventTime(column="t", unit="seconds")).tolist() == [2_199_444_544_775_469]
 
 
 # --- Versioned profiles ----------------------------------------------------------------------------------------------

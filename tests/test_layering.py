@@ -36,8 +36,9 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
-    "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.rank_profile_features",
-    "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main", "export.predict", "export.verify",
+    "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
+    "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main",
+    "export.predict", "export.verify",
 }  # fmt: skip
 
 

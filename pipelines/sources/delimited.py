@@ -20,7 +20,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 def framing(table: Table) -> Framing:
     """CSV quotes with ". TSV has no quoting: a quote is an ordinary character, as film titles need."""
-    return Framing(",", quoted=True) if table.format == "csv" else Framing("\t")
+    return Framing(table.delimiter or ",", quoted=True) if table.format == "csv" else Framing("\t")
 
 
 def column_names(file: SourceFile, table: Table) -> list[str]:

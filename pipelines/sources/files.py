@@ -132,6 +132,10 @@ def size_in_bytes(file: SourceFile) -> int:
     return size * 5 if file.compression else size
 
 
+def join_path(directory: str, path: str) -> str:
+    return FileSystems.join(directory, path) if directory else path
+
+
 def match_files(pattern: str) -> list[str]:
     """Paths that match, sorted, without what writers leave beside the data (``_SUCCESS``, ``.x.crc``)."""
     paths = sorted(match.path for match in FileSystems.match([pattern])[0].metadata_list)
@@ -151,6 +155,15 @@ def open_arrow(file: SourceFile) -> pa.NativeFile:
     """The file as an Arrow stream, decompressed by its ending."""
     stream = pa.PythonFile(open_bytes(file), mode="r")
     return pa.CompressedInputStream(stream, file.compression) if file.compression else stream
+
+
+def first_bytes(file: SourceFile, size: int = 64 << 10) -> bytes:
+    """The start of a file, decompressed; what can be read of it."""
+    try:
+        with open_arrow(file) as stream:
+            return stream.read(size)
+    except READ_ERRORS:
+        return b""
 
 
 class HashingReader:

@@ -8,11 +8,19 @@ from typing import Any
 
 from clsd_tf.tables import Table
 from pipelines.sources import files
-from pipelines.sources.files import BadRow, RawBatch, SourceSlice
+from pipelines.sources.files import BadRow, RawBatch, SourceFile, SourceSlice
 from pipelines.sources.records import records_table
-from pipelines.sources.row_blocks import Framing, RowBlock
+from pipelines.sources.row_blocks import Framing, RowBlock, row_blocks
 
 FRAMING = Framing()
+
+
+def keys(file: SourceFile, table: Table) -> list[str]:
+    """Keys of the first 1,000 lines, in the order in which they occur."""
+    with files.open_arrow(file) as stream:
+        block = next(row_blocks(stream.read, FRAMING, 1), None)
+    lines = block.data.split(b"\n", 1000)[:1000] if block else []
+    return list(dict.fromkeys(key for line in lines for key in _json_object(line) or {}))
 
 
 def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]:
