@@ -202,32 +202,33 @@ class _Pair:
             yield from self._histograms(name, columns)
 
     def _values(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        totals = self._of([column.values.total for column in columns])
-        if not all(totals):
+        totals = np.array(self._of([column.values.total for column in columns]))
+        if not totals.all():
             return
-        counts = self._aligned_counts(columns)
-        shares = counts / np.array(totals)
+        counts = self._aligned_counts(columns, totals)
+        shares = counts / totals
         largest = int(np.argmax(np.abs(shares[:, 0] - shares[:, 1]))) if len(counts) else None
         if largest is not None:
             error = _share_error(counts[largest], totals)
             yield self._drift(name, "l_infinity", abs(shares[largest, 0] - shares[largest, 1]), error)
         frequent = counts[counts.sum(axis=1) >= _MIN_COUNT]
-        yield self._divergence(name, np.vstack([frequent, totals - frequent.sum(axis=0)]))
+        yield self._divergence(name, np.vstack([frequent, np.maximum(totals - frequent.sum(axis=0), 0)]))
         if not columns[0].values.top.error:  # Otherwise nobody knows which values the baseline had.
             known = pc.is_in(columns[1].values.values, value_set=columns[0].values.values)
             unseen = totals[1] - columns[1].values.rows[known.to_numpy(zero_copy_only=False), self._indices[1]].sum()
             yield self._drift(name, "unseen", unseen / totals[1], 0.0)
 
-    def _aligned_counts(self, columns: Sequence[ColumnStatistics]) -> np.ndarray:
-        """Counts of the values that both sides know, [num_values, 2]."""
+    def _aligned_counts(self, columns: Sequence[ColumnStatistics], totals: np.ndarray) -> np.ndarray:
+        """Counts of the values that either side has kept, [num_values, 2]."""
         kept = pc.unique(pa.concat_arrays([column.values.values for column in columns]))
-        counts, known = np.zeros((len(kept), 2)), np.ones(len(kept), bool)
+        counts, known = np.zeros((len(kept), 2)), np.zeros((len(kept), 2), bool)
         for side, column in enumerate(columns):
             positions = pc.index_in(column.values.values, value_set=kept).to_numpy(zero_copy_only=False)
             counts[positions, side] = column.values.rows[:, self._indices[side]]
-            if column.values.top.error:  # What this side has not kept is not 0 but unknown.
-                known &= np.isin(np.arange(len(kept)), positions)
-        return counts[known]
+            known[positions, side] = True
+        # What a side has not kept may be as frequent as its error allows: taken as near the other side as that goes.
+        alike = (counts / totals)[:, ::-1] * totals
+        return np.where(known, counts, np.minimum(alike, [column.values.top.error for column in columns]))
 
     def _mean(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
         counts = self._of([column.numbers.count for column in columns])

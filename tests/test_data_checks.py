@@ -149,6 +149,18 @@ def test_measures_of_values_by_hand(shop_spec):
     assert measured(before, after, "city", "jensen_shannon").value == pytest.approx(expected)
 
 
+def test_values_that_a_side_has_dropped_are_as_frequent_as_its_error_allows(shop_spec):
+    # 1,101 values of 11 rows are more than are kept: each may have up to 11 of 12,111 rows.
+    long_tail = statistics_of(shop_spec, 12_111, city=[f"c{i % 1101}" for i in range(12_111)])
+    assert long_tail.columns["city"].values.top.error == 11
+    ten = statistics_of(shop_spec, city=[f"c{i % 10}" for i in range(1000)])
+    for pair in ((long_tail, ten), (ten, long_tail)):
+        assert measured(*pair, "city", "l_infinity").value == pytest.approx(0.1 - 11 / 12_111)
+    alike = statistics_of(shop_spec, 11_000, city=[f"c{i % 1000}" for i in range(11_000)])
+    assert measured(long_tail, alike, "city", "l_infinity").value == pytest.approx(1 / 1000 - 11 / 12_111)
+    assert "unseen" not in {drift.kind for drift in measure_drift(long_tail, ten) if drift.column == "city"}
+
+
 def test_measures_of_numbers_and_clicks_by_hand(shop_spec):
     before = statistics_of(shop_spec, price=[1.0, 3.0] * 500, label=[1.0] * 100 + [0.0] * 900)
     after = statistics_of(shop_spec, price=[2.0, 3.0] * 500, label=[1.0] * 130 + [0.0] * 870)

@@ -61,14 +61,14 @@ def test_error_names_the_source(shop_content):
 def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
     shop_content["lable"] = "clicked == 1"
     message = error_of(shop_content)
-    assert "lable: unknown key. Received: 'lable'. Allowed: description, event_time, features" in message
+    assert "lable: unknown key. Received: 'lable'. Allowed: description, drift, duplicates" in message
 
 
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
         ("tables.log.paht", "columns, format, key, path, valid_from"),
-        ("tables.log.columns.0.typ", "name, source_name, type"),
+        ("tables.log.columns.0.typ", "expect, name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         (
             "split.ratio",
