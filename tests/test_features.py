@@ -71,7 +71,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
         ("tables.log.columns.0.typ", "name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         ("split.ratio", "rule, seed, test, test_from, train, until, validation, validation_from"),
-        ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
+        ("features.0.categorical.buckets", "column, hash, hash_buckets, name, type, vocabulary"),
         ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
         ("features.6.history.column", "max_length, name, of, type"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
@@ -367,7 +367,7 @@ def test_categorical_feature_of_float_is_refused(shop_content, name, kind):
 
 def test_vocabulary_together_with_hash_buckets_is_refused(shop_content):
     feature(shop_content, "item")["hash_buckets"] = 5
-    assert "give vocabulary or hash_buckets. Received: both" in error_of(shop_content)
+    assert "give one of vocabulary, hash_buckets and hash. Received: vocabulary, hash_buckets" in error_of(shop_content)
 
 
 @pytest.mark.parametrize(
