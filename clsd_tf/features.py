@@ -6,6 +6,7 @@ they cannot become a model input. ``FeatureSpec.model_inputs`` is what a backbon
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -333,22 +334,26 @@ class FeatureSpec(StrictModel):
 
     @property
     def _user_features(self) -> tuple[str, ...]:
-        """Single-valued features that tell of the user's profile, never of the user's id: what AdGate may read."""
+        """Features of one id or number that tell of the user's profile, never of the user's id: for AdGate."""
         profile = {name for table in self.user_tables.values() for name in table.column_names if name != self.user_key}
         single_valued = (CategoricalFeature, NumericFeature)
-        return tuple(x.name for x in self.features if isinstance(x, single_valued) and x.column in profile)
+        found = [x for x in self.features if isinstance(x, single_valued) and x.column in profile]
+        return tuple(x.name for x in found if isinstance(x, NumericFeature) or x.ids_per_value == 1)
 
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):
             of = self._categorical_input(self.feature(feature.of), lengths)
-            return CategoricalInput(feature.name, of.vocabulary, of.vocabulary_size, feature.max_length)
+            return dataclasses.replace(of, name=feature.name, max_values=feature.max_length)
         if isinstance(feature, NumericFeature):
             is_id = feature.scaling == "quantile_buckets"
             return CategoricalInput(feature.name, feature.name, 1 + feature.num_buckets) if is_id else None
-        rule = feature.resolved_vocabulary
-        size = 1 + (feature.hash_buckets if rule is None else rule.num_oov_indices + lengths[feature.name])
+        rule, hashing = feature.resolved_vocabulary, feature.resolved_hash
+        size = 1 + (rule.num_oov_indices + lengths[feature.name] if rule else hashing.buckets)
         max_values = feature.max_values if isinstance(feature, MultiValuedFeature) else None
-        return CategoricalInput(feature.name, feature.name, size, max_values)
+        if rule:
+            return CategoricalInput(feature.name, feature.name, size, max_values)
+        combiner = "product" if hashing.method == "quotient_remainder" else "sum"
+        return CategoricalInput(feature.name, feature.name, size, max_values, feature.ids_per_value, combiner)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, defaults written out."""

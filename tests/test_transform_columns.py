@@ -14,6 +14,8 @@ from clsd_tf.transform import FeatureTransform
 
 VOCABULARIES = {"item": ["i7", "i1", "7"], "tags": ["a", "b", "ü"], "number": ["3", "-4"]}
 SCALINGS = ("none", "standardise", "min_max", "quantile_buckets")
+MULTI = {"buckets": 7, "method": "multi", "num_hashes": 3}
+DIVIDED = {"buckets": 6, "method": "quotient_remainder", "seed": 5}
 TYPES = {"item_id": pa.string(), "tags": pa.string(), "number": pa.int64(), "price": pa.float32(), "age": pa.int64()}
 
 
@@ -26,8 +28,11 @@ def content():
         {"name": "tags", "type": "multi_valued", "column": "tags", "separator": "|", "max_values": 2},
         {"name": "number", "type": "categorical", "column": "number"},
         {"name": "hashed_number", "type": "categorical", "column": "number", "hash_buckets": 5},
+        {"name": "multi_item", "type": "categorical", "column": "item_id", "hash": MULTI},
+        {"name": "divided_tags", "type": "multi_valued", "column": "tags", "separator": "|", "hash": DIVIDED},
         {"name": "past_items", "type": "history", "of": "item", "max_length": 3},
         {"name": "past_hashed", "type": "history", "of": "hashed_item", "max_length": 2},
+        {"name": "past_multi", "type": "history", "of": "multi_item", "max_length": 2},
     ]
     for column in ("price", "age"):
         features += [
@@ -85,7 +90,7 @@ def tables(draw):
         name: pa.array(draw(st.lists(values, min_size=size, max_size=size)), TYPES[name])
         for name, values in VALUES.items()
     }
-    for name in ("past_items", "past_hashed"):
+    for name in ("past_items", "past_hashed", "past_multi"):
         columns[name] = pa.array(draw(st.lists(HISTORIES, min_size=size, max_size=size)), pa.list_(pa.string()))
     return pa.table(columns)
 
@@ -105,7 +110,7 @@ def gathered(transform, table, entry):
 
 
 @given(tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_rows(transform, table):
     by_row = transform(arrow_to_tensors(table, SPEC.raw_inputs))
     assert by_row.keys() == {entry.name for entry in (*SPEC.features, *SPEC.user_groups)}
@@ -118,6 +123,12 @@ def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_r
 def test_a_history_takes_single_values_of_any_shape(transform):
     # item: 0 missing, 1-3 out of vocabulary, then i7, i1, 7.
     assert transform.column("past_items", tf.constant([["i1", ""], ["i7", "7"]])).numpy().tolist() == [[5, 0], [4, 6]]
+
+
+@pytest.mark.parametrize(("history", "of"), [("past_hashed", "hashed_item"), ("past_multi", "multi_item")])
+def test_a_history_has_the_ids_of_the_feature_it_is_made_of(transform, history, of):
+    items = tf.constant(["i1", "", "new", "7"])
+    np.testing.assert_array_equal(transform.column(history, items), transform.column(of, items))
 
 
 def test_a_name_outside_the_spec_is_refused(transform):
