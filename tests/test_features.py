@@ -100,7 +100,7 @@ def test_every_problem_is_reported_at_once(shop_content):
     assert "lable: unknown key" in message
     assert "tables.log.format" in message
     assert "'xlsx'" in message
-    assert "'csv', 'tsv', 'jsonl', 'parquet' or 'tfds'" in message
+    assert "'csv', 'tsv', 'jsonl', 'parquet', 'avro', 'tfrecord' or 'tfds'" in message
 
 
 def test_unknown_feature_type_lists_the_known_types(shop_content):
