@@ -36,11 +36,14 @@ class Column(StrictModel):
       name: the name used in the rest of the spec and in serving requests.
       type: how the text is read. Unparsable values make the row a bad row.
       source_name: the column's name in the file, when it differs.
+      sensitive: its values never stand in dead letters, statistics or logs, and no feature or user group may use it. A
+        key, the event time or a label's column may be sensitive.
     """
 
     name: Name
     type: Literal["string", "int64", "float"]
     source_name: str | None = None
+    sensitive: bool = False
 
     @property
     def name_in_file(self) -> str:

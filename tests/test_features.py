@@ -67,8 +67,8 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("tables.log.paht", "columns, format, key, path"),
-        ("tables.log.columns.0.typ", "name, source_name, type"),
+        ("tables.log.paht", "columns, delimiter, format, key, path"),
+        ("tables.log.columns.0.typ", "name, sensitive, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         ("split.ratio", "rule, seed, test, test_from, train, until, validation, validation_from"),
         ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
@@ -96,7 +96,7 @@ def test_every_problem_is_reported_at_once(shop_content):
     assert "lable: unknown key" in message
     assert "tables.log.format" in message
     assert "'xlsx'" in message
-    assert "'csv', 'tsv', 'jsonl', 'parquet' or 'tfds'" in message
+    assert "'csv', 'tsv', 'jsonl', 'parquet', 'avro', 'tfrecord' or 'tfds'" in message
 
 
 def test_unknown_feature_type_lists_the_known_types(shop_content):
@@ -782,3 +782,12 @@ import clsd_tf
     assert result.returncode != 0
     assert "ImportError: clsd_tf was imported too late. Received: tf.keras version 3" in result.stderr
     assert "import clsd_tf before tensorflow's Keras is used" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file_format", "delimiter"), [("tsv", ";"), ("parquet", ";"), ("csv", '"'), ("csv", "ab"), ("csv", "\n")]
+)
+def test_only_csv_has_a_delimiter_of_one_character(shop_content, file_format, delimiter):
+    shop_content["tables"]["log"] |= {"format": file_format, "delimiter": delimiter}
+    with pytest.raises(SpecError, match="delimiter"):
+        parse_spec(shop_content, "shop")
