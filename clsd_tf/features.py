@@ -44,6 +44,9 @@ class FeatureSpec(StrictModel):
       duplicates: what becomes of events of one user, item and time: the one of the lowest row id stays, all stay, or
         the build fails. They are counted in any case.
       record_layout: of the TFRecords: all integers of a row in one entry (fast), or an entry for each name.
+      user_id_salt_env: optional name of the environment variable that holds a secret salt. The user key of log and user
+        table is then replaced by a salted hash as soon as it is read, so that no id stands in any file that is written.
+        A serving request then carries the hashed id too: ``clsd_tf.hashing.hash_user_ids`` with the same salt.
     """
 
     name: Name
@@ -56,6 +59,7 @@ class FeatureSpec(StrictModel):
     intensity_label: str | None = None
     intensity_value: Name | None = None
     sample_weight: Name | None = None
+    user_id_salt_env: Name | None = None
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
@@ -159,6 +163,10 @@ class FeatureSpec(StrictModel):
             column = feature.column
             if column not in self.column_types:
                 raise ValueError(_not_a_column(feature.name, column, list(self.column_types)))
+            if column in self.sensitive_columns:
+                raise ValueError(
+                    f"a sensitive column cannot be a model input. Received: {column!r} in {feature.name!r}"
+                )
             for use, name in never_inputs.items():
                 if column == name:
                     raise ValueError(
@@ -180,6 +188,8 @@ class FeatureSpec(StrictModel):
 
     def _check_types(self) -> None:
         types = self.column_types
+        if self.user_id_salt_env and types[self.user_key] != "string":
+            raise ValueError(f"a hashed user_key must be a string. Received: {self.user_key}: {types[self.user_key]}")
         if types[self.event_time.column] == "string":
             raise ValueError("the event time column must be int64 or float. Received: string")
         if self.intensity_value and types[self.intensity_value] == "string":
@@ -289,6 +299,12 @@ class FeatureSpec(StrictModel):
     def column_types(self) -> dict[str, str]:
         """Column name -> type, over all tables."""
         return {column.name: column.type for _, table in self.tables.items() for column in table.columns}
+
+    @property
+    def sensitive_columns(self) -> frozenset[str]:
+        """Columns whose values may stand in no dead letter, statistic or log."""
+        columns = (column for _, table in self.tables.items() for column in table.columns)
+        return frozenset(column.name for column in columns if column.sensitive)
 
     @property
     def label_comparison(self) -> Comparison:

@@ -68,7 +68,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
     ("path", "allowed"),
     [
         ("tables.log.paht", "columns, delimiter, format, key, path, valid_from"),
-        ("tables.log.columns.0.typ", "expect, name, source_name, type"),
+        ("tables.log.columns.0.typ", "expect, name, sensitive, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         (
             "split.ratio",
@@ -792,3 +792,12 @@ import clsd_tf
     assert result.returncode != 0
     assert "ImportError: clsd_tf was imported too late. Received: tf.keras version 3" in result.stderr
     assert "import clsd_tf before tensorflow's Keras is used" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file_format", "delimiter"), [("tsv", ";"), ("parquet", ";"), ("csv", '"'), ("csv", "ab"), ("csv", "\n")]
+)
+def test_only_csv_has_a_delimiter_of_one_character(shop_content, file_format, delimiter):
+    shop_content["tables"]["log"] |= {"format": file_format, "delimiter": delimiter}
+    with pytest.raises(SpecError, match="delimiter"):
+        parse_spec(shop_content, "shop")

@@ -78,9 +78,8 @@ def write_parquet(path):
     pa.parquet.write_table(pa.Table.from_pylist(RECORDS), path)
 
 
-def write_avro(path):
+def write_avro(path):  # Names in Avro have no colon.
     kinds = {str: "string", int: "long", float: "double"}
-    # Names in Avro have no colon.
     fields = [{"name": name.replace(":", "_"), "type": ["null", kinds[type(RECORDS[0][name])]]} for name in HEADER]
     records = [{name.replace(":", "_"): value for name, value in record.items()} for record in RECORDS]
     with path.open("wb") as file:
@@ -88,23 +87,19 @@ def write_avro(path):
 
 
 def example_of(record):
-    """A record -> a serialized tf.train.Example; None and absent keys have no value."""
+    """A record -> a serialized tf.train.Example."""
+    kinds = {str: "bytes_list", int: "int64_list", float: "float_list"}
     features = {}
     for name, value in record.items():
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        if isinstance(next(iter(values), None), str):
-            features[name] = tf.train.Feature(bytes_list={"value": [text.encode() for text in values]})
-        elif isinstance(next(iter(values), None), float):
-            features[name] = tf.train.Feature(float_list={"value": values})
-        else:
-            features[name] = tf.train.Feature(int64_list={"value": values})
+        text = value.encode() if isinstance(value, str) else value
+        features[name] = tf.train.Feature(**{kinds[type(value)]: {"value": [text]}})
     return tf.train.Example(features={"feature": features}).SerializeToString()
 
 
-def write_tfrecord(path, serialized=None):
+def write_tfrecord(path):
     compression = "GZIP" if path.suffix == ".gz" else ""
     with tf.io.TFRecordWriter(str(path), compression) as writer:
-        for record in serialized or map(example_of, RECORDS):
+        for record in map(example_of, RECORDS):
             writer.write(record)
 
 

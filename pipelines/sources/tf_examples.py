@@ -67,11 +67,9 @@ def _until_damage(dataset: tf.data.Dataset) -> list[bytes]:
 
 
 def _parse(records: np.ndarray, first_row: int, file: SourceFile, table: Table) -> RawBatch:
-    rows = np.arange(first_row, first_row + len(records))
-    try:
-        parsed = _parse_examples(records, table)
-        bad_rows = []
-    except tf.errors.InvalidArgumentError:  # Some record is no example or holds another type: find which.
+    rows, bad_rows = np.arange(first_row, first_row + len(records)), []
+    parsed = _parse_examples(records, table)
+    if parsed is None:  # Some record is no example or holds another type: find which.
         reasons = [_reason(record, table) for record in records]
         good = np.array([reason is None for reason in reasons], bool)
         bad_rows = [
@@ -80,16 +78,22 @@ def _parse(records: np.ndarray, first_row: int, file: SourceFile, table: Table) 
             if reason is not None
         ]
         parsed, rows = _parse_examples(records[good], table), rows[good]
+    if parsed is None:
+        raise UnreadableError("an example that TensorFlow cannot parse", first_row - 1)
     columns = {column.name: _to_arrow(parsed[column.name_in_file], column) for column in table.columns}
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array(file.row_ids(rows), pa.int64())}), bad_rows)
 
 
-def _parse_examples(records: np.ndarray, table: Table) -> dict[str, tf.RaggedTensor]:
+def _parse_examples(records: np.ndarray, table: Table) -> dict[str, tf.RaggedTensor] | None:
+    """All records at once; None if any of them cannot be parsed."""
     features = {
         column.name_in_file: tf.io.RaggedFeature(_DTYPES[column.type], row_splits_dtype=tf.int64)
         for column in table.columns
     }
-    return tf.io.parse_example(tf.constant(records, tf.string, shape=[len(records)]), features)
+    try:
+        return tf.io.parse_example(tf.constant(records, tf.string, shape=[len(records)]), features)
+    except (tf.errors.InvalidArgumentError, UnicodeDecodeError):  # The latter when the message quotes the bytes.
+        return None
 
 
 def _reason(record: bytes, table: Table) -> str | None:
