@@ -155,7 +155,8 @@ def measure_drift(baseline: DataStatistics, new: DataStatistics, min_group_users
         pair = _Pair(left, right, segment)
         measures += pair.click_rate()
         for name in left.columns:
-            measures += pair.column(name)
+            if name in right.columns:  # Another version of the data may lack a feature.
+                measures += pair.column(name)
     return measures
 
 
@@ -194,9 +195,9 @@ class _Pair:
         missing = self._of([column.missing for column in columns])
         before, after = (count / rows for count, rows in zip(missing, self._rows, strict=True))
         yield self._drift(name, "missing_change", abs(after - before), _share_error(missing, self._rows))
-        if columns[0].values:
+        if all(column.values for column in columns):
             yield from self._values(name, columns)
-        if columns[0].numbers:
+        if all(column.numbers for column in columns):
             yield from self._mean(name, columns)
         if not self._group:  # Histograms are kept of all rows alone.
             yield from self._histograms(name, columns)
@@ -239,13 +240,8 @@ class _Pair:
             yield self._drift(name, "mean_change", abs(after - before) / std, error)
 
     def _histograms(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        if columns[0].numbers:
-            histograms = [column.numbers.histogram for column in columns]
-        elif columns[0].distinct is None:  # A list, by its length.
-            histograms = [column.lengths for column in columns]
-        else:
-            return
-        if all(histogram.count for histogram in histograms):
+        histograms = [column.histogram for column in columns]
+        if all(histogram and histogram.count for histogram in histograms):
             counts = np.stack(binned_shares(*histograms)[1:], axis=1) * [histogram.count for histogram in histograms]
             yield self._divergence(name, counts)
 

@@ -55,6 +55,13 @@ class ColumnStatistics:
     numbers: NumberSummary | None = None
     values: ValueSummary | None = None
 
+    @property
+    def histogram(self) -> Histogram | None:
+        """Of numbers, or of the lengths of lists; None for other columns."""
+        if self.numbers:
+            return self.numbers.histogram
+        return self.lengths if self.distinct is None else None
+
     def merge(self, other: ColumnStatistics) -> ColumnStatistics:
         parts = {name: getattr(self, name) and getattr(self, name).merge(getattr(other, name)) for name in _SUMMARIES}
         return ColumnStatistics(self.missing + other.missing, self.missing_clicks + other.missing_clicks, **parts)
