@@ -143,6 +143,46 @@ def _limits(spec: FeatureSpec, column: str) -> DriftLimits:
     return expectation.drift if expectation and expectation.drift else spec.drift
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Two sets of rows beside each other, ready for a report.
+
+    Attributes:
+      baseline_name: what a reader calls the baseline, for example ``train``.
+      new_name: likewise the other.
+      baseline: its statistics, with small user groups merged.
+      new: likewise.
+      measures: all of them.
+      anomalies: the measures that exceed their limits, sorted.
+    """
+
+    baseline_name: str
+    new_name: str
+    baseline: DataStatistics
+    new: DataStatistics
+    measures: tuple[Drift, ...]
+    anomalies: tuple[Anomaly, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.baseline_name} → {self.new_name}"
+
+
+def contrast(
+    baseline_name: str, baseline: DataStatistics, new_name: str, new: DataStatistics, spec: FeatureSpec
+) -> Contrast:
+    """Measures and judges the drift from ``baseline`` to ``new``."""
+    measures = measure_drift(baseline, new)
+    return Contrast(
+        baseline_name,
+        new_name,
+        baseline.merge_small_groups(),
+        new.merge_small_groups(),
+        tuple(measures),
+        tuple(find_drift(measures, spec)),
+    )
+
+
 def measure_drift(baseline: DataStatistics, new: DataStatistics, min_group_users: int = MIN_GROUP_USERS) -> list[Drift]:
     """All measures of all columns, in all rows and in each user group that both have.
 

@@ -60,11 +60,10 @@ def read_statistics(dataset: DatasetDir) -> dict[str, DataStatistics]:
 
 def statistics_of_requests(path: pathlib.Path, spec: FeatureSpec) -> DataStatistics:
     """Statistics of a file of served requests; without clicks, and with users where the user key is a raw input."""
-    parts = (DataStatistics.of(_with_users(typed_rows(rows, spec.raw_inputs), spec), spec) for rows in read_rows(path))
-    try:
-        return functools.reduce(DataStatistics.merge, parts)
-    except TypeError as error:
-        raise ValueError(f"--requests must have rows. Received: {path} with none") from error
+    parts = [DataStatistics.of(_with_users(typed_rows(rows, spec.raw_inputs), spec), spec) for rows in read_rows(path)]
+    if not parts:
+        raise ValueError(f"--requests must have rows. Received: {path} with none")
+    return functools.reduce(DataStatistics.merge, parts)
 
 
 def _with_users(rows: pa.Table, spec: FeatureSpec) -> pa.Table:
