@@ -143,6 +143,46 @@ def _limits(spec: FeatureSpec, column: str) -> DriftLimits:
     return expectation.drift if expectation and expectation.drift else spec.drift
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Two sets of rows beside each other, ready for a report.
+
+    Attributes:
+      baseline_name: what a reader calls the baseline, for example ``train``.
+      new_name: likewise the other.
+      baseline: its statistics, with small user groups merged.
+      new: likewise.
+      measures: all of them.
+      anomalies: the measures that exceed their limits, sorted.
+    """
+
+    baseline_name: str
+    new_name: str
+    baseline: DataStatistics
+    new: DataStatistics
+    measures: tuple[Drift, ...]
+    anomalies: tuple[Anomaly, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.baseline_name} → {self.new_name}"
+
+
+def contrast(
+    baseline_name: str, baseline: DataStatistics, new_name: str, new: DataStatistics, spec: FeatureSpec
+) -> Contrast:
+    """Measures and judges the drift from ``baseline`` to ``new``."""
+    measures = measure_drift(baseline, new)
+    return Contrast(
+        baseline_name,
+        new_name,
+        baseline.merge_small_groups(),
+        new.merge_small_groups(),
+        tuple(measures),
+        tuple(find_drift(measures, spec)),
+    )
+
+
 def measure_drift(baseline: DataStatistics, new: DataStatistics, min_group_users: int = MIN_GROUP_USERS) -> list[Drift]:
     """All measures of all columns, in all rows and in each user group that both have.
 
@@ -155,7 +195,8 @@ def measure_drift(baseline: DataStatistics, new: DataStatistics, min_group_users
         pair = _Pair(left, right, segment)
         measures += pair.click_rate()
         for name in left.columns:
-            measures += pair.column(name)
+            if name in right.columns:  # Another version of the data may lack a feature.
+                measures += pair.column(name)
     return measures
 
 
@@ -194,9 +235,9 @@ class _Pair:
         missing = self._of([column.missing for column in columns])
         before, after = (count / rows for count, rows in zip(missing, self._rows, strict=True))
         yield self._drift(name, "missing_change", abs(after - before), _share_error(missing, self._rows))
-        if columns[0].values:
+        if all(column.values for column in columns):
             yield from self._values(name, columns)
-        if columns[0].numbers:
+        if all(column.numbers for column in columns):
             yield from self._mean(name, columns)
         if not self._group:  # Histograms are kept of all rows alone.
             yield from self._histograms(name, columns)
@@ -239,13 +280,8 @@ class _Pair:
             yield self._drift(name, "mean_change", abs(after - before) / std, error)
 
     def _histograms(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        if columns[0].numbers:
-            histograms = [column.numbers.histogram for column in columns]
-        elif columns[0].distinct is None:  # A list, by its length.
-            histograms = [column.lengths for column in columns]
-        else:
-            return
-        if all(histogram.count for histogram in histograms):
+        histograms = [column.histogram for column in columns]
+        if all(histogram and histogram.count for histogram in histograms):
             counts = np.stack(binned_shares(*histograms)[1:], axis=1) * [histogram.count for histogram in histograms]
             yield self._divergence(name, counts)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.artifacts import write_text
+from clsd_tf.artifacts import SPLITS, write_text
 from clsd_tf.column_summaries import NumberSummary, ValueSummary, sum_segments
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.feature_types import Feature, HistoryFeature, IdFeature, MultiValuedFeature, NumericFeature, UserGroup
@@ -54,6 +54,13 @@ class ColumnStatistics:
     lengths: Histogram | None = None
     numbers: NumberSummary | None = None
     values: ValueSummary | None = None
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """Of numbers, or of the lengths of lists; None for other columns."""
+        if self.numbers:
+            return self.numbers.histogram
+        return self.lengths if self.distinct is None else None
 
     def merge(self, other: ColumnStatistics) -> ColumnStatistics:
         parts = {name: getattr(self, name) and getattr(self, name).merge(getattr(other, name)) for name in _SUMMARIES}
@@ -114,7 +121,7 @@ class DataStatistics:
 
     def merge(self, other: DataStatistics) -> DataStatistics:
         """Statistics of both parts, of one spec. Deterministic, but means may differ by rounding with the order."""
-        if self.segments != other.segments or list(self.columns) != list(other.columns):
+        if self.segments != other.segments or set(self.columns) != set(other.columns):
             raise ValueError("merged statistics must be of one feature spec. Received: other columns or user groups")
         return DataStatistics(
             self.segments,
@@ -184,9 +191,9 @@ def write_data_statistics(path: pathlib.Path, splits: Mapping[str, DataStatistic
 
 
 def read_data_statistics(path: pathlib.Path) -> dict[str, DataStatistics]:
-    """Split -> what ``write_data_statistics`` wrote."""
+    """Split -> what ``write_data_statistics`` wrote; train first."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return {split: DataStatistics.from_dict(statistics) for split, statistics in content.items()}
+    return {split: DataStatistics.from_dict(content[split]) for split in SPLITS if split in content}
 
 
 # --- Statistics of one table ------------------------------------------------------------------------------------------

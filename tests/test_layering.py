@@ -16,10 +16,11 @@ LEVELS = [
     {"feature_types"},
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
-    {"transform", "examples", "sketches"},
+    {"transform", "examples", "sketches", "request_files"},
     {"column_summaries", "small_groups"},
     {"data_statistics"},
     {"data_checks"},
+    {"data_report"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
@@ -37,8 +38,8 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
-    "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main",
-    "export.predict", "export.verify",
+    "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
+    "pipelines.validate_data", "export.main", "export.predict", "export.verify",
 }  # fmt: skip
 
 
@@ -90,7 +91,16 @@ def test_rooms_import_only_rooms_below_them(name):
         ("absl.flags", tuple(COMMANDS)),
         ("tensorflow_serving", ("export.",)),
         ("tensorflow_datasets", ("pipelines.",)),
-        ("matplotlib", ("clsd_tf.plots", "clsd_tf.report", "clsd_tf.confidence_report", "clsd_tf.study_tables")),
+        (
+            "matplotlib",
+            (
+                "clsd_tf.plots",
+                "clsd_tf.report",
+                "clsd_tf.confidence_report",
+                "clsd_tf.data_report",
+                "clsd_tf.study_tables",
+            ),
+        ),
         ("jinja2", ("clsd_tf.plots",)),
         ("pickle", ()),
         ("keras", ()),

@@ -1,0 +1,138 @@
+"""Files of raw rows, as servables score them and as served requests are logged: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from clsd_tf.columns import LIST_SEPARATOR, convert_column, value_to_text
+from clsd_tf.model_inputs import RawInput
+from clsd_tf.tables import Column
+
+_ROWS_PER_BATCH = 4096
+FORMATS = (".csv", ".jsonl", ".parquet")
+
+
+def read_rows(path: pathlib.Path) -> Iterator[pa.Table]:
+    """Batches of a file, by its ending.
+
+    Raises:
+      ValueError: unknown ending, or rows that cannot be read. Names rows, never their values.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"files end in {', '.join(FORMATS)}. Received: {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"rows are read from a file. Received: {path}, which does not exist")
+    yield from _READERS[path.suffix](path)
+
+
+def typed_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> pa.Table:
+    """The raw inputs' columns in their declared types, null for missing; lists for histories.
+
+    Columns are read by the rules of the build: text, numbers and lists become the declared types.
+
+    Raises:
+      ValueError: a raw input has no column, or a value that does not fit its type.
+    """
+    missing = [entry.name for entry in raw_inputs if entry.name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"rows need a column per raw input. Received: {', '.join(rows.column_names)}. "
+            f"Missing: {', '.join(missing)}. A column of empty values stands for values that are not known"
+        )
+    return pa.table({entry.name: _typed_column(rows.column(entry.name), entry) for entry in raw_inputs})
+
+
+def _typed_column(values: pa.ChunkedArray, entry: RawInput) -> pa.Array:
+    values = values.combine_chunks()
+    if entry.is_list:
+        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        return values.cast(pa.list_(pa.string())) if is_list else _split_list(values)
+    converted, failures = convert_column(values, Column(name=entry.name, type=entry.dtype))
+    for reason, failed in failures.items():
+        if failed.any():
+            raise ValueError(
+                f"values must have the type of their input. Received: {reason} in row {int(np.argmax(failed)) + 1} of "
+                f"the batch, {int(failed.sum()):,} row(s) in all. Allowed: {entry.dtype}, or an empty value"
+            )
+    return converted
+
+
+def _split_list(values: pa.Array) -> pa.Array:
+    """Text a|b -> [a, b]; null or "" -> an empty list."""
+    text = pc.fill_null(values.cast(pa.string()), "")
+    lists = pc.split_pattern(text, LIST_SEPARATOR)
+    return pc.if_else(pc.equal(text, ""), pa.scalar([], pa.list_(pa.string())), lists)
+
+
+def _read_csv(path: pathlib.Path) -> Iterator[pa.Table]:
+    """Every column as text, as the build reads it; NA and null are ordinary text."""
+    unequal: list[int] = []
+
+    def note(row: pa.csv.InvalidRow) -> str:
+        unequal.append(row.number)
+        return "skip"
+
+    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
+    read = pa.csv.ReadOptions(use_threads=False)
+    header = pa.csv.open_csv(path, read_options=read, parse_options=parse).schema.names
+    unequal.clear()
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
+    )
+    with pa.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as reader:
+        for batch in reader:
+            if unequal:
+                raise ValueError(
+                    f"every row needs as many values as the header. Received: {path} with another number in row(s) "
+                    f"{', '.join(map(str, unequal[:5]))}. Allowed: {len(header)}"
+                )
+            yield pa.Table.from_batches([batch])
+
+
+def _read_jsonl(path: pathlib.Path) -> Iterator[pa.Table]:
+    with path.open(encoding="utf-8") as file:
+        numbered = enumerate(file, start=1)
+        while lines := list(itertools.islice(numbered, _ROWS_PER_BATCH)):
+            records = [_json_record(path, number, line) for number, line in lines]
+            names = list(dict.fromkeys(name for record in records for name in record))
+            yield pa.table({name: _json_column([record.get(name) for record in records]) for name in names})
+
+
+def _json_record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"each line must be a JSON object. Received: another text in line {number} of {path}")
+    return record
+
+
+def _json_column(values: list[Any]) -> pa.Array:
+    """Values of one type as they are; lists as text lists; a mixture (196 and "196") as text."""
+    if any(isinstance(value, list) for value in values):
+        lists = [None if value is None else [value_to_text(entry) for entry in value] for value in values]
+        return pa.array(lists, pa.list_(pa.string()))
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([value_to_text(value) for value in values], pa.string())
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[pa.Table]:
+    with pa.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_PER_BATCH):
+            yield pa.Table.from_batches([batch])
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
