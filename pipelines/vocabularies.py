@@ -149,6 +149,17 @@ def previous_vocabularies(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, l
     return {name: _read_lines(dataset.layout.vocabulary(name)) for name in sorted(names)}
 
 
+def previous_boundaries(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, tuple[float, ...]]:
+    """The quantile buckets that ``dataset`` and one of ``spec`` share: feature name -> boundaries, which must stay."""
+    bucketised = [
+        feature.name
+        for feature in spec.features
+        if isinstance(feature, NumericFeature) and feature.scaling == "quantile_buckets"
+    ]
+    fitted = dataset.statistics.numeric
+    return {name: fitted[name].boundaries for name in bucketised if name in fitted}
+
+
 def _read_lines(path: pathlib.Path) -> list[str]:
     # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
     return path.read_bytes().decode().split("\n")[:-1]

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import tensorflow as tf
-from shop import build, events, records, refused, vocabulary, write_shop
+from shop import build, events, records, refused, users, vocabulary, write_shop
 
 from clsd_tf.artifacts import SPLITS, read_json
 from clsd_tf.examples import packed_columns
@@ -25,6 +25,16 @@ def test_ids_keep_their_meaning_when_a_dataset_grows_from_another(shop_spec, sho
     ids = {record["item"][0] for record in records(grown, "train")}
     assert 1 + 2 + before.index("i3") in ids  # 2 out-of-vocabulary ids.
     assert vocabulary(grown, "item_tags") == [*vocabulary(shop_dataset, "item_tags"), "z"]
+
+
+def test_quantile_buckets_keep_their_boundaries_when_a_dataset_grows_from_another(shop_spec, shop_dataset, tmp_path):
+    raw = write_shop(tmp_path / "raw", user_rows=[{**row, "age": row["age"] + 40} for row in users()])
+    before = shop_dataset.statistics.numeric["user_age"]
+    grown = build(shop_spec, raw, tmp_path / "dataset", grow_from=shop_dataset.path).statistics.numeric["user_age"]
+    assert grown.boundaries == before.boundaries
+    assert grown.mean > before.mean + 30
+    anew = build(shop_spec, raw, tmp_path / "anew").statistics.numeric["user_age"]
+    assert anew.boundaries != before.boundaries
 
 
 def test_growing_from_ids_of_another_meaning_is_refused(shop_content, shop_dir, shop_dataset, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
+from shop import build, write_shop
 
 from clsd_tf.assembly import build_model
 from clsd_tf.backbones import build_backbone
@@ -12,6 +13,7 @@ from clsd_tf.backbones.base import feature_inputs
 from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.feature_types import Hashing
 from clsd_tf.features import parse_spec
+from clsd_tf.input_pipeline import read_columns
 from clsd_tf.model_inputs import CategoricalInput, ModelInputs, Statistics
 from clsd_tf.train_config import load_config
 from clsd_tf.transform import FeatureTransform, HashLookup
@@ -284,3 +286,23 @@ def test_the_whole_model_with_ad_gate_takes_hashed_values(rule):
     raw["past_items"] = tf.constant([["a", "b"], ["", ""]])
     assert model.ad_gate.features == ("city_group",)
     assert model.predict(transform(raw), verbose=0).shape == (2,)
+
+
+# --- Datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_holds_every_id_of_a_hashed_value(shop_content, tmp_path):
+    shop_content["features"][1] = {"name": "item", "type": "categorical", "column": "item_id", "hash": MULTI}
+    shop_content["features"][3]["hash"] = DIVIDED
+    dataset = build(parse_spec(shop_content, "shop"), write_shop(tmp_path / "raw"), tmp_path / "dataset")
+    columns = read_columns(dataset, "train", ["item", "item_tags", "recent_items"])
+    widths = {name: values.shape[1] for name, values in columns.items()}
+    assert widths == {"item": 3, "item_tags": 3 * 2, "recent_items": 3 * 3}
+    # Items i0 to i6 in the shop's log; those of tags "a|b", "b" and "".
+    items = {tuple(ids) for ids in lookup([f"i{index}" for index in range(7)], **MULTI).tolist()}
+    assert {tuple(ids) for ids in columns["item"].tolist()} == items
+    [a, b] = lookup(["a", "b"], **DIVIDED).tolist()
+    expected = {(*a, *b, 0, 0), (*b, 0, 0, 0, 0), (0,) * 6}
+    assert {tuple(ids) for ids in columns["item_tags"].tolist()} == expected
+    past = {tuple(ids) for row in columns["recent_items"].reshape([-1, 3, 3]).tolist() for ids in row}
+    assert past == items | {(0, 0, 0)}

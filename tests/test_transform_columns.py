@@ -11,6 +11,7 @@ from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.features import HistoryFeature, parse_spec
 from clsd_tf.model_inputs import NumericStatistics, RawInput, Statistics
 from clsd_tf.transform import FeatureTransform
+from pipelines.encoding import transform_distinct
 
 VOCABULARIES = {"item": ["i7", "i1", "7"], "tags": ["a", "b", "ü"], "number": ["3", "-4"]}
 SCALINGS = ("none", "standardise", "min_max", "quantile_buckets")
@@ -118,6 +119,22 @@ def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_r
         expected, received = by_row[entry.name].numpy(), gathered(transform, table, entry)
         assert (received.dtype, received.shape) == (expected.dtype, expected.shape), entry.name
         assert received.tobytes() == expected.tobytes(), entry.name
+
+
+@given(tables())
+@settings(max_examples=30, deadline=None)
+def test_the_transform_of_distinct_values_in_a_build_is_that_of_a_request(transform, table):
+    for history in (feature for feature in SPEC.features if isinstance(feature, HistoryFeature)):
+        # As joins give them: never null, and not too long.
+        rows = [(values or [])[-history.max_length :] for values in table.column(history.name).to_pylist()]
+        column = pa.array(rows, pa.list_(pa.string()))
+        table = table.set_column(table.column_names.index(history.name), history.name, column)
+    by_row = transform(arrow_to_tensors(table, SPEC.raw_inputs))
+    by_value = transform_distinct(transform, SPEC, table)
+    assert by_value.keys() == by_row.keys()
+    for name, expected in by_row.items():
+        assert (by_value[name].dtype, by_value[name].shape) == (expected.numpy().dtype, expected.shape), name
+        assert by_value[name].tobytes() == expected.numpy().tobytes(), name
 
 
 def test_a_history_takes_single_values_of_any_shape(transform):
