@@ -113,7 +113,9 @@ def _convert_by_rule(values: pa.Array, column: Column) -> tuple[pa.Array, dict[s
     text = pc.if_else(unparsable, pa.scalar(None, pa.string()), text)
     numbers = pc.utf8_ltrim(text, "+").cast(ARROW_TYPES[column.type])
     if column.type == "float":  # 1e999 is well written, but more than a double holds.
-        failures[f"not_float:{column.name}"] |= true_mask(pc.invert(pc.is_finite(numbers)))
+        finite = pc.is_finite(numbers)
+        failures[f"not_float:{column.name}"] |= true_mask(pc.invert(finite))
+        numbers = pc.if_else(finite, numbers, pa.scalar(None, pa.float64()))
     return numbers, failures
 
 

@@ -6,6 +6,7 @@ they cannot become a model input. ``FeatureSpec.model_inputs`` is what a backbon
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from clsd_tf.expectations import DriftLimits, Expectation
 from clsd_tf.feature_types import (
     CategoricalFeature,
     Feature,
@@ -57,6 +59,7 @@ class FeatureSpec(StrictModel):
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
+    drift: DriftLimits = DriftLimits()
     duplicates: Literal["keep_first", "keep_all", "fail"] = "keep_first"
     record_layout: RecordLayout = "packed"
 
@@ -67,6 +70,7 @@ class FeatureSpec(StrictModel):
         self._check_uses()
         self._check_raw_names()
         self._check_groups()
+        self._check_expectations()
         return self
 
     def _check_columns(self) -> None:
@@ -264,6 +268,23 @@ class FeatureSpec(StrictModel):
         tables = [table for _, table in self.tables.items() if table.valid_from]
         return {self.event_time.column: self.event_time} | {x.valid_from.column: x.valid_from for x in tables}
 
+    def _check_expectations(self) -> None:
+        # Statistics, which expectations are compared with, are made of what models may see.
+        allowed = [entry.name for entry in self.raw_inputs if entry.name in self.column_types]
+        for name, expectation in self.expectations.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"expect is for columns of features and user groups. Received: {name!r}. Allowed: {allowed}"
+                )
+            if name == self.user_key and (expectation.has_range or expectation.values):
+                raise ValueError(f"of user ids only max_missing can be expected. Received: more for {name!r}")
+
+    @property
+    def expectations(self) -> dict[str, Expectation]:
+        """Column name -> what is expected of it, for columns that declare it."""
+        columns = [column for _, table in self.tables.items() for column in table.columns]
+        return {column.name: column.expect for column in columns if column.expect}
+
     @property
     def column_types(self) -> dict[str, str]:
         """Column name -> type, over all tables."""
@@ -313,22 +334,26 @@ class FeatureSpec(StrictModel):
 
     @property
     def _user_features(self) -> tuple[str, ...]:
-        """Single-valued features that tell of the user's profile, never of the user's id: what AdGate may read."""
+        """Features of one id or number that tell of the user's profile, never of the user's id: for AdGate."""
         profile = {name for table in self.user_tables.values() for name in table.column_names if name != self.user_key}
         single_valued = (CategoricalFeature, NumericFeature)
-        return tuple(x.name for x in self.features if isinstance(x, single_valued) and x.column in profile)
+        found = [x for x in self.features if isinstance(x, single_valued) and x.column in profile]
+        return tuple(x.name for x in found if isinstance(x, NumericFeature) or x.ids_per_value == 1)
 
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):
             of = self._categorical_input(self.feature(feature.of), lengths)
-            return CategoricalInput(feature.name, of.vocabulary, of.vocabulary_size, feature.max_length)
+            return dataclasses.replace(of, name=feature.name, max_values=feature.max_length)
         if isinstance(feature, NumericFeature):
             is_id = feature.scaling == "quantile_buckets"
             return CategoricalInput(feature.name, feature.name, 1 + feature.num_buckets) if is_id else None
-        rule = feature.resolved_vocabulary
-        size = 1 + (feature.hash_buckets if rule is None else rule.num_oov_indices + lengths[feature.name])
+        rule, hashing = feature.resolved_vocabulary, feature.resolved_hash
+        size = 1 + (rule.num_oov_indices + lengths[feature.name] if rule else hashing.buckets)
         max_values = feature.max_values if isinstance(feature, MultiValuedFeature) else None
-        return CategoricalInput(feature.name, feature.name, size, max_values)
+        if rule:
+            return CategoricalInput(feature.name, feature.name, size, max_values)
+        combiner = "product" if hashing.method == "quotient_remainder" else "sum"
+        return CategoricalInput(feature.name, feature.name, size, max_values, feature.ids_per_value, combiner)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, defaults written out."""

@@ -47,14 +47,18 @@ class Histogram:
     max_buckets: int = MAX_BUCKETS
 
     @classmethod
-    def of_integers(cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS) -> Histogram:
-        """Histogram of int64 [num_values]."""
-        keys, counts = np.unique(np.asarray(values, np.int64), return_counts=True)
+    def of_integers(
+        cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS, counts: np.ndarray | None = None
+    ) -> Histogram:
+        """Histogram of int64 [num_values], where value i stands ``counts[i]`` >= 1 times (once if None)."""
+        keys, counts = _sum_equal(np.asarray(values, np.int64), counts)
         return cls("int64", 0, keys, counts, max_buckets)._coarsened()
 
     @classmethod
-    def of_floats(cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS) -> Histogram:
-        """Histogram of floats [num_values].
+    def of_floats(
+        cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS, counts: np.ndarray | None = None
+    ) -> Histogram:
+        """Histogram of floats [num_values], where value i stands ``counts[i]`` >= 1 times (once if None).
 
         Raises:
           ValueError: NaN or an infinity among them.
@@ -65,8 +69,8 @@ class Histogram:
                 f"a histogram takes finite values. Received: {np.count_nonzero(~np.isfinite(values)):,} others of "
                 f"{len(values):,}. Leave missing values out"
             )
-        values, counts = np.unique(values, return_counts=True)
-        return cls("float64", 0, _float_keys(values), counts, max_buckets)._coarsened()
+        keys, counts = _sum_equal(_float_keys(values), counts)
+        return cls("float64", 0, keys, counts, max_buckets)._coarsened()
 
     @property
     def count(self) -> int:
@@ -157,8 +161,10 @@ class Histogram:
         return cls(**{**content, **arrays})
 
 
-def _sum_equal(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct keys, ascending; sum of the counts of each)."""
+def _sum_equal(keys: np.ndarray, counts: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct keys, ascending; sum of the counts of each, or how often each stands where counts is None)."""
+    if counts is None:
+        return np.unique(keys, return_counts=True)
     distinct, codes = np.unique(keys, return_inverse=True)
     sums = np.zeros(len(distinct), np.int64)
     np.add.at(sums, codes, counts)  # np.bincount would sum in float64.
@@ -205,7 +211,7 @@ class DistinctSketch:
     @classmethod
     def of_hashes(cls, hashes: np.ndarray, size: int = DEFAULT_SIZE) -> DistinctSketch:
         """Sketch of values whose ``clsd_tf.hashing.hash_keys`` are known, int64 [num_values]."""
-        return cls(np.unique(hashes)[:size], size)
+        return cls(_smallest(np.asarray(hashes, np.int64), size), size)
 
     def merge(self, other: DistinctSketch) -> DistinctSketch:
         """Sketch of both sets of values; both need one size."""
@@ -227,6 +233,15 @@ class DistinctSketch:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DistinctSketch:
         return cls(np.array(content["hashes"], np.int64), content["size"])
+
+
+def _smallest(hashes: np.ndarray, size: int) -> np.ndarray:
+    """The ``size`` smallest distinct hashes, ascending."""
+    if len(hashes) > size:  # Sorting all of them would take most of a sketch's time.
+        smallest = np.unique(np.partition(hashes, size)[:size])
+        if len(smallest) == size:
+            return smallest
+    return np.unique(hashes)[:size]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from clsd_tf.expectations import Expectation
 from clsd_tf.validation import StrictModel
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -36,11 +37,21 @@ class Column(StrictModel):
       name: the name used in the rest of the spec and in serving requests.
       type: how the text is read. Unparsable values make the row a bad row.
       source_name: the column's name in the file, when it differs.
+      expect: what ``pipelines.validate_data`` checks the values by.
     """
 
     name: Name
     type: Literal["string", "int64", "float"]
     source_name: str | None = None
+    expect: Expectation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_expect(self) -> Column:
+        if self.expect and self.expect.has_range and self.type == "string":
+            raise ValueError(f"expect.min and expect.max are for numbers. Received: the string column {self.name!r}")
+        if self.expect and self.expect.values and self.type == "float":
+            raise ValueError(f"expect.values is for string and int64. Received: the float column {self.name!r}")
+        return self
 
     @property
     def name_in_file(self) -> str:
@@ -77,10 +88,13 @@ class Table(StrictModel):
     never a later one. A row that is valid from the very time of an event counts as known by then, since ``valid_from``
     says when it can be read; so a row that sums up events until and including time t is valid from the next
     microsecond on at the earliest.
+
+    ``delimiter`` stands between the values of a CSV file, when that is no comma.
     """
 
     path: str
-    format: Literal["csv", "tsv", "jsonl", "parquet", "tfds"]
+    format: Literal["csv", "tsv", "jsonl", "parquet", "avro", "tfrecord", "tfds"]
+    delimiter: str | None = pydantic.Field(None, pattern=r"^[!-/:-@\[-`{-~ ]$")
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
     valid_from: EventTime | None = None
@@ -92,6 +106,10 @@ class Table(StrictModel):
         repeated = sorted({name for name in in_file if in_file.count(name) > 1})
         if repeated:
             raise ValueError(f"each column of a file may be declared once. Received: {repeated[0]!r} twice")
+        if self.delimiter and (self.format != "csv" or self.delimiter == '"'):
+            raise ValueError(
+                f"only a csv table has a delimiter, and no quote. Received: {self.format}, {self.delimiter!r}"
+            )
         return self
 
     @property

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from clsd_tf.feature_types import Hashing
 from clsd_tf.features import (
     CategoricalFeature,
+    Feature,
     FeatureSpec,
     HistoryFeature,
     MultiValuedFeature,
@@ -58,15 +60,34 @@ class VocabularyLookup(tf.Module):
 
 
 class HashLookup(tf.Module):
-    """Text -> id: 0 for "", then 1 + FarmHash64(value) mod ``num_buckets``."""
+    """Text of any shape -> ids in [1, buckets], 0 for "": one, or on a last axis the ``ids_per_value`` of the rule.
 
-    def __init__(self, num_buckets: int):
+    Hash 0 of seed 0 is FarmHash64; the others are SipHash with the seed and their number as key. So ids are the same on
+    every machine and in every process.
+    """
+
+    def __init__(self, rule: Hashing):
         super().__init__()
-        self._num_buckets = num_buckets
+        self._rule = rule
 
     def __call__(self, values: tf.Tensor) -> tf.Tensor:
-        ids = 1 + tf.strings.to_hash_bucket_fast(values, self._num_buckets)
-        return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+        missing, zero = values == "", tf.cast(MISSING_ID, tf.int64)
+        if self._rule.method == "single":
+            return tf.where(missing, zero, 1 + self._hash(values, self._rule.buckets))
+        ids = tf.stack(self._several_ids(values), axis=-1)
+        return tf.where(missing[..., tf.newaxis], zero, ids)
+
+    def _several_ids(self, values: tf.Tensor) -> list[tf.Tensor]:
+        rule = self._rule
+        if rule.method == "multi":
+            return [1 + self._hash(values, rule.buckets, index) for index in range(rule.num_hashes)]
+        hashes = self._hash(values, rule.num_remainders * rule.num_quotients)
+        return [1 + hashes % rule.num_remainders, 1 + rule.num_remainders + hashes // rule.num_remainders]
+
+    def _hash(self, values: tf.Tensor, num_buckets: int, index: int = 0) -> tf.Tensor:
+        if self._rule.seed == index == 0:
+            return tf.strings.to_hash_bucket_fast(values, num_buckets)
+        return tf.strings.to_hash_bucket_strong(values, num_buckets, key=[self._rule.seed, index])
 
 
 class FeatureTransform(tf.Module):
@@ -80,8 +101,8 @@ class FeatureTransform(tf.Module):
 
     def __init__(self, spec: FeatureSpec, statistics: Statistics, vocabulary_dir: pathlib.Path):
         super().__init__()
-        self._spec = spec
         self._statistics = statistics
+        self._entries = {entry.name: entry for entry in (*spec.features, *spec.user_groups)}
         self._lookups = {
             feature.name: self._lookup(feature, vocabulary_dir)
             for feature in spec.features
@@ -91,7 +112,7 @@ class FeatureTransform(tf.Module):
     def _lookup(self, feature: CategoricalFeature | MultiValuedFeature, directory: pathlib.Path) -> tf.Module:
         rule = feature.resolved_vocabulary
         if rule is None:
-            return HashLookup(feature.hash_buckets)
+            return HashLookup(feature.resolved_hash)
         return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
 
     def __call__(self, raw: Tensors) -> dict[str, tf.Tensor]:
@@ -102,27 +123,43 @@ class FeatureTransform(tf.Module):
             "", NaN or MISSING_INT64.
 
         Returns:
-          int64 ids [batch] or [batch, max_values], float32 numbers [batch], and int64 user-group ids [batch].
+          int64 ids [batch] or [batch, num_ids], float32 numbers [batch], and int64 user-group ids [batch].
         """
-        outputs = {}
-        for feature in self._spec.features:
-            outputs[feature.name] = self._feature(feature, raw)
-        for group in self._spec.user_groups:
-            outputs[group.name] = group_ids(group, raw[group.column])
-        return outputs
+        return {name: self._rows(entry, raw) for name, entry in self._entries.items()}
 
-    def _feature(self, feature, raw: Tensors) -> tf.Tensor:
-        match feature:
+    def _rows(self, entry: Feature | UserGroup, raw: Tensors) -> tf.Tensor:
+        if isinstance(entry, HistoryFeature):
+            values = last_values(raw[entry.name], entry.max_length)
+            return side_by_side(self.column(entry.name, values))
+        return self.column(entry.name, raw[entry.column])
+
+    def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
+        """Transforms the raw values of one feature or user group, each on its own.
+
+        Every output depends on its own value alone, so the distinct values of a column can be transformed once and the
+        result gathered by row.
+
+        Args:
+          name: of a feature or user group of the spec.
+          values: raw values [num_values], missing as in ``__call__``. Of a history: single values of the feature it is
+            made of, of any shape.
+
+        Returns:
+          What ``__call__`` gives for rows of these values. Of a history the id of each value, in the shape of
+          ``values``; with several ids per value they are on another axis.
+        """
+        match self._entries[name]:
+            case UserGroup() as group:
+                return group_ids(group, values)
             case CategoricalFeature():
-                return self._lookups[feature.name](as_text(raw[feature.column]))
-            case MultiValuedFeature():
-                values = tf.strings.split(as_text(raw[feature.column]), feature.separator)
-                values = first_values(values, feature.max_values)
-                return self._lookups[feature.name](values)
-            case HistoryFeature():
-                return self._lookups[feature.of](last_values(raw[feature.name], feature.max_length))
-            case NumericFeature():
-                return numeric_values(feature, self._statistics.numeric[feature.name], raw[feature.column])
+                return self._lookups[name](as_text(values))
+            case MultiValuedFeature() as feature:
+                pieces = tf.strings.split(as_text(values), feature.separator)
+                return side_by_side(self._lookups[name](first_values(pieces, feature.max_values)))
+            case HistoryFeature() as feature:
+                return self._lookups[feature.of](values)
+            case NumericFeature() as feature:
+                return numeric_values(feature, self._statistics.numeric[name], values)
 
 
 def as_text(values: tf.Tensor) -> tf.Tensor:
@@ -144,6 +181,13 @@ def last_values(values: tf.Tensor, max_length: int) -> tf.Tensor:
     return values[:, -max_length:].to_tensor(default_value="", shape=[None, max_length])
 
 
+def side_by_side(ids: tf.Tensor) -> tf.Tensor:
+    """[batch, max_values] as it is; [batch, max_values, ids_per_value] -> [batch, max_values * ids_per_value]."""
+    if ids.shape.rank == 2:
+        return ids
+    return tf.reshape(ids, [-1, ids.shape[1] * ids.shape[2]])
+
+
 def as_float(values: tf.Tensor) -> tf.Tensor:
     """Numbers as float32 with NaN for missing."""
     if values.dtype == tf.int64:
@@ -154,9 +198,12 @@ def as_float(values: tf.Tensor) -> tf.Tensor:
 def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
     """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
     values = as_float(raw)
-    if feature.log1p:
-        values = tf.math.log1p(tf.maximum(values, 0.0))  # Negative values are bad rows when the dataset is built.
     missing = tf.math.is_nan(values)
+    if feature.log1p:
+        positive = tf.where(values > 0.0, values, 0.0)  # Negative values are bad rows when the dataset is built.
+        # In float64: the last bits of TensorFlow's float32 logarithm depend on a value's place in the batch, so that
+        # a served value would differ from the trained one.
+        values = tf.cast(tf.math.log1p(tf.cast(positive, tf.float64)), tf.float32)
     if feature.scaling == "quantile_buckets":
         boundaries = tf.constant(statistics.boundaries, tf.float32)
         buckets = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)

@@ -244,7 +244,7 @@ class _Build:
             say(", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS))
 
     def _join_and_fit(self) -> None:
-        cut_offs = split_cut_offs(self.spec.split, self._times)
+        cut_offs = split_cut_offs(self.spec.split, self._times) if self.spec.split.rule == "time" else []
         expected = expected_rows(self.spec.split, cut_offs, self._times)
         self._buckets = joining.Buckets(
             {split: max(1, -(-expected[split] // self.config.rows_per_shard)) for split in SPLITS}

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clsd_tf.columns import ARROW_TYPES, convert_column, true_mask
-from clsd_tf.features import FeatureSpec, NumericFeature
+from clsd_tf.feature_types import NumericFeature, WindowFeature
+from clsd_tf.features import FeatureSpec
 from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
@@ -103,5 +104,6 @@ def _required_columns(spec: FeatureSpec) -> set[str]:
 
 
 def _non_negative_columns(spec: FeatureSpec) -> set[str]:
-    logs = {feature.column for feature in spec.features if isinstance(feature, NumericFeature) and feature.log1p}
-    return logs | {spec.sample_weight}
+    logs = [feature for feature in spec.features if isinstance(feature, NumericFeature) and feature.log1p]
+    columns = {feature.value if isinstance(feature, WindowFeature) else feature.column for feature in logs}
+    return columns | {spec.sample_weight}

@@ -45,9 +45,14 @@ def write_manifest(
         "accounting": counts["accounting"],
         "bad_rows": {role: entry["bad"] for role, entry in counts["tables"].items()},
         "splits": {name: _split(entry) for name, entry in counts["splits"].items()},
-        "records": {"layout": spec.record_layout, "ids": ids, "numbers": numbers},
+        "records": {"layout": spec.record_layout, "ids": _columns(ids), "numbers": _columns(numbers)},
     }
     write_json(layout.manifest, manifest)
+
+
+def _columns(widths: Mapping[str, int | None]) -> list[dict[str, Any]]:
+    """In the order in which they are packed."""
+    return [{"name": name, "values": width or 1} for name, width in widths.items()]
 
 
 def _statistics(layout: DatasetLayout) -> Statistics:

@@ -184,8 +184,9 @@ def _id_meaning(entry: Feature | UserGroup) -> dict[str, Any]:
     match entry:
         case IdFeature():
             rule = entry.resolved_vocabulary
-            meaning = entry.model_dump(exclude={"name", "vocabulary", "max_values"})
-            return {**meaning, "vocabulary.num_oov_indices": rule.num_oov_indices if rule else None}
+            meaning = entry.model_dump(exclude={"name", "vocabulary", "hash_buckets", "hash", "max_values"})
+            meaning["vocabulary.num_oov_indices"] = rule.num_oov_indices if rule else None
+            return {**meaning, "hash": entry.resolved_hash.model_dump() if entry.resolved_hash else None}
         case HistoryFeature():
             return {"type": entry.type, "of": entry.of}
         case NumericFeature():

@@ -64,7 +64,7 @@ def refused(spec, raw, tmp_path, error=BadInputError, **config):
     assert not output.exists()
     if output.parent.exists():
         left = {path.name for path in output.parent.iterdir()}
-        assert left <= {"dataset.dead_letter.jsonl"}
+        assert left <= {"dataset.dead_letter.parquet"}
     return str(caught.value)
 
 
@@ -76,8 +76,8 @@ def records_of_file(path, columns, compression=""):
         packed = {"ids": list(feature["ids"].int64_list.value), "numbers": list(feature["numbers"].float_list.value)}
         row = {}
         for kind, values in packed.items():
-            for name, width in columns[kind].items():
-                row[name], values = values[: width or 1], values[width or 1 :]
+            for column in columns[kind]:
+                row[column["name"]], values = values[: column["values"]], values[column["values"] :]
             assert not values
         rows.append(row)
     return rows

@@ -1,6 +1,5 @@
 """Builds that must fail: with a message that helps, and without anything that looks finished."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import yaml
 from shop import events, items, refused, users, write_shop
@@ -58,9 +59,9 @@ def test_too_many_bad_rows_are_refused_and_kept_beside_the_output(shop_spec, tmp
     assert "too many bad rows in tables.log. Received: 3 of 200" in message
     assert "1 2_columns_instead_of_6, 1 missing:user_id, 1 not_float:seconds" in message
     assert "Allowed: max_bad_fraction=0.01" in message
-    kept = tmp_path / "out" / "dataset.dead_letter.jsonl"
+    kept = tmp_path / "out" / "dataset.dead_letter.parquet"
     assert f"The bad rows are in {kept}" in message
-    found = sorted((row["row"], row["file"], row["reason"]) for row in map(json.loads, kept.read_text().splitlines()))
+    found = sorted((row["row"], row["file"], row["reason"]) for row in pa.parquet.read_table(kept).to_pylist())
     assert found == [
         (5, "log.csv", "2_columns_instead_of_6"),
         (52, "log.csv", "not_float:seconds"),
@@ -224,7 +225,7 @@ def test_job_killed_half_way_leaves_no_directory_that_looks_finished(tmp_path):
         try:
             deadline = time.monotonic() + 100
             # Half-way: the join has written its files, and fitting and encoding are still to come.
-            while not list(tmp_path.glob("out/.dataset.incomplete-*/joined/*.parquet")):
+            while not list(tmp_path.glob("out/.dataset.incomplete-*/scratch/by_shard/*.arrow")):
                 assert process.poll() is None, (tmp_path / "output.txt").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.02)

@@ -36,6 +36,9 @@ PIECES = [
     "",
 ]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join) | st.integers(-(10**19), 10**19).map(str)
+TEMPTING = st.sampled_from(
+    ["0x1f", "7", "-12", "1.5", "-", "00", "+3", "9" * 19, "9" * 400]
+)  # Alone or with plain ones.
 NUMBERS = st.floats(allow_nan=False).map(repr) | st.integers(-50, 50).map(str)
 
 
@@ -67,7 +70,7 @@ def convert_one(text, declared):
 
 @settings(max_examples=400, deadline=None)
 @given(
-    texts=st.lists(st.none() | TEXTS | NUMBERS, max_size=6) | st.lists(st.none() | NUMBERS, max_size=6),
+    texts=st.lists(st.none() | TEXTS | NUMBERS, max_size=6) | st.lists(st.none() | TEMPTING, max_size=2),
     declared=st.sampled_from(["string", "int64", "float"]),
     kind=st.sampled_from([pa.string(), pa.binary(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]),
     start=st.integers(0, 2),

@@ -61,21 +61,21 @@ def test_error_names_the_source(shop_content):
 def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
     shop_content["lable"] = "clicked == 1"
     message = error_of(shop_content)
-    assert "lable: unknown key. Received: 'lable'. Allowed: description, event_time, features" in message
+    assert "lable: unknown key. Received: 'lable'. Allowed: description, drift, duplicates" in message
 
 
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("tables.log.paht", "columns, format, key, path, valid_from"),
-        ("tables.log.columns.0.typ", "name, source_name, type"),
+        ("tables.log.paht", "columns, delimiter, format, key, path, valid_from"),
+        ("tables.log.columns.0.typ", "expect, name, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         (
             "split.ratio",
             "gap_days, rule, seed, test, test_events, test_from, train, until, validation, validation_events, "
             "validation_from",
         ),
-        ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
+        ("features.0.categorical.buckets", "column, hash, hash_buckets, name, type, vocabulary"),
         ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
         ("features.6.history.column", "delay_seconds, max_length, name, of, type, where, within_seconds"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
@@ -371,7 +371,7 @@ def test_categorical_feature_of_float_is_refused(shop_content, name, kind):
 
 def test_vocabulary_together_with_hash_buckets_is_refused(shop_content):
     feature(shop_content, "item")["hash_buckets"] = 5
-    assert "give vocabulary or hash_buckets. Received: both" in error_of(shop_content)
+    assert "give one of vocabulary, hash_buckets and hash. Received: vocabulary, hash_buckets" in error_of(shop_content)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,15 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 # Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
 LEVELS = [
     {"model_inputs", "validation"},
+    {"expectations"},
     {"tables"},
     {"feature_types"},
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
     {"transform", "examples", "sketches"},
+    {"column_summaries", "small_groups"},
+    {"data_statistics"},
+    {"data_checks"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
@@ -32,8 +36,9 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
-    "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.rank_profile_features",
-    "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main", "export.predict", "export.verify",
+    "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
+    "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train", "export.main",
+    "export.predict", "export.verify",
 }  # fmt: skip
 
 
@@ -131,6 +136,6 @@ def test_the_verifier_of_servables_does_not_import_clsd_tf():
 
 
 def test_the_spec_types_need_no_tensorflow():
-    rooms = ("validation", "model_inputs", "tables", "feature_types", "features", "artifacts")
+    rooms = ("validation", "model_inputs", "expectations", "tables", "feature_types", "features", "artifacts")
     for name in ("clsd_tf", "feature_specs", *(f"clsd_tf.{room}" for room in rooms)):
         assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("tensorflow", "apache_beam")]

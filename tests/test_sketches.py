@@ -123,6 +123,12 @@ def test_quantile_error_of_many_floats_is_the_stated_one():
     assert error.max() < bound
 
 
+@pytest.mark.parametrize(("of", "dtype"), [(Histogram.of_integers, np.int64), (Histogram.of_floats, np.float64)])
+def test_counts_stand_for_repeated_values(of, dtype):
+    values, counts = np.array([5, -2, 5, 9], dtype), np.array([3, 1, 2, 1])
+    assert of(values, 2, counts).to_dict() == of(np.repeat(values, counts), 2).to_dict()
+
+
 def test_share_up_to_is_the_empirical_distribution():
     histogram = Histogram.of_floats(np.array([1.0, 2.0, 2.0, 5.0]))
     assert histogram.share_up_to(np.array([0.9, 1.0, 2.5, 5.0, 9.0])).tolist() == [0, 0.25, 0.75, 1, 1]

@@ -1,8 +1,7 @@
-"""Splits and the histogram of event times; hashes of row ids and keys."""
+"""Which split a row belongs to; hashes of row ids and keys."""
 
 import datetime as dt
 import itertools
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.features import Split
+from clsd_tf.features import Split, parse_spec
 from clsd_tf.hashing import hash_keys, mix_row_ids
-from pipelines.splits import TimeHistogram, split_cut_offs, split_indices
+from clsd_tf.sketches import Histogram
+from pipelines.overrides import override_split_rule
+from pipelines.splits import expected_rows, split_cut_offs, split_indices
 
 
 def rows(times=None, users=None, row_ids=None):
@@ -28,71 +29,14 @@ def rows(times=None, users=None, row_ids=None):
     )
 
 
-# --- Time histogram --------------------------------------------------------------------------------------------------
-
-
-def test_cut_offs_by_hand():
-    # Times 1..10, one row each: 80 % lie before 9, 90 % before 10.
-    assert TimeHistogram().add(np.arange(1, 11)).cut_offs([0.8, 0.9]) == [9, 10]
-
-
-def test_cut_off_is_the_nearest_boundary_between_times():
-    # 3 rows at 5, 3 at 6, 4 at 7. Boundaries: 0, 3, 6, 10 rows before; 0.5 -> 5 rows: 6 is nearer than 3.
-    histogram = TimeHistogram().add(np.array([5] * 3 + [6] * 3 + [7] * 4))
-    assert histogram.cut_offs([0.5]) == [7]
-    assert histogram.cut_offs([0.2]) == [6]
+# --- Split -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_one_time_are_never_separated():
-    histogram = TimeHistogram().add(np.array([1] * 50 + [2] * 50))
+    histogram = Histogram.of_integers(np.array([1] * 50 + [2] * 50))
     times = np.array([1] * 50 + [2] * 50)
     splits = split_indices(Split(), histogram.cut_offs([0.8, 0.9]), rows(times))
     assert all(len(set(splits[times == time])) == 1 for time in (1, 2))
-
-
-def test_cut_offs_work_for_times_before_1970():
-    assert TimeHistogram().add(np.arange(-10, 0)).cut_offs([0.8, 0.9]) == [-2, -1]
-
-
-TIMES = st.lists(st.integers(-(10**15), 4 * 10**15), min_size=1, max_size=8)
-
-
-@given(st.lists(TIMES, min_size=1, max_size=6), st.data())
-@settings(max_examples=100, deadline=None)
-def test_merge_order_of_histograms_does_not_matter(parts, data):
-    class Small(TimeHistogram):
-        MAX_BUCKETS = 4  # So that coarsening happens.
-
-    def merged(order):
-        result = Small()
-        for index in order:
-            result = result.merge(Small().add(np.array(parts[index], np.int64)))
-        return result.to_dict()
-
-    order = data.draw(st.permutations(range(len(parts))))
-    at_once = Small().add(np.array(list(itertools.chain(*parts)), np.int64)).to_dict()
-    assert merged(range(len(parts))) == merged(order) == at_once
-
-
-def test_histogram_survives_its_json_form():
-    histogram = TimeHistogram().add(np.array([3, 5, 5, 9]))
-    again = TimeHistogram(**json.loads(json.dumps(histogram.to_dict())))
-    assert again.to_dict() == histogram.to_dict()
-    assert again.cut_offs([0.5]) == histogram.cut_offs([0.5])
-
-
-def test_histogram_size_is_bounded_and_no_row_is_lost():
-    random = np.random.default_rng(0)
-    histogram = TimeHistogram()
-    for _ in range(4):
-        histogram = histogram.merge(TimeHistogram().add(random.integers(0, 10**15, 40_000)))
-    assert len(histogram.counts) <= TimeHistogram.MAX_BUCKETS == 65_536
-    assert histogram.counts.total() == 160_000
-    # Uniform times: the 80 % cut lies at 80 % of the range. Sampling error of a quantile: 0.1 %.
-    assert histogram.cut_offs([0.8])[0] == pytest.approx(0.8 * 10**15, rel=0.01)
-
-
-# --- Split -----------------------------------------------------------------------------------------------------------
 
 
 def test_time_split_puts_a_row_at_the_cut_off_into_the_later_split():
@@ -103,7 +47,7 @@ def test_time_split_puts_a_row_at_the_cut_off_into_the_later_split():
 def test_cut_off_dates_replace_fractions():
     split = Split(validation_from=dt.datetime(2024, 1, 2), test_from=dt.datetime(2024, 1, 3, 12))
     # 2024-01-02 is 1,704,153,600 s after 1970; without time zone a date is UTC.
-    histogram = TimeHistogram().add(np.arange(5))
+    histogram = Histogram.of_integers(np.arange(5))
     assert split_cut_offs(split, histogram) == [1_704_153_600_000_000, 1_704_283_200_000_000]
 
 
@@ -112,7 +56,7 @@ def test_events_from_until_on_are_left_out():
     split = Split(
         validation_from=dt.datetime(1970, 1, 11), test_from=dt.datetime(1970, 1, 21), until=dt.datetime(1970, 1, 31)
     )
-    cut_offs = split_cut_offs(split, TimeHistogram().add(np.arange(5)))
+    cut_offs = split_cut_offs(split, Histogram.of_integers(np.arange(5)))
     assert cut_offs == [10 * day, 20 * day, 30 * day]
     times = np.array([0, 10 * day, 20 * day, 30 * day - 1, 30 * day, 99 * day])
     assert split_indices(split, cut_offs, rows(times)).tolist() == [0, 1, 2, 2, 3, 3]
@@ -121,7 +65,7 @@ def test_events_from_until_on_are_left_out():
 def test_cut_off_dates_respect_their_time_zone():
     zone = dt.timezone(dt.timedelta(hours=2))
     split = Split(validation_from=dt.datetime(2024, 1, 2, tzinfo=zone), test_from=dt.datetime(2024, 1, 3, tzinfo=zone))
-    assert split_cut_offs(split, TimeHistogram())[0] == (1_704_153_600 - 7200) * 1_000_000
+    assert split_cut_offs(split, Histogram.of_integers([]))[0] == (1_704_153_600 - 7200) * 1_000_000
 
 
 def test_random_split_has_the_fractions_and_does_not_follow_time():
@@ -211,6 +155,13 @@ def test_last_n_per_user_equals_a_naive_loop(users, validation_events, test_even
     assert result.tolist() == naive_last_n(users, validation_events, test_events)
 
 
+def test_another_rule_takes_the_dates_and_the_gap_of_the_time_rule_away(shop_content):
+    shop_content["split"] = {"validation_from": "2024-01-02", "test_from": "2024-01-03", "gap_days": 0.5, "seed": 3}
+    spec = parse_spec(shop_content, "shop")
+    assert override_split_rule(spec, "user").split == Split(rule="user", seed=3)
+    assert override_split_rule(spec, "time").split == spec.split
+
+
 # --- Hashes ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,3 +198,10 @@ def test_hash_of_a_key_is_stable_and_63_bit():
 
 def test_hash_of_an_integer_key_is_that_of_its_text():
     assert hash_keys(pa.array([17])).tolist() == hash_keys(pa.array(["17"])).tolist()
+
+
+def test_expected_rows_of_cut_offs_are_those_of_the_histogram():
+    histogram = Histogram.of_integers(np.arange(10))
+    assert expected_rows(Split(), [6, 8], histogram) == {"train": 6, "validation": 2, "test": 2}
+    assert expected_rows(Split(), [6, 8, 9], histogram) == {"train": 6, "validation": 2, "test": 1}
+    assert expected_rows(Split(rule="user"), [], histogram) == {"train": 8, "validation": 1, "test": 1}

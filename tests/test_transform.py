@@ -9,7 +9,15 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.examples import arrow_to_tensors, encode_examples, parse_raw_examples, raw_tensor_specs, record_spec
+from clsd_tf.examples import (
+    arrow_to_tensors,
+    encode_examples,
+    parse_raw_examples,
+    parse_records,
+    raw_tensor_specs,
+    record_tensors,
+)
+from clsd_tf.feature_types import Hashing
 from clsd_tf.features import NumericFeature, UserGroup, parse_spec
 from clsd_tf.model_inputs import MISSING_INT64, NumericStatistics, Statistics
 from clsd_tf.transform import FeatureTransform, HashLookup, VocabularyLookup, as_text, group_ids, numeric_values
@@ -98,7 +106,8 @@ def test_hash_buckets_give_ids_from_one_to_the_number_of_buckets(transform):
 
 def test_hash_is_farmhash_so_that_it_is_the_same_everywhere():
     # TensorFlow documents to_hash_bucket_fast(["Hello", "TensorFlow", "2.x"], 3) as [0, 2, 2]; missing shifts it by 1.
-    assert HashLookup(3)(tf.constant(["Hello", "TensorFlow", "2.x", ""])).numpy().tolist() == [1, 3, 3, 0]
+    lookup = HashLookup(Hashing(buckets=3))
+    assert lookup(tf.constant(["Hello", "TensorFlow", "2.x", ""])).numpy().tolist() == [1, 3, 3, 0]
 
 
 def test_vocabulary_lookup_of_integers_goes_by_their_decimal_text(tmp_path):
@@ -318,7 +327,8 @@ def test_the_same_batch_is_encoded_to_the_same_bytes_in_any_order_of_names():
     assert encode_examples(values).numpy().tolist() == encode_examples(dict(reversed(values.items()))).numpy().tolist()
 
 
-def test_transformed_record_is_read_back_with_the_record_spec(transform, shop_spec):
+@pytest.mark.parametrize(("layout", "num_entries"), [("named", 16), ("packed", 2)])
+def test_transformed_record_is_read_back_in_either_layout(transform, shop_spec, layout, num_entries):
     raw = raw_tensors(item_id=["i1", "new"], tags=["a|b", ""], price=[NAN, 0.0], age=[20, 70])
     outputs = transform(raw)
     record = {
@@ -330,8 +340,10 @@ def test_transformed_record_is_read_back_with_the_record_spec(transform, shop_sp
         "row_id": tf.constant([(1 << 40) + 2, 3], tf.int64),
         "event_time": tf.constant([1_700_000_000_000_000, 0], tf.int64),
     }
-    spec = record_spec(shop_spec.model_inputs(STATISTICS.vocabulary_lengths))
-    parsed = tf.io.parse_example(encode_examples({**outputs, **record}), spec)
+    inputs = shop_spec.model_inputs(STATISTICS.vocabulary_lengths)
+    serialized = encode_examples(record_tensors({**outputs, **record}, inputs, layout))
+    assert len(tf.train.Example.FromString(serialized.numpy()[0]).features.feature) == num_entries
+    parsed = parse_records(serialized, inputs, layout)
     for name, expected in {**outputs, **record}.items():
         assert parsed[name].numpy().tolist() == expected.numpy().tolist(), name
 

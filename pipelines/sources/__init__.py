@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-
-from apache_beam.io.filesystems import FileSystems
+from typing import Any
 
 from clsd_tf.tables import Table
-from pipelines.sources import columnar, delimited, text
+from pipelines.sources import columnar, delimited, jsonl, records, text, tf_examples
 from pipelines.sources.files import (
     READ_ERRORS,
     ROW_ID,
@@ -28,7 +27,9 @@ from pipelines.sources.files import (
     SourceSlice,
     UnreadableError,
     file_index,
+    first_bytes,
     hash_file,
+    join_path,
     match_files,
     row_number,
     size_in_bytes,
@@ -44,38 +45,59 @@ __all__ = [
     "RawBatch",
     "SourceFile",
     "SourceSlice",
+    "discover_columns",
     "file_index",
+    "first_bytes",
     "hash_file",
+    "join_path",
     "list_files",
+    "match_files",
     "plan_file",
     "read_file",
     "read_slice",
     "row_number",
     "size_in_bytes",
     "tfds_batch",
+    "whole_slice",
 ]
 SLICE_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """Functions of a format: names of the columns (None: each row has names of its own), slices, batches."""
+    """Functions of a format.
+
+    Attributes:
+      column_names: names that every row has; None where each row has names of its own.
+      plan: file -> slices and hash. whole: file -> one slice. read: slice -> batches.
+      discover: names that occur, for a file that no spec declares yet.
+    """
 
     column_names: Callable[[SourceFile, Table], list[str] | None]
     plan: Callable[[SourceFile, Table, int], FilePlan]
+    whole: Callable[[SourceFile, Table], SourceSlice]
     read: Callable[[SourceSlice, Table], Iterator[RawBatch]]
+    discover: Callable[[SourceFile, Table], list[str]]
+
+
+def _whole(file: SourceFile, table: Table) -> SourceSlice:
+    return SourceSlice(file)
 
 
 def _no_column_names(file: SourceFile, table: Table) -> None:
     return None  # An absent key or feature is a missing value, checked row by row.
 
 
-_DELIMITED = _Format(delimited.column_names, text.plan, text.read)
+_DELIMITED = _Format(delimited.column_names, text.plan, text.whole, text.read, delimited.column_names)
 _FORMATS = {
     "csv": _DELIMITED,
     "tsv": _DELIMITED,
-    "jsonl": _Format(_no_column_names, text.plan, text.read),
-    "parquet": _Format(columnar.column_names, columnar.plan, columnar.read),
+    "jsonl": _Format(_no_column_names, text.plan, text.whole, text.read, jsonl.keys),
+    "avro": _Format(
+        records.avro_column_names, records.plan_whole, _whole, records.read_avro, records.avro_column_names
+    ),
+    "tfrecord": _Format(_no_column_names, records.plan_whole, _whole, tf_examples.read, tf_examples.feature_names),
+    "parquet": _Format(columnar.column_names, columnar.plan, _whole, columnar.read, columnar.column_names),
 }
 
 
@@ -88,7 +110,7 @@ def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
       FileNotFoundError: nothing matches the path.
       ValueError: a file lacks a declared column (the message lists the columns it has) or cannot be read.
     """
-    pattern = FileSystems.join(input_dir, table.path) if input_dir else table.path
+    pattern = join_path(input_dir, table.path)
     paths = match_files(pattern)
     if not paths:
         raise FileNotFoundError(
@@ -101,8 +123,17 @@ def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
     return found
 
 
+def discover_columns(file: SourceFile, table: Table) -> list[str]:
+    """Names of the columns of a file; ``table`` says its format.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    return _or_refuse(_FORMATS[table.format].discover, file, table)
+
+
 def _check_columns(file: SourceFile, table: Table) -> None:
-    available = _column_names(file, table)
+    available = _or_refuse(_FORMATS[table.format].column_names, file, table)
     if available is None:
         return
     declared = [column.name_in_file for column in table.columns]
@@ -120,9 +151,9 @@ def _check_columns(file: SourceFile, table: Table) -> None:
         )
 
 
-def _column_names(file: SourceFile, table: Table) -> list[str] | None:
+def _or_refuse(look: Callable[[SourceFile, Table], Any], file: SourceFile, table: Table) -> Any:
     try:
-        return _FORMATS[table.format].column_names(file, table)
+        return look(file, table)
     except UnreadableError as error:
         reason = str(error)
     except READ_ERRORS as error:
@@ -145,6 +176,11 @@ def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) ->
       ValueError: the header or the footer cannot be read; ``list_files`` refuses such a file.
     """
     return _FORMATS[table.format].plan(file, table, slice_bytes)
+
+
+def whole_slice(file: SourceFile, table: Table) -> SourceSlice:
+    """A file as one slice, without reading it to its end as ``plan_file`` does."""
+    return _FORMATS[table.format].whole(file, table)
 
 
 def read_slice(part: SourceSlice, table: Table) -> Iterator[RawBatch]:

@@ -39,9 +39,9 @@ def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
     row = part.first_row
     try:
         with files.open_arrow(part.file) as stream:
-            groups = range(part.start, part.end)
             reader = pa.parquet.ParquetFile(stream)
-            for batch in reader.iter_batches(files.ROWS_PER_BATCH, row_groups=list(groups), columns=names):
+            groups = list(range(part.start, reader.num_row_groups if part.end is None else part.end))
+            for batch in reader.iter_batches(files.ROWS_PER_BATCH, row_groups=groups, columns=names):
                 numbers = np.arange(row, row + batch.num_rows, dtype=np.int64)
                 rows = files.named(pa.Table.from_batches([batch]), table, part.file.row_ids(numbers))
                 yield RawBatch(part.file, rows, [])

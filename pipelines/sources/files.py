@@ -18,7 +18,7 @@ from clsd_tf.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 65_536
-_FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
+FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
 BLOCK_BYTES = 8 << 20  # How much of a file is read at once.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 # What reading a damaged file raises: Arrow's errors are ValueErrors or OSErrors.
@@ -42,7 +42,7 @@ class SourceFile:
         return _COMPRESSIONS.get(pathlib.PurePath(self.path).suffix)
 
     def row_ids(self, rows: np.ndarray) -> np.ndarray:
-        return (self.index << _FILE_SHIFT) | rows
+        return (self.index << FILE_SHIFT) | rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +119,21 @@ def _one_line(reason: str) -> str:
 
 
 def file_index(row_id: int) -> int:
-    return row_id >> _FILE_SHIFT
+    return row_id >> FILE_SHIFT
 
 
 def row_number(row_id: int) -> int:
-    return row_id & ((1 << _FILE_SHIFT) - 1)
+    return row_id & ((1 << FILE_SHIFT) - 1)
 
 
 def size_in_bytes(file: SourceFile) -> int:
     """Size of a file; of a compressed one about what it holds."""
     size = FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes
     return size * 5 if file.compression else size
+
+
+def join_path(directory: str, path: str) -> str:
+    return FileSystems.join(directory, path) if directory else path
 
 
 def match_files(pattern: str) -> list[str]:
@@ -151,6 +155,15 @@ def open_arrow(file: SourceFile) -> pa.NativeFile:
     """The file as an Arrow stream, decompressed by its ending."""
     stream = pa.PythonFile(open_bytes(file), mode="r")
     return pa.CompressedInputStream(stream, file.compression) if file.compression else stream
+
+
+def first_bytes(file: SourceFile, size: int = 64 << 10) -> bytes:
+    """The start of a file, decompressed; what can be read of it."""
+    try:
+        with open_arrow(file) as stream:
+            return stream.read(size)
+    except READ_ERRORS:
+        return b""
 
 
 class HashingReader:
@@ -189,6 +202,12 @@ def named(data: pa.Table, table: Table, row_ids: np.ndarray) -> pa.Table:
 def empty_batch(file: SourceFile, table: Table, unreadable: str | None = None) -> RawBatch:
     columns = {column.name: pa.array([], pa.string()) for column in table.columns}
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array([], pa.int64())}), [], unreadable)
+
+
+def cut_batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
+    """Cuts rows into batches; the bad rows go with the first."""
+    for start in range(0, max(rows.num_rows, 1), ROWS_PER_BATCH):
+        yield RawBatch(file, rows.slice(start, ROWS_PER_BATCH), bad_rows if start == 0 else [])
 
 
 def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table) -> Iterator[RawBatch]:

@@ -17,15 +17,19 @@ def _framing(table: Table) -> Framing:
     return jsonl.FRAMING if table.format == "jsonl" else delimited.framing(table)
 
 
-def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+def whole(file: SourceFile, table: Table) -> SourceSlice:
     header = () if table.format == "jsonl" else tuple(delimited.column_names(file, table))
-    whole = SourceSlice(file, first_row=_FIRST_ROW, header=header)
+    return SourceSlice(file, first_row=_FIRST_ROW, header=header)
+
+
+def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+    part = whole(file, table)
     if file.compression:
-        return FilePlan(file, (whole,), *files.hash_file(file))
+        return FilePlan(file, (part,), *files.hash_file(file))
     with files.open_bytes(file) as stream:
         reader = HashingReader(stream)
         blocks = row_blocks(reader.read, _framing(table), _FIRST_ROW, min(files.BLOCK_BYTES, slice_bytes))
-        slices = tuple(_cut(blocks, whole, slice_bytes))
+        slices = tuple(_cut(blocks, part, slice_bytes))
         return FilePlan(file, slices, *reader.finish())
 
 
