@@ -125,15 +125,15 @@ def _distributions(contrast: Contrast) -> Figure:
     names = [name for name, column in contrast.baseline.columns.items() if column.values or column.histogram]
     lines = -(-len(names) // _PANELS_A_LINE)
     figure = Figure(figsize=(3.6 * _PANELS_A_LINE, 2.5 * lines), layout="constrained")
-    grid = figure.subplots(lines, _PANELS_A_LINE, squeeze=False).flat
-    for axes, name in zip(grid, names, strict=False):
+    panels = list(figure.subplots(lines, _PANELS_A_LINE, squeeze=False).flat)
+    for axes, name in zip(panels, names, strict=False):
         columns = [side.columns.get(name) for side in (contrast.baseline, contrast.new)]
         if all(columns):
             _draw_shares(axes, *_shares(columns), (contrast.baseline_name, contrast.new_name))
         tidy(axes, name, "", "share")
-    for axes in grid:  # What zip has left over.
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    panels[0].legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -190,6 +190,7 @@ def _groups(contrast: Contrast, group: str) -> Figure:
         for column, colour in zip(with_missing, COLOURS, strict=False):
             shares = _by_label(side, group, labels, side.columns[column].missing)
             axes.plot(shares, range(len(labels)), "o", markersize=4, label=column, color=colour)
+        axes.set_xlim(0, 1)
         tidy(axes, f"Missing in {name}", "share", "")
     if with_missing:
         panels[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")

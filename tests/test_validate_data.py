@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import yaml
 
 import feature_specs
 from clsd_tf.artifacts import read_json
@@ -120,7 +121,7 @@ def test_tables_by_hand(feed_dataset, statistics):
     assert 0 < click_rate < 1
 
 
-def test_command_reports_and_fails_only_when_asked(feed_dataset, tmp_path):
+def test_command_reports_drift_between_days_and_fails_when_asked(feed_dataset, tmp_path):
     other = tmp_path / "raw"
     simulate_feed(FeedConfig(num_rows=2000, num_users=60, num_items=20, seed=4), other)
     users = pa.csv.read_csv(other / "users.csv")
@@ -128,21 +129,25 @@ def test_command_reports_and_fails_only_when_asked(feed_dataset, tmp_path):
     pa.csv.write_csv(users.set_column(users.column_names.index("age"), "age", ages), other / "users.csv")
     yesterday = tmp_path / "yesterday"
     build_dataset(feature_specs.get_spec("simulated_feed"), BuildConfig(input_dir=str(other)), yesterday)
-    flags = [f"--baseline_dir={yesterday}", f"--requests={feed_dataset.layout.serving_sample}"]
-    done = validate(feed_dataset, *flags, f"--report_dir={tmp_path / 'report'}")
-    assert done.returncode == 0, done.stderr
-    assert "Drift baseline train → train" in done.stdout
-    report = read_json(tmp_path / "report" / "data_report.json")
-    assert set(report["drift"]) == {
-        "train → validation",
-        "train → test",
-        "train → served",
-        "baseline train → train",
-    }
+    report_dir = tmp_path / "report"
+    flags = [f"--baseline_dir={yesterday}", f"--requests={feed_dataset.layout.serving_sample}", "--fail_on=anomaly"]
+    failed = validate(feed_dataset, *flags, f"--report_dir={report_dir}")
+    assert failed.returncode == 1
+    assert "error:" not in failed.stderr
+    assert "Drift baseline train → train" in failed.stdout
+    report = read_json(report_dir / "data_report.json")
+    contrasts = ["train → validation", "train → test", "train → served", "baseline train → train"]
+    assert sorted(report["drift"]) == sorted(contrasts)
     drifted = {entry["column"] for entry in report["anomalies"]["baseline train → train"]}
     assert "age" in drifted
-    assert "<svg" in (tmp_path / "report" / "data_report.html").read_text()
-    failed = validate(feed_dataset, *flags, f"--report_dir={tmp_path / 'again'}", "--fail_on=anomaly")
-    assert failed.returncode == 1
-    assert (tmp_path / "again" / "data_report.json").is_file()
-    assert "error:" not in failed.stderr
+    assert "<svg" in (report_dir / "data_report.html").read_text()
+
+
+def test_command_succeeds_without_anomalies_under_the_limits_of_another_spec(feed_dataset, tmp_path):
+    content = feed_dataset.spec.model_dump(mode="json")
+    content["drift"] = dict.fromkeys(content["drift"])  # Nothing is limited.
+    (tmp_path / "loose.yaml").write_text(yaml.safe_dump(content))
+    flags = [f"--spec={tmp_path / 'loose.yaml'}", f"--report_dir={tmp_path / 'report'}", "--fail_on=anomaly"]
+    done = validate(feed_dataset, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "no anomalies" in done.stdout
