@@ -34,7 +34,7 @@ from pipelines.engines import check_beam_arguments, make_pipeline
 from pipelines.fitting import NumericSummary
 from pipelines.provenance import write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
-from pipelines.vocabularies import previous_boundaries, previous_vocabularies
+from pipelines.vocabularies import check_compatible, previous_boundaries
 
 _BYTES_PER_PARTITION = 32 << 20
 
@@ -139,9 +139,11 @@ class _Build:
         self.layout = DatasetLayout(staging)
         self.counts: dict[str, Any] = {}
         self._salt = user_id_salt(spec)
-        previous = DatasetDir(config.grow_from) if config.grow_from else None
-        self._previous = previous_vocabularies(previous, spec) if previous else {}
-        self._previous_boundaries = previous_boundaries(previous, spec) if previous else {}
+        self._previous_boundaries: dict[str, tuple[float, ...]] = {}
+        if config.grow_from:
+            previous = DatasetDir(config.grow_from)
+            check_compatible(spec, previous.spec)
+            self._previous_boundaries = previous_boundaries(previous, spec)
         self._scratch = staging / "scratch"
         self._seconds: dict[str, float] = {}
         for directory in (self.layout.vocabularies, self.layout.records, self._scratch):
@@ -259,7 +261,7 @@ class _Build:
             cut_offs=cut_offs,
             buckets=self._buckets,
             directory=self._directory("by_shard"),
-            previous_vocabularies=self._previous,
+            grow_from=self.config.grow_from,
         )
         self._num_units = len(plan.units())
         with self._pipeline() as pipeline:

@@ -31,7 +31,7 @@ from pipelines.fitting import FitSummary
 from pipelines.joins import Profiles, join_rows
 from pipelines.sources import ROW_ID
 from pipelines.splits import split_indices
-from pipelines.vocabularies import VocabularyCounts, rank
+from pipelines.vocabularies import VocabularyCounts, previous_values, rank
 
 MAX_UNITS = 128  # Bounds the summaries that are merged at the end, however long the log is.
 _SHARD_SEED = 101
@@ -77,7 +77,7 @@ class JoinPlan:
       cut_offs: event times in microseconds, see ``split_indices``.
       buckets: where rows go.
       directory: where exchange files and summaries are written.
-      previous_vocabularies: of the dataset that this one grows from, by name.
+      grow_from: directory of the dataset whose vocabularies go on, if any.
     """
 
     spec: FeatureSpec
@@ -86,7 +86,7 @@ class JoinPlan:
     cut_offs: Sequence[int]
     buckets: Buckets
     directory: pathlib.Path
-    previous_vocabularies: Mapping[str, Sequence[str]]
+    grow_from: pathlib.Path | None
 
     def units(self) -> list[tuple[int, list[int]]]:
         """(unit, its partitions)."""
@@ -231,7 +231,8 @@ def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout,
         results.write_json(content, str(summary_path))
         return
     merged = VocabularyCounts.merge_all(_read_counts(plan.vocabulary_path(unit), name, plan.spec) for unit in units)
-    values = rank(merged.values[name], plan.spec.vocabularies[name], plan.previous_vocabularies.get(name, ()))
+    previous = previous_values(DatasetLayout(plan.grow_from), name) if plan.grow_from else []
+    values = rank(merged.values[name], plan.spec.vocabularies[name], previous)
     results.write_lines(str(layout.vocabulary(name)), values)
     yield name, merged.errors(plan.spec)[name]
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.artifacts import DatasetDir
+from clsd_tf.artifacts import DatasetDir, DatasetLayout
 from clsd_tf.features import (
     Feature,
     FeatureSpec,
@@ -72,11 +71,6 @@ class VocabularyCounts:
                 part, level = pending.pop()[1].merge(part), level + 1
             pending.append((level, part))
         return functools.reduce(lambda right, left: left.merge(right), [part for _, part in reversed(pending)])
-
-    def ranked(self, spec: FeatureSpec, previous: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
-        """Vocabulary name -> its values in the order of their ids; ``previous`` as of ``previous_vocabularies``."""
-        previous = previous or {}
-        return {name: rank(self.values[name], rule, previous.get(name, ())) for name, rule in spec.vocabularies.items()}
 
     def errors(self, spec: FeatureSpec) -> dict[str, float]:
         """Vocabulary name -> by how much a value's count, or sum of weights, may be too low; 0 where exact."""
@@ -138,15 +132,11 @@ def rank(counts: TopValues, rule: Vocabulary, previous: Sequence[str] = ()) -> l
     return [*previous, *new.to_pylist()]
 
 
-def previous_vocabularies(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, list[str]]:
-    """The vocabularies of the dataset that one of ``spec`` grows from: name -> values in the order of their ids.
-
-    Raises:
-      SpecError: ids of ``dataset`` would mean something else under ``spec``.
-    """
-    check_compatible(spec, dataset.spec)
-    names = dataset.spec.vocabularies.keys() & spec.vocabularies.keys()
-    return {name: _read_lines(dataset.layout.vocabulary(name)) for name in sorted(names)}
+def previous_values(layout: DatasetLayout, name: str) -> list[str]:
+    """The vocabulary of a dataset that another one grows from, in the order of ids; [] if it has none of this name."""
+    path = layout.vocabulary(name)
+    # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
+    return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
 
 def previous_boundaries(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, tuple[float, ...]]:
@@ -158,11 +148,6 @@ def previous_boundaries(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, tup
     ]
     fitted = dataset.statistics.numeric
     return {name: fitted[name].boundaries for name in bucketised if name in fitted}
-
-
-def _read_lines(path: pathlib.Path) -> list[str]:
-    # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
-    return path.read_bytes().decode().split("\n")[:-1]
 
 
 def check_compatible(spec: FeatureSpec, previous: FeatureSpec) -> None:

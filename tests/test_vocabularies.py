@@ -19,7 +19,7 @@ from clsd_tf.model_inputs import Statistics
 from clsd_tf.sketches import TopValues
 from clsd_tf.transform import FeatureTransform, VocabularyLookup
 from clsd_tf.validation import SpecError
-from pipelines.vocabularies import VocabularyCounts, check_compatible, previous_vocabularies, rank
+from pipelines.vocabularies import VocabularyCounts, check_compatible, previous_values, rank
 
 COLUMNS = {"user_id": pa.string(), "item_id": pa.int64(), "tags": pa.string(), "sample_weight": pa.float64()}
 CONTENT = {
@@ -63,6 +63,14 @@ def changed(path, value):
         node = node[part]
     node[last] = value
     return parse_spec(content, "feed")
+
+
+def ranked(counts, spec, previous=None):
+    """Vocabulary name -> its values in the order of their ids."""
+    return {
+        name: rank(counts.values[name], rule, (previous or {}).get(name, ()))
+        for name, rule in spec.vocabularies.items()
+    }
 
 
 def log(**columns):
@@ -168,7 +176,7 @@ def test_beyond_max_tracked_the_frequent_values_are_found_and_the_error_is_known
     merged = VocabularyCounts.merge_all(parts)
     error = merged.errors(spec)["item"]
     assert 0 < error <= len(items) / 51
-    assert set(merged.ranked(spec)["item"][:10]) == set(map(str, range(10)))
+    assert set(ranked(merged, spec)["item"][:10]) == set(map(str, range(10)))
     assert all(500 - error <= count <= 500 for _, count in merged.values["item"].most_common(10))
 
 
@@ -177,7 +185,7 @@ def test_the_error_of_a_weighted_vocabulary_is_in_weight():
     # 3.0 and 0.5: the second largest sum is subtracted from all.
     counts = VocabularyCounts.of(log(user_id=["a", "b"], sample_weight=[3.0, 0.5]), spec)
     assert counts.errors(spec)["user"] == 0.5
-    assert counts.ranked(spec)["user"] == ["a"]
+    assert ranked(counts, spec)["user"] == ["a"]
 
 
 # --- Ranking ---------------------------------------------------------------------------------------------------------
@@ -258,7 +266,7 @@ ODD_VALUES = ["a b", " a", "a\x0bb", "\x0c", "\x85", "\u2028", "a\x1cb", "ü", "
 def test_previous_vocabularies_are_read_value_by_value(dataset_of):
     vocabularies = {"item": ["7", "-3"], "tags": ODD_VALUES, "user": []}
     dataset = dataset_of(SPEC, vocabularies)
-    assert previous_vocabularies(dataset, SPEC) == vocabularies
+    assert {name: previous_values(dataset.layout, name) for name in vocabularies} == vocabularies
     # TensorFlow reads the file line by line, too: 0 missing, 1 out of vocabulary.
     ids = VocabularyLookup(dataset.layout.vocabulary("tags"), 1)(tf.constant(ODD_VALUES)).numpy()
     assert ids.tolist() == list(range(2, 2 + len(ODD_VALUES)))
@@ -267,9 +275,10 @@ def test_previous_vocabularies_are_read_value_by_value(dataset_of):
 def test_features_may_come_and_go(dataset_of):
     dataset = dataset_of(SPEC, {"item": ["7"], "tags": [], "user": ["u"]})
     spec = changed(("features", 2, "name"), "viewer")
-    previous = previous_vocabularies(dataset, spec)
-    assert previous == {"item": ["7"], "tags": []}
-    grown = VocabularyCounts.of(log(item_id=[1, 7], user_id=["u", "v"]), spec).ranked(spec, previous)
+    check_compatible(spec, dataset.spec)
+    previous = {name: previous_values(dataset.layout, name) for name in spec.vocabularies}
+    assert previous == {"item": ["7"], "tags": [], "viewer": []}
+    grown = ranked(VocabularyCounts.of(log(item_id=[1, 7], user_id=["u", "v"]), spec), spec, previous)
     assert grown == {"item": ["7", "1"], "tags": [], "viewer": ["u", "v"]}
 
 
@@ -290,7 +299,7 @@ def test_features_may_come_and_go(dataset_of):
 def test_ids_that_would_change_their_meaning_are_refused(dataset_of, path, value, message):
     dataset = dataset_of(SPEC, {"item": ["7"], "tags": [], "user": ["u"]})
     with pytest.raises(SpecError, match="keeps the meaning of its ids") as error:
-        previous_vocabularies(dataset, changed(path, value))
+        check_compatible(changed(path, value), dataset.spec)
     assert message in str(error.value)
 
 
@@ -311,8 +320,8 @@ def test_what_leaves_ids_their_meaning_may_change(path, value):
 def test_the_embeddings_of_one_day_are_the_first_rows_of_those_of_the_next(tmp_path):
     spec = changed(("features",), [CONTENT["features"][0], CONTENT["features"][5]])
     days = [log(item_id=[5, 5, 9, 2]), log(item_id=[2, 8, 8, 8, 9, 4])]
-    first = VocabularyCounts.of(days[0], spec).ranked(spec)
-    second = VocabularyCounts.of(days[1], spec).ranked(spec, first)
+    first = ranked(VocabularyCounts.of(days[0], spec), spec)
+    second = ranked(VocabularyCounts.of(days[1], spec), spec, first)
     assert (first["item"], second["item"]) == (["5", "2", "9"], ["5", "2", "9", "8", "4"])
     raw = {"item_id": tf.constant([5, 2, 9, -(2**63)], tf.int64), "past_items": tf.constant([["9", "2"]] * 4)}
     raw["age"] = tf.zeros([4])
