@@ -1,0 +1,83 @@
+"""Sensitive columns and user ids: nothing that a build writes or prints holds their values."""
+
+import pyarrow.parquet
+import pytest
+from shop import build, events, inspected, users, vocabulary, write_shop
+
+from clsd_tf.artifacts import SPLITS
+from clsd_tf.features import parse_spec
+from clsd_tf.hashing import hash_user_ids
+
+MARK = "secret-"
+SALT = "0123456789abcdef-of-the-tests"
+
+
+def marked(rows):
+    return [{**row, "user_id": MARK + row["user_id"]} for row in rows]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """The shop, every user id with a mark; lines 14, 25 and 36 are bad, each in another way."""
+    log = marked(events())
+    log[12] = f"{MARK}u2,i5"
+    log[23]["clicked"] = "maybe"
+    log[34]["time"] = 12
+    return write_shop(tmp_path / "raw", log, user_rows=marked(users()))
+
+
+def everything_written(directory):
+    """Text of all files below a directory; Parquet is decompressed."""
+    texts = []
+    for path in directory.rglob("*"):
+        if path.suffix == ".parquet":
+            texts.append(str(pyarrow.parquet.read_table(path).to_pylist()))
+        elif path.is_file():
+            texts.append(path.read_bytes().decode(errors="replace"))
+    return texts
+
+
+def sensitive(content):
+    for table in ("log", "user"):
+        content["tables"][table]["columns"][0]["sensitive"] = True
+    content["features"] = content["features"][1:]  # The first is the user id.
+    return content
+
+
+def test_values_of_a_sensitive_column_are_in_no_file_and_in_no_output(shop_content, raw, tmp_path, capfd):
+    # What the search below would find, if it were there: the same shop with nothing marked.
+    open_dataset = build(parse_spec(shop_content, "shop"), raw, tmp_path / "open", max_bad_fraction=0.02)
+    assert any(MARK in text for text in everything_written(open_dataset.path))
+    capfd.readouterr()
+    dataset = build(parse_spec(sensitive(shop_content), "shop"), raw, tmp_path / "dataset", max_bad_fraction=0.02)
+    assert not [text for text in everything_written(dataset.path) if MARK in text]
+    assert MARK not in "".join(capfd.readouterr())
+    dead = pyarrow.parquet.read_table(dataset.layout.dead_letter).to_pylist()
+    assert [row["row"] for row in dead] == [14, 25, 36]
+    assert "<withheld>" in dead[0]["raw"]
+    # Rows of the log still find the profiles of their users.
+    groups = dataset.counts["splits"]["train"]["groups"]["city_group"]
+    assert groups == open_dataset.counts["splits"]["train"]["groups"]["city_group"]
+    assert groups["unknown"]["rows"] == 0
+
+
+def test_salted_user_ids_stand_for_the_same_users_and_the_ids_are_nowhere(shop_content, raw, tmp_path, monkeypatch):
+    shop_content["features"][0] = {"name": "user", "type": "categorical", "column": "user_id"}
+    shop_content["user_id_salt_env"] = "SHOP_SALT"
+    monkeypatch.setenv("SHOP_SALT", SALT)
+    dataset = build(parse_spec(shop_content, "shop"), raw, tmp_path / "dataset", max_bad_fraction=0.02)
+    written = everything_written(dataset.path)
+    assert not [text for text in written if MARK in text or SALT in text]
+    ids = [f"{MARK}u{k}" for k in range(10)]
+    assert set(vocabulary(dataset, "user")) == set(hash_user_ids(pyarrow.array(ids), SALT.encode()).to_pylist())
+    groups = dataset.counts["splits"]["train"]["groups"]["city_group"]
+    assert groups["unknown"]["rows"] == 0
+    assert sum(dataset.num_rows(split) for split in SPLITS) == 197
+
+
+def test_a_build_without_its_salt_is_refused_before_anything_is_read(shop_content, raw, tmp_path, monkeypatch):
+    shop_content["user_id_salt_env"] = "SHOP_SALT"
+    monkeypatch.delenv("SHOP_SALT", raising=False)
+    with pytest.raises(ValueError, match="the environment variable SHOP_SALT must hold the salt of user ids"):
+        inspected(parse_spec(shop_content, "shop"), raw, tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
