@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -47,18 +48,47 @@ def require_absent(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of ``final`` that becomes ``final`` by one rename, only if the block succeeds."""
+    """Yields a temporary sibling of ``final`` that becomes ``final`` by one rename, only if the block succeeds.
+
+    Siblings that processes left which were killed are removed: a living process holds a lock on its own.
+    """
     require_absent(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.with_name(f".{final.name}.incomplete-{secrets.token_hex(4)}")
-    staging.mkdir()
+    with contextlib.ExitStack() as locks:
+        with _locked(final.parent):  # Nobody may find the new directory before it is locked.
+            _remove_abandoned(final)
+            staging.mkdir()
+            locks.enter_context(_locked(staging))
+        try:
+            yield staging
+            _sync(staging)
+            require_absent(final)
+            staging.rename(final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a directory's lock, which ends with the process and its children; yields whether it could be had."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield staging
-        _sync(staging)
-        require_absent(final)
-        staging.rename(final)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:  # Another process has it, or the file system knows no locks.
+        held = False
+    try:
+        yield held
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(final: pathlib.Path) -> None:
+    for path in final.parent.glob(f".{glob.escape(final.name)}.incomplete-*"):
+        with contextlib.suppress(FileNotFoundError), _locked(path, wait=False) as is_abandoned:
+            if is_abandoned:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(directory: pathlib.Path) -> None:

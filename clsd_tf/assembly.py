@@ -69,7 +69,7 @@ def _build_variables(model: ClsdModel, inputs: ModelInputs) -> None:
     """Creates weights and optimizer slots now, so that a checkpoint can be restored into them."""
     features: dict[str, tf.Tensor] = {"teacher_score": tf.zeros([1])}
     for entry in inputs.categorical:
-        features[entry.name] = tf.zeros([1] if entry.max_values is None else [1, entry.max_values], tf.int64)
+        features[entry.name] = tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
     features |= {name: tf.zeros([1]) for name in inputs.numeric}
     features |= {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
     model(features)

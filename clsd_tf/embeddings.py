@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     The tables of all vocabularies are one variable, each from its own offset on, and a batch is one lookup: with 30
     fields, 30 lookups and as many sparse updates took most of a training step. Inputs that share a vocabulary share its
-    rows (a history and the feature it is made of). The embedding of the padding id does not enter a mean; a field
-    without any value is the zero vector.
+    rows (a history and the feature it is made of). Where several ids stand for one value, its embedding is their sum or
+    product (``CategoricalInput.combiner``). The embedding of a padding value does not enter a mean; a field without any
+    value is the zero vector.
 
     Args:
       inputs: the model inputs.
@@ -42,6 +44,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         offsets = itertools.accumulate(sizes.values(), initial=0)
         self._offsets = dict(zip(sizes, offsets, strict=False))
         self._num_rows = sum(sizes.values())
+        self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
@@ -65,8 +68,27 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         return tf.concat(fields, axis=1)
 
     def lookup(self, vocabulary: str, ids: tf.Tensor) -> tf.Tensor:
-        """Embeddings of single values: ids of any shape -> [*ids.shape, embedding_dim]."""
-        return tf.nn.embedding_lookup(self._tables, ids + self._offsets[vocabulary])
+        """Embeddings of single values: ids [..., num_values * ids_per_value] -> [..., num_values, embedding_dim].
+
+        With one id per value, ids of any shape -> [*ids.shape, embedding_dim].
+        """
+        embedded = tf.nn.embedding_lookup(self._tables, ids + self._offsets[vocabulary])
+        return self._combined(embedded, vocabulary)
+
+    def present(self, vocabulary: str, ids: tf.Tensor) -> tf.Tensor:
+        """Which values are there: ids [..., num_values * ids_per_value] -> bool [..., num_values]."""
+        return ids[..., :: self._input_of[vocabulary].ids_per_value] != MISSING_ID
+
+    def _combined(self, embedded: tf.Tensor, vocabulary: str) -> tf.Tensor:
+        """[..., num_values * ids_per_value, embedding_dim] -> [..., num_values, embedding_dim]."""
+        count = self._input_of[vocabulary].ids_per_value
+        if count == 1:
+            return embedded
+        first, *others = [embedded[..., index::count, :] for index in range(count)]
+        if self._input_of[vocabulary].combiner == "sum":
+            return tf.add_n([first, *others])
+        # Rows start near 0: a product of several would hardly learn, so all but the first are measured from 1.
+        return functools.reduce(lambda product, other: product * (1.0 + other), others, first)
 
     def _embed_ids(self, features: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
         """Embeddings of the categorical inputs, in their order: [batch, any number of fields, embedding_dim] each."""
@@ -74,24 +96,27 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         for entry in self._inputs.categorical:
             starts[entry.name] = sum(column.shape[1] for column in columns)
             ids = features[entry.name] + self._offsets[entry.vocabulary]
-            columns.append(ids[:, tf.newaxis] if entry.max_values is None else ids)
+            columns.append(ids[:, tf.newaxis] if entry.num_ids is None else ids)
         embedded = tf.nn.embedding_lookup(self._tables, tf.concat(columns, axis=1))
         fields = []
-        # Neighbours with single values stay one slice: fewer pieces to put together again.
-        for is_single, entries in itertools.groupby(self._inputs.categorical, lambda entry: entry.max_values is None):
+        # Neighbours with single ids stay one slice: fewer pieces to put together again.
+        for is_single, entries in itertools.groupby(self._inputs.categorical, lambda entry: entry.num_ids is None):
             entries = list(entries)
             start = starts[entries[0].name]
             if is_single:
                 fields.append(embedded[:, start : start + len(entries)])
                 continue
             for entry in entries:
-                values = embedded[:, starts[entry.name] : starts[entry.name] + entry.max_values]
-                fields.append(self._mean_of_present(values, features[entry.name]))
+                start = starts[entry.name]
+                values = self._combined(embedded[:, start : start + entry.num_ids], entry.vocabulary)
+                if entry.max_values is not None:
+                    values = self._mean_of_present(values, self.present(entry.vocabulary, features[entry.name]))
+                fields.append(values)
         return fields
 
-    def _mean_of_present(self, values: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+    def _mean_of_present(self, values: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
         """Values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
-        present = tf.cast(ids != MISSING_ID, values.dtype)[:, :, tf.newaxis]
+        present = tf.cast(present, values.dtype)[:, :, tf.newaxis]
         total = tf.reduce_sum(values * present, axis=1, keepdims=True)
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)
 

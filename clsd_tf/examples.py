@@ -91,7 +91,7 @@ def record_tensors(
 
 def packed_columns(inputs: ModelInputs) -> tuple[dict[str, int | None], dict[str, int | None]]:
     """Integers and floats of a record: name -> number of values per row, None for a single one."""
-    ids = {entry.name: entry.max_values for entry in inputs.categorical}
+    ids = {entry.name: entry.num_ids for entry in inputs.categorical}
     ids |= {name: None for name in (*(group.name for group in inputs.groups), *RECORD_IDS)}
     return ids, {name: None for name in (*inputs.numeric, *RECORD_NUMBERS)}
 

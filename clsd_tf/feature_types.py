@@ -40,24 +40,80 @@ class Vocabulary(StrictModel):
         return self
 
 
+class Hashing(StrictModel):
+    """Ids by hash, of a fixed number whatever the data: 0 missing, then ``buckets`` ids.
+
+    Two values share an embedding
+
+    - ``single``: if they share a bucket.
+    - ``quotient_remainder``: only if they share both ids, hash mod r and hash div r of one hash below r * q, where r
+      and q are the halves of ``buckets``; so buckets^2 / 4 embeddings, each the product of two rows (Shi et al., 2020,
+      "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation Systems").
+    - ``multi``: only if they share all ``num_hashes`` buckets of independent hashes, whose rows are summed (Serra and
+      Karatzoglou, 2017, "Getting Deep Recommenders Fit"; without learned weights what Svenstrup et al., 2017, "Hash
+      Embeddings for Efficient Word Representations" do).
+
+    Attributes:
+      buckets: rows of the embedding table beside that of missing values.
+      num_hashes: of ``multi``.
+      seed: another one makes other values collide.
+    """
+
+    buckets: int = pydantic.Field(ge=1, le=2**32)  # The product of the halves must be an int64.
+    method: Literal["single", "quotient_remainder", "multi"] = "single"
+    num_hashes: int = pydantic.Field(2, ge=2)
+    seed: int = pydantic.Field(0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Hashing:
+        if self.method != "multi" and self.num_hashes != 2:
+            raise ValueError(f"num_hashes is for method multi. Received: {self.num_hashes} for {self.method}")
+        if self.method == "quotient_remainder" and self.buckets < 2:
+            raise ValueError("quotient_remainder needs 2 or more buckets. Received: 1")
+        return self
+
+    @property
+    def ids_per_value(self) -> int:
+        return {"single": 1, "quotient_remainder": 2, "multi": self.num_hashes}[self.method]
+
+    @property
+    def num_remainders(self) -> int:
+        return self.buckets // 2
+
+    @property
+    def num_quotients(self) -> int:
+        return self.buckets - self.num_remainders
+
+
 class IdFeature(StrictModel):
-    """What becomes ids: by a vocabulary of the training split, or by hash."""
+    """What becomes ids: by a vocabulary of the training split, or by hash (``hash_buckets: N`` is short for one)."""
 
     name: Name
     column: Name
     vocabulary: Vocabulary | None = None
     hash_buckets: int | None = pydantic.Field(None, ge=1)
+    hash: Hashing | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_encoding(self):
-        if self.vocabulary and self.hash_buckets:
-            raise ValueError("give vocabulary or hash_buckets. Received: both")
+        given = [name for name in ("vocabulary", "hash_buckets", "hash") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"give one of vocabulary, hash_buckets and hash. Received: {', '.join(given)}")
         return self
+
+    @property
+    def resolved_hash(self) -> Hashing | None:
+        """How values are hashed, or None when they have a vocabulary."""
+        return Hashing(buckets=self.hash_buckets) if self.hash_buckets else self.hash
+
+    @property
+    def ids_per_value(self) -> int:
+        return self.resolved_hash.ids_per_value if self.resolved_hash else 1
 
     @property
     def resolved_vocabulary(self) -> Vocabulary | None:
         """The vocabulary's rule, or None when values are hashed."""
-        return None if self.hash_buckets else self.vocabulary or Vocabulary()
+        return None if self.resolved_hash else self.vocabulary or Vocabulary()
 
 
 class CategoricalFeature(IdFeature):

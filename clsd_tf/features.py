@@ -6,6 +6,7 @@ they cannot become a model input. ``FeatureSpec.model_inputs`` is what a backbon
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -43,6 +44,9 @@ class FeatureSpec(StrictModel):
       duplicates: what becomes of events of one user, item and time: the one of the lowest row id stays, all stay, or
         the build fails. They are counted in any case.
       record_layout: of the TFRecords: all integers of a row in one entry (fast), or an entry for each name.
+      user_id_salt_env: optional name of the environment variable that holds a secret salt. The user key of log and user
+        table is then replaced by a salted hash as soon as it is read, so that no id stands in any file that is written.
+        A serving request then carries the hashed id too: ``clsd_tf.hashing.hash_user_ids`` with the same salt.
     """
 
     name: Name
@@ -55,6 +59,7 @@ class FeatureSpec(StrictModel):
     intensity_label: str | None = None
     intensity_value: Name | None = None
     sample_weight: Name | None = None
+    user_id_salt_env: Name | None = None
     split: Split = Split()
     features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     user_groups: tuple[UserGroup, ...] = ()
@@ -158,6 +163,10 @@ class FeatureSpec(StrictModel):
             column = feature.column
             if column not in self.column_types:
                 raise ValueError(_not_a_column(feature.name, column, list(self.column_types)))
+            if column in self.sensitive_columns:
+                raise ValueError(
+                    f"a sensitive column cannot be a model input. Received: {column!r} in {feature.name!r}"
+                )
             for use, name in never_inputs.items():
                 if column == name:
                     raise ValueError(
@@ -179,6 +188,8 @@ class FeatureSpec(StrictModel):
 
     def _check_types(self) -> None:
         types = self.column_types
+        if self.user_id_salt_env and types[self.user_key] != "string":
+            raise ValueError(f"a hashed user_key must be a string. Received: {self.user_key}: {types[self.user_key]}")
         if types[self.event_time.column] == "string":
             raise ValueError("the event time column must be int64 or float. Received: string")
         if self.intensity_value and types[self.intensity_value] == "string":
@@ -290,6 +301,12 @@ class FeatureSpec(StrictModel):
         return {column.name: column.type for _, table in self.tables.items() for column in table.columns}
 
     @property
+    def sensitive_columns(self) -> frozenset[str]:
+        """Columns whose values may stand in no dead letter, statistic or log."""
+        columns = (column for _, table in self.tables.items() for column in table.columns)
+        return frozenset(column.name for column in columns if column.sensitive)
+
+    @property
     def label_comparison(self) -> Comparison:
         return Comparison.parse(self.label)
 
@@ -333,22 +350,26 @@ class FeatureSpec(StrictModel):
 
     @property
     def _user_features(self) -> tuple[str, ...]:
-        """Single-valued features that tell of the user's profile, never of the user's id: what AdGate may read."""
+        """Features of one id or number that tell of the user's profile, never of the user's id: for AdGate."""
         profile = {name for table in self.user_tables.values() for name in table.column_names if name != self.user_key}
         single_valued = (CategoricalFeature, NumericFeature)
-        return tuple(x.name for x in self.features if isinstance(x, single_valued) and x.column in profile)
+        found = [x for x in self.features if isinstance(x, single_valued) and x.column in profile]
+        return tuple(x.name for x in found if isinstance(x, NumericFeature) or x.ids_per_value == 1)
 
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):
             of = self._categorical_input(self.feature(feature.of), lengths)
-            return CategoricalInput(feature.name, of.vocabulary, of.vocabulary_size, feature.max_length)
+            return dataclasses.replace(of, name=feature.name, max_values=feature.max_length)
         if isinstance(feature, NumericFeature):
             is_id = feature.scaling == "quantile_buckets"
             return CategoricalInput(feature.name, feature.name, 1 + feature.num_buckets) if is_id else None
-        rule = feature.resolved_vocabulary
-        size = 1 + (feature.hash_buckets if rule is None else rule.num_oov_indices + lengths[feature.name])
+        rule, hashing = feature.resolved_vocabulary, feature.resolved_hash
+        size = 1 + (rule.num_oov_indices + lengths[feature.name] if rule else hashing.buckets)
         max_values = feature.max_values if isinstance(feature, MultiValuedFeature) else None
-        return CategoricalInput(feature.name, feature.name, size, max_values)
+        if rule:
+            return CategoricalInput(feature.name, feature.name, size, max_values)
+        combiner = "product" if hashing.method == "quotient_remainder" else "sum"
+        return CategoricalInput(feature.name, feature.name, size, max_values, feature.ids_per_value, combiner)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, defaults written out."""

@@ -35,12 +35,28 @@ class RawInput:
 
 @dataclasses.dataclass(frozen=True)
 class CategoricalInput:
-    """Ids in [0, vocabulary_size): shape [batch] if ``max_values`` is None, else [batch, max_values] padded with 0."""
+    """Ids in [0, vocabulary_size): shape [batch] if ``num_ids`` is None, else [batch, num_ids].
+
+    Attributes:
+      max_values: values of a row, padded with missing ones; None for a single value.
+      ids_per_value: ids that stand for one value, side by side; all 0 where it is missing.
+      combiner: what the embedding of a value is made of those of its ids e_0, e_1, ...: their sum, or the product
+        e_0 * (1 + e_1) * ...
+    """
 
     name: str
     vocabulary: str
     vocabulary_size: int
     max_values: int | None = None
+    ids_per_value: int = 1
+    combiner: Literal["sum", "product"] = "sum"
+
+    @property
+    def num_ids(self) -> int | None:
+        """Ids of a row: max_values * ids_per_value, value by value; None for a single one."""
+        if self.max_values is None and self.ids_per_value == 1:
+            return None
+        return (self.max_values or 1) * self.ids_per_value
 
 
 @dataclasses.dataclass(frozen=True)

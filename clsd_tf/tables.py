@@ -38,12 +38,15 @@ class Column(StrictModel):
       type: how the text is read. Unparsable values make the row a bad row.
       source_name: the column's name in the file, when it differs.
       expect: what ``pipelines.validate_data`` checks the values by.
+      sensitive: its values never stand in dead letters, statistics or logs, and no feature or user group may use it. A
+        key, the event time or a label's column may be sensitive.
     """
 
     name: Name
     type: Literal["string", "int64", "float"]
     source_name: str | None = None
     expect: Expectation | None = None
+    sensitive: bool = False
 
     @pydantic.model_validator(mode="after")
     def _check_expect(self) -> Column:

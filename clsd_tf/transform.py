@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from clsd_tf.feature_types import Hashing
 from clsd_tf.features import (
     CategoricalFeature,
     Feature,
@@ -59,15 +60,34 @@ class VocabularyLookup(tf.Module):
 
 
 class HashLookup(tf.Module):
-    """Text -> id: 0 for "", then 1 + FarmHash64(value) mod ``num_buckets``."""
+    """Text of any shape -> ids in [1, buckets], 0 for "": one, or on a last axis the ``ids_per_value`` of the rule.
 
-    def __init__(self, num_buckets: int):
+    Hash 0 of seed 0 is FarmHash64; the others are SipHash with the seed and their number as key. So ids are the same on
+    every machine and in every process.
+    """
+
+    def __init__(self, rule: Hashing):
         super().__init__()
-        self._num_buckets = num_buckets
+        self._rule = rule
 
     def __call__(self, values: tf.Tensor) -> tf.Tensor:
-        ids = 1 + tf.strings.to_hash_bucket_fast(values, self._num_buckets)
-        return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+        missing, zero = values == "", tf.cast(MISSING_ID, tf.int64)
+        if self._rule.method == "single":
+            return tf.where(missing, zero, 1 + self._hash(values, self._rule.buckets))
+        ids = tf.stack(self._several_ids(values), axis=-1)
+        return tf.where(missing[..., tf.newaxis], zero, ids)
+
+    def _several_ids(self, values: tf.Tensor) -> list[tf.Tensor]:
+        rule = self._rule
+        if rule.method == "multi":
+            return [1 + self._hash(values, rule.buckets, index) for index in range(rule.num_hashes)]
+        hashes = self._hash(values, rule.num_remainders * rule.num_quotients)
+        return [1 + hashes % rule.num_remainders, 1 + rule.num_remainders + hashes // rule.num_remainders]
+
+    def _hash(self, values: tf.Tensor, num_buckets: int, index: int = 0) -> tf.Tensor:
+        if self._rule.seed == index == 0:
+            return tf.strings.to_hash_bucket_fast(values, num_buckets)
+        return tf.strings.to_hash_bucket_strong(values, num_buckets, key=[self._rule.seed, index])
 
 
 class FeatureTransform(tf.Module):
@@ -92,7 +112,7 @@ class FeatureTransform(tf.Module):
     def _lookup(self, feature: CategoricalFeature | MultiValuedFeature, directory: pathlib.Path) -> tf.Module:
         rule = feature.resolved_vocabulary
         if rule is None:
-            return HashLookup(feature.hash_buckets)
+            return HashLookup(feature.resolved_hash)
         return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
 
     def __call__(self, raw: Tensors) -> dict[str, tf.Tensor]:
@@ -103,15 +123,15 @@ class FeatureTransform(tf.Module):
             "", NaN or MISSING_INT64.
 
         Returns:
-          int64 ids [batch] or [batch, max_values], float32 numbers [batch], and int64 user-group ids [batch].
+          int64 ids [batch] or [batch, num_ids], float32 numbers [batch], and int64 user-group ids [batch].
         """
-        return {entry.name: self.column(entry.name, self._values(entry, raw)) for entry in self._entries.values()}
+        return {name: self._rows(entry, raw) for name, entry in self._entries.items()}
 
-    @staticmethod
-    def _values(entry: Feature | UserGroup, raw: Tensors) -> tf.Tensor:
+    def _rows(self, entry: Feature | UserGroup, raw: Tensors) -> tf.Tensor:
         if isinstance(entry, HistoryFeature):
-            return last_values(raw[entry.name], entry.max_length)
-        return raw[entry.column]
+            values = last_values(raw[entry.name], entry.max_length)
+            return side_by_side(self.column(entry.name, values))
+        return self.column(entry.name, raw[entry.column])
 
     def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
         """Transforms the raw values of one feature or user group, each on its own.
@@ -125,7 +145,8 @@ class FeatureTransform(tf.Module):
             made of, of any shape.
 
         Returns:
-          What ``__call__`` gives for rows of these values; of a history one id per value, in the shape of ``values``.
+          What ``__call__`` gives for rows of these values. Of a history the id of each value, in the shape of
+          ``values``; with several ids per value they are on another axis.
         """
         match self._entries[name]:
             case UserGroup() as group:
@@ -134,7 +155,7 @@ class FeatureTransform(tf.Module):
                 return self._lookups[name](as_text(values))
             case MultiValuedFeature() as feature:
                 pieces = tf.strings.split(as_text(values), feature.separator)
-                return self._lookups[name](first_values(pieces, feature.max_values))
+                return side_by_side(self._lookups[name](first_values(pieces, feature.max_values)))
             case HistoryFeature() as feature:
                 return self._lookups[feature.of](values)
             case NumericFeature() as feature:
@@ -158,6 +179,13 @@ def last_values(values: tf.Tensor, max_length: int) -> tf.Tensor:
     """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
     values = tf.ragged.boolean_mask(values, values != "")
     return values[:, -max_length:].to_tensor(default_value="", shape=[None, max_length])
+
+
+def side_by_side(ids: tf.Tensor) -> tf.Tensor:
+    """[batch, max_values] as it is; [batch, max_values, ids_per_value] -> [batch, max_values * ids_per_value]."""
+    if ids.shape.rank == 2:
+        return ids
+    return tf.reshape(ids, [-1, ids.shape[1] * ids.shape[2]])
 
 
 def as_float(values: tf.Tensor) -> tf.Tensor:

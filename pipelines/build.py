@@ -34,7 +34,7 @@ from pipelines.engines import check_beam_arguments, make_pipeline
 from pipelines.fitting import NumericSummary
 from pipelines.provenance import write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
-from pipelines.vocabularies import previous_vocabularies
+from pipelines.vocabularies import previous_boundaries, previous_vocabularies
 
 _BYTES_PER_PARTITION = 32 << 20
 
@@ -52,7 +52,8 @@ class BuildConfig:
       max_bad_fraction: the largest share of bad rows of a table, in [0, 1].
       rows_per_shard: a split gets about rows / rows_per_shard shards; a worker holds one shard in memory.
       compressed: GZIP the shards.
-      grow_from: a dataset directory whose ids keep their meaning: its vocabularies are continued.
+      grow_from: a dataset directory whose ids keep their meaning: its vocabularies are continued,
+        and its boundaries of quantile buckets stay.
       beam_arguments: pipeline options for Beam, for example ``["--runner=FlinkRunner"]``.
     """
 
@@ -138,7 +139,9 @@ class _Build:
         self.layout = DatasetLayout(staging)
         self.counts: dict[str, Any] = {}
         self._salt = user_id_salt(spec)
-        self._previous = _previous_vocabularies(spec, config.grow_from)
+        previous = DatasetDir(config.grow_from) if config.grow_from else None
+        self._previous = previous_vocabularies(previous, spec) if previous else {}
+        self._previous_boundaries = previous_boundaries(previous, spec) if previous else {}
         self._scratch = staging / "scratch"
         self._seconds: dict[str, float] = {}
         for directory in (self.layout.vocabularies, self.layout.records, self._scratch):
@@ -342,7 +345,9 @@ class _Build:
                         f"numeric feature {feature.name!r} has no value in the training split. Received: column "
                         f"{feature.column!r} with only missing values. Remove the feature"
                     )
-                fitted[feature.name] = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
+                found = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
+                boundaries = self._previous_boundaries.get(feature.name, found.boundaries)
+                fitted[feature.name] = dataclasses.replace(found, boundaries=boundaries)
         self.layout.statistics.write_text(Statistics(lengths, fitted).to_json(), encoding="utf-8")
 
     # --- 3. encode
@@ -410,10 +415,6 @@ class _Build:
             | f"List_{name}" >> beam.combiners.ToList()
             | f"Write_{name}" >> results.WriteJson(self._result(name))
         )
-
-
-def _previous_vocabularies(spec: FeatureSpec, grow_from: pathlib.Path | None) -> dict[str, list[str]]:
-    return previous_vocabularies(DatasetDir(grow_from), spec) if grow_from else {}
 
 
 def _tfds_builder(name: str, data_dir: str):

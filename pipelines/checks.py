@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -12,23 +14,42 @@ import pyarrow.compute as pc
 from clsd_tf.columns import ARROW_TYPES, convert_column, true_mask
 from clsd_tf.feature_types import NumericFeature, WindowFeature
 from clsd_tf.features import FeatureSpec
+from clsd_tf.hashing import hash_user_ids
 from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
+WITHHELD = "<withheld>"
+_MIN_SALT_CHARACTERS = 16
 
-def user_id_salt(spec):
-    return None
+
+def user_id_salt(spec: FeatureSpec) -> bytes | None:
+    """The secret salt of user ids, from the environment variable that the spec names; None if it names none.
+
+    Raises:
+      ValueError: the variable is not set, or too short to be a secret.
+    """
+    if spec.user_id_salt_env is None:
+        return None
+    salt = os.environ.get(spec.user_id_salt_env, "")
+    if len(salt) < _MIN_SALT_CHARACTERS:
+        raise ValueError(
+            f"the environment variable {spec.user_id_salt_env} must hold the salt of user ids. Received: "
+            f"{len(salt)} characters. Allowed: at least {_MIN_SALT_CHARACTERS}, the same in every build and for serving"
+        )
+    return salt.encode()
 
 
-def parse_rows(batch: RawBatch, spec: FeatureSpec, salt=None) -> tuple[pa.Table, list[BadRow]]:
+def parse_rows(batch: RawBatch, spec: FeatureSpec, salt: bytes | None = None) -> tuple[pa.Table, list[BadRow]]:
     """Converts text to the declared types and takes out the rows that break a rule.
 
     Args:
       batch: rows of one file of the log, user or item table.
       spec: declares types and which columns must have a value (keys, event time, label, intensity, weight).
+      salt: from ``user_id_salt``; replaces the user key by its salted hash.
 
     Returns:
-      The good rows, typed; and the bad rows with their reasons, those of the reader included.
+      The good rows, typed; and the bad rows with their reasons, those of the reader included. Raw values of sensitive
+      columns, and of a user key that is hashed, are withheld.
     """
     table = dict(spec.tables.items())[batch.file.role]
     columns: dict[str, pa.Array] = {}
@@ -42,10 +63,12 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec, salt=None) -> tuple[pa.Table,
         columns[column.name] = values
     parsed = pa.table({**columns, ROW_ID: batch.table.column(ROW_ID)})
     failures = {reason: mask for reason, mask in failures.items() if mask.any()}
-    if not failures:
-        return parsed, batch.bad_rows
-    good = pa.array(~np.logical_or.reduce(list(failures.values())))
-    return parsed.filter(good), batch.bad_rows + _bad_rows(batch, failures)
+    hidden = {name for name in columns if name in spec.sensitive_columns or (salt and name == spec.user_key)}
+    bad_rows = [dataclasses.replace(row, raw=WITHHELD) for row in batch.bad_rows] if hidden else batch.bad_rows
+    if failures:
+        parsed = parsed.filter(pa.array(~np.logical_or.reduce(list(failures.values()))))
+        bad_rows = bad_rows + _bad_rows(batch, failures, hidden)
+    return _with_hashed_users(parsed, spec.user_key, salt), bad_rows
 
 
 def parsed_schema(table: Table) -> pa.Schema:
@@ -53,7 +76,14 @@ def parsed_schema(table: Table) -> pa.Schema:
     return pa.schema([*((column.name, ARROW_TYPES[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
 
 
-def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray]) -> list[BadRow]:
+def _with_hashed_users(rows: pa.Table, user_key: str, salt: bytes | None) -> pa.Table:
+    if salt is None or user_key not in rows.column_names:
+        return rows
+    hashed = hash_user_ids(rows.column(user_key).combine_chunks(), salt)
+    return rows.set_column(rows.column_names.index(user_key), user_key, hashed)
+
+
+def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray], hidden: set[str]) -> list[BadRow]:
     bad = np.flatnonzero(np.logical_or.reduce(list(failures.values())))
     names, masks = list(failures), np.stack(list(failures.values()))
     reasons = np.argmax(masks[:, bad], axis=0)  # The first that is true.
@@ -64,7 +94,7 @@ def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray]) -> list[BadRow]:
             file=batch.file.name,
             row=row_number(row.pop(ROW_ID)),
             reason=names[reason],
-            raw=json.dumps(row, default=_readable, sort_keys=True),
+            raw=json.dumps({**row, **dict.fromkeys(hidden, WITHHELD)}, default=_readable, sort_keys=True),
             lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
         )
         for reason, row in zip(reasons, rows, strict=True)

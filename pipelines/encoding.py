@@ -146,7 +146,7 @@ def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa
       table: one column per raw input; histories without missing values and of at most their ``max_length``.
 
     Returns:
-      What ``transform`` gives for the rows: int64 ids [num_rows] or [num_rows, max_values], float32 [num_rows].
+      What ``transform`` gives for the rows: int64 ids [num_rows] or [num_rows, num_ids], float32 [num_rows].
     """
     encoded = {entry.name: _Distinct.of(table.column(entry.name), entry) for entry in spec.raw_inputs}
     outputs = {}
@@ -154,7 +154,8 @@ def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa
         if isinstance(entry, HistoryFeature):
             column = encoded[entry.name]
             ids = transform.column(entry.name, column.values).numpy()
-            outputs[entry.name] = ids[column.padded_codes(entry.max_length)]
+            # Several ids may stand for one value: [num_rows, max_length, ids_per_value].
+            outputs[entry.name] = ids[column.padded_codes(entry.max_length)].reshape([table.num_rows, -1])
         else:
             column = encoded[entry.column]
             outputs[entry.name] = transform.column(entry.name, column.values).numpy()[column.codes]

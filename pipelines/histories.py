@@ -7,6 +7,7 @@ time never see each other. A result depends on the user's own events only, never
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pyarrow as pa
@@ -31,13 +32,16 @@ class SortedEvents:
         # (user, time) as one number that sorts like the pair; microseconds themselves would overflow.
         self._user_base = np.cumsum(new_user) * len(self._distinct_times)
         self._moments = self._user_base + ranks
+        self._rows_before: dict[int, np.ndarray] = {}  # Features often share their spans.
 
-    def rows_before(self, moments: np.ndarray) -> np.ndarray:
-        """How many rows stand before the first event of the same user at or after ``moments``, [num_events]."""
-        ranks = np.searchsorted(self._distinct_times, moments)
-        return np.searchsorted(self._moments, self._user_base + ranks)
+    def rows_before(self, age: int) -> np.ndarray:
+        """How many rows stand before the user's first event that is at most ``age`` microseconds old, [num_events]."""
+        if age not in self._rows_before:
+            ranks = np.searchsorted(self._distinct_times, self.times - age)
+            self._rows_before[age] = np.searchsorted(self._moments, self._user_base + ranks)
+        return self._rows_before[age]
 
-    @property
+    @functools.cached_property
     def first_rows(self) -> np.ndarray:
         """The row at which the user's events begin, [num_events]."""
         return np.searchsorted(self._moments, self._user_base)
@@ -55,10 +59,9 @@ class PastEvents:
     def select(cls, events: SortedEvents, counts: np.ndarray, feature: FromPastEvents) -> PastEvents:
         """The events in [time - within_seconds, time - delay_seconds) for which the mask ``counts`` is true."""
         counted_before = np.append(0, np.cumsum(counts))
-        delay = round(feature.delay_seconds * _MICROSECONDS)
-        start, end = events.first_rows, events.rows_before(events.times - delay)
+        start, end = events.first_rows, events.rows_before(round(feature.delay_seconds * _MICROSECONDS))
         if feature.within_seconds is not None:
-            start = events.rows_before(events.times - round(feature.within_seconds * _MICROSECONDS))
+            start = events.rows_before(round(feature.within_seconds * _MICROSECONDS))
         return cls(np.flatnonzero(counts), counted_before[start], counted_before[end])
 
     @property

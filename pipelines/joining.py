@@ -18,16 +18,17 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.utils import shared
 
-from clsd_tf.artifacts import SPLITS, DatasetLayout, read_json, write_json
+from clsd_tf.artifacts import SPLITS, DatasetLayout, read_json
+from clsd_tf.data_statistics import write_data_statistics
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.sketches import COUNT_SCHEMA, TopValues
+from pipelines import results
 from pipelines.checks import parsed_schema
 from pipelines.duplicates import without_duplicates
 from pipelines.exchange import ExchangeWriter, read_partition, write_batches
 from pipelines.fitting import FitSummary
 from pipelines.joins import Profiles, join_rows
-from pipelines.results import write_lines
 from pipelines.sources import ROW_ID
 from pipelines.splits import split_indices
 from pipelines.vocabularies import VocabularyCounts, rank
@@ -158,7 +159,7 @@ class _JoinFn(beam.DoFn):
                 yield beam.pvalue.TaggedOutput("files", path)
         for path in writer.flush():
             yield beam.pvalue.TaggedOutput("files", path)
-        write_json(plan.summary_path(number), summary.to_dict())
+        results.write_json(summary.to_dict(), str(plan.summary_path(number)))
         if plan.spec.vocabularies:
             _write_counts(plan.vocabulary_path(number), VocabularyCounts.merge_all(vocabularies), plan.spec)
         yield number
@@ -225,13 +226,13 @@ def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout,
         merged = functools.reduce(
             FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units)
         )
-        content = merged.to_dict()
-        write_json(layout.data_statistics, content.pop("statistics"))
-        write_json(summary_path, content)
+        write_data_statistics(layout.data_statistics, merged.statistics)
+        content = {name: entry for name, entry in merged.to_dict().items() if name != "statistics"}
+        results.write_json(content, str(summary_path))
         return
     merged = VocabularyCounts.merge_all(_read_counts(plan.vocabulary_path(unit), name, plan.spec) for unit in units)
     values = rank(merged.values[name], plan.spec.vocabularies[name], plan.previous_vocabularies.get(name, ()))
-    write_lines(str(layout.vocabulary(name)), values)
+    results.write_lines(str(layout.vocabulary(name)), values)
     yield name, merged.errors(plan.spec)[name]
 
 

@@ -6,27 +6,32 @@ import dataclasses
 import datetime as dt
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import sklearn.metrics
 
-from clsd_tf.model_inputs import OTHER_GROUP, UNKNOWN_GROUP
 from clsd_tf.tables import Comparison
 from pipelines.column_profiles import ColumnProfile, TableProfile
+from pipelines.feature_inference import (
+    ID_ENDING,
+    TIME_NAME,
+    Entry,
+    guess_feature,
+    guess_user_groups,
+    key_features,
+)
 
-_ID = r"(_?(id|key|idx|index|no|hash|token))"
 _USER_NAMES = (
-    rf"^(user|uid|visitor|customer|member|account|reader|viewer|reviewer|person){_ID}?$",
-    rf"^(device|cookie|client|session){_ID}$",
+    rf"^(user|uid|visitor|customer|member|account|reader|viewer|reviewer|person){ID_ENDING}?$",
+    rf"^(device|cookie|client|session){ID_ENDING}$",
 )
 _ITEM_NAMES = (
-    rf"^(item|iid|video|article|news|product|ad|creative|doc|document|content|movie|film|song|track|post|photo){_ID}?$",
-    rf"^(sku|asin|isbn|book|app|game|note|story|campaign|offer|listing|merchant|shop|business){_ID}?$",
+    rf"^(item|iid|video|article|news|product|ad|creative|doc|document|content|movie|film|song|track|post|photo){ID_ENDING}?$",
+    rf"^(sku|asin|isbn|book|app|game|note|story|campaign|offer|listing|merchant|shop|business){ID_ENDING}?$",
 )
-_TIME_NAME = re.compile(r"(^|_)(time|timestamp|ts|date|datetime|day|hour|at|when)(_|$)|time(stamp)?(_?(ms|us|s))?$")
 _CLICK_NAMES = (r"^(is_?)?(click|clicked|clk)$", r"^(label|target|y|ctr_label)$", r"click|clk", r"label|target")
 _RATING_NAME = re.compile(r"(^|_)(rating|stars?|score)(_|$)")
 # Beginnings of words that stand for what a user does after the impression.
@@ -34,12 +39,6 @@ _AFTER_EVENT = re.compile(
     r"(?:^|_)(play|watch|dwell|read|stay|listen|engag|conver|purchas|bought|buy|paid|pay|cart|like|share|follow|comment|"
     r"favo|forward|subscri|skip|hate|finish|complet|click|clk|rating|long_view|stars?$)"
 )
-_AGE_NAME = re.compile(r"(^|_)age(_|$)")
-_ID_NAME = re.compile(rf".{_ID}$")
-_AGE_BOUNDARIES = (18, 25, 35, 45, 60)
-_MAX_CATEGORIES = 50  # More different integers than that are amounts, not codes.
-_MAX_VOCABULARY = 100_000  # A sample with more different ids than that gets hashes.
-_MAX_GROUPS, _MAX_GROUP_VALUES = 3, 20
 _TELLING_AUC = 0.9  # No single feature known beforehand ranks clicks as well.
 _OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt
@@ -54,16 +53,6 @@ class Choices:
     item_key: str | None = None
     event_time: str | None = None
     label: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """An entry of the spec and why it is there. ``content`` None: ``column`` is left out."""
-
-    role: str
-    column: str
-    content: dict[str, Any] | None
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +118,13 @@ def infer_spec(log: TableProfile, profiles: Mapping[str, TableProfile], choices:
         for column in table.columns
         if column.name not in {*used, *after}
     ]
-    guesses = [*_key_features(keys), *(_feature(role, column) for role, column in candidates)]
+    guesses = [*key_features(keys), *(guess_feature(role, column) for role, column in candidates)]
     left_out = [Entry("log", name, None, why) for name, why in after.items()]
     return InferredSpec(
         tables=tables,
         settings=settings,
         features=tuple(entry for entry in guesses if entry.content),
-        user_groups=tuple(_user_groups(tables, candidates, keys)),
+        user_groups=tuple(guess_user_groups(tables, candidates, keys)),
         left_out=(*left_out, *(entry for entry in guesses if not entry.content)),
     )
 
@@ -184,7 +173,7 @@ def _event_time(log: TableProfile, choice: str | None) -> ColumnProfile:
                 f"Received: --event_time={choice}, a {column.type} column; {column.evidence()}. Convert it"
             )
         return column
-    candidates = [column for column in log.columns if column.unit and _TIME_NAME.search(column.name.lower())]
+    candidates = [column for column in log.columns if column.unit and TIME_NAME.search(column.name.lower())]
     if candidates:
         return max(candidates, key=lambda column: column.num_distinct)
     written = [column.name for column in log.columns if _is_written_date(column)]
@@ -322,129 +311,11 @@ def _aligned(
 def _other_key(table: TableProfile, role: str) -> ColumnProfile:
     """The key of a profile table that calls it otherwise than the log."""
     patterns = {"user": _USER_NAMES, "item": _ITEM_NAMES}[role]
-    for pattern in (*patterns, rf"^{_ID}$"):
+    for pattern in (*patterns, rf"^{ID_ENDING}$"):
         for column in table.columns:
             if re.search(pattern, column.name.lower()) and _is_unique(column):
                 return column
     raise ValueError(
         f"no column of the {role} table joins it to the log. Received: {_names(table)}. "
         "Give the key one name in both files, or write source_name into the spec by hand"
-    )
-
-
-# --- Features --------------------------------------------------------------------------------------------------------
-
-
-def _key_features(keys: Mapping[str, ColumnProfile]) -> Iterator[Entry]:
-    user, item = keys["user"], keys["item"]
-    for column in (user, item):
-        yield _id_feature("log", column)
-    content = {"name": f"recent_{item.name}", "type": "history", "of": item.name, "max_length": 20}
-    yield Entry("log", item.name, content, "the user's last items before the event")
-
-
-def _feature(role: str, column: ColumnProfile) -> Entry:
-    if column.num_distinct <= 1:
-        return Entry(role, column.name, None, f"it tells nothing: {column.evidence()}")
-    if column.unit and _TIME_NAME.search(column.name.lower()):
-        return Entry(role, column.name, None, f"a moment, which the future never repeats: {column.evidence()}")
-    if column.separator:
-        return _multi_valued(role, column)
-    if column.type == "string":
-        return _text_feature(role, column)
-    is_code = (
-        column.type == "int64" and column.num_distinct <= _MAX_CATEGORIES and not _AGE_NAME.search(column.name.lower())
-    )
-    if is_code or (column.type == "int64" and _ID_NAME.search(column.name.lower())):
-        return _id_feature(role, column)
-    return _numeric(role, column)
-
-
-def _text_feature(role: str, column: ColumnProfile) -> Entry:
-    mean_length = pc.mean(pc.utf8_length(column.values)).as_py()
-    mostly_unique = column.num_distinct > 0.9 * (column.num_rows - column.values.null_count)
-    if mostly_unique and column.num_distinct > 20 and not _ID_NAME.search(column.name.lower()):
-        return Entry(
-            role, column.name, None, f"nearly every value is another, so ids cannot be learnt: {column.evidence()}"
-        )
-    if mean_length > 60:
-        return Entry(
-            role, column.name, None, f"free text of {mean_length:.0f} characters on average: {column.evidence()}"
-        )
-    return _id_feature(role, column)
-
-
-def _id_feature(role: str, column: ColumnProfile) -> Entry:
-    content: dict[str, Any] = {"name": column.name, "type": "categorical", "column": column.name}
-    repeated = sum(count > 1 for _, count in column.most_frequent())
-    if column.num_distinct > _MAX_VOCABULARY or repeated < 0.1 * column.num_distinct:
-        # About two buckets a value of the sample: few values share one.
-        content["hash_buckets"] = 1 << int(np.ceil(np.log2(2 * column.num_distinct)))
-        return Entry(role, column.name, content, f"very many values, hashed: {column.evidence()}")
-    if column.num_distinct > 1000:
-        content["vocabulary"] = {"min_count": 2}
-        return Entry(role, column.name, content, f"many values, those seen once share an id: {column.evidence()}")
-    return Entry(role, column.name, content, column.evidence())
-
-
-def _multi_valued(role: str, column: ColumnProfile) -> Entry:
-    lengths = pc.list_value_length(pc.split_pattern(column.values.drop_null(), column.separator))
-    max_values = max(2, int(np.ceil(np.quantile(lengths.to_numpy(), 0.95))))
-    content = {
-        "name": column.name, "type": "multi_valued", "column": column.name,
-        "separator": column.separator, "max_values": max_values,
-    }  # fmt: skip
-    several = pc.mean(pc.greater(lengths, 1)).as_py()
-    return Entry(role, column.name, content, f"{several:.0%} of the rows hold several values; {column.evidence()}")
-
-
-def _numeric(role: str, column: ColumnProfile) -> Entry:
-    content: dict[str, Any] = {"name": column.name, "type": "numeric", "column": column.name}
-    numbers = column.numbers
-    skewness = float(((numbers - numbers.mean()) ** 3).mean() / max(numbers.std() ** 3, 1e-30))
-    if numbers.min() >= 0 and skewness > 2:
-        return Entry(role, column.name, {**content, "log1p": True}, f"never negative, a long tail; {column.evidence()}")
-    if abs(skewness) <= 1:
-        return Entry(role, column.name, content, f"no long tail; {column.evidence()}")
-    content |= {"scaling": "quantile_buckets", "num_buckets": 10}
-    return Entry(role, column.name, content, f"skewed (skewness {skewness:.1f}); {column.evidence()}")
-
-
-# --- User groups -----------------------------------------------------------------------------------------------------
-
-
-def _user_groups(
-    tables: Mapping[str, TableProfile], candidates: list[tuple[str, ColumnProfile]], keys: Mapping[str, ColumnProfile]
-) -> list[Entry]:
-    """Up to three: age first, then text columns with few values, those with fewer first."""
-    profile = "user" if "user" in tables else "log"
-    columns = [column for role, column in candidates if role == profile]
-    if profile == "log":
-        columns = [column for column in columns if _describes_user(column, keys["user"])]
-    found = [
-        _age_group(profile, column) for column in columns if column.is_number and _AGE_NAME.search(column.name.lower())
-    ]
-    for column in sorted(columns, key=lambda column: column.num_distinct):
-        if column.type == "string" and not column.separator and 2 <= column.num_distinct <= _MAX_GROUP_VALUES:
-            found.append(_text_group(profile, column))
-    return found[:_MAX_GROUPS]
-
-
-def _describes_user(column: ColumnProfile, user: ColumnProfile) -> bool:
-    """Whether (nearly) every user of the sample has one value."""
-    pairs = {*zip(user.values.to_pylist(), column.values.to_pylist(), strict=True)}
-    return len(pairs) <= 1.01 * user.num_distinct
-
-
-def _age_group(role: str, column: ColumnProfile) -> Entry:
-    low, high = column.numbers.min(), column.numbers.max()
-    boundaries = [edge for edge in _AGE_BOUNDARIES if low < edge <= high] or [float(np.median(column.numbers))]
-    content = {"name": f"{column.name}_group", "column": column.name, "boundaries": boundaries}
-    return Entry(role, column.name, content, column.evidence())
-
-
-def _text_group(role: str, column: ColumnProfile) -> Entry:
-    values = [value for value, _ in column.most_frequent() if value not in (UNKNOWN_GROUP, OTHER_GROUP)]
-    return Entry(
-        role, column.name, {"name": f"{column.name}_group", "column": column.name, "values": values}, column.evidence()
     )

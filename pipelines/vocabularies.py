@@ -149,6 +149,17 @@ def previous_vocabularies(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, l
     return {name: _read_lines(dataset.layout.vocabulary(name)) for name in sorted(names)}
 
 
+def previous_boundaries(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, tuple[float, ...]]:
+    """The quantile buckets that ``dataset`` and one of ``spec`` share: feature name -> boundaries, which must stay."""
+    bucketised = [
+        feature.name
+        for feature in spec.features
+        if isinstance(feature, NumericFeature) and feature.scaling == "quantile_buckets"
+    ]
+    fitted = dataset.statistics.numeric
+    return {name: fitted[name].boundaries for name in bucketised if name in fitted}
+
+
 def _read_lines(path: pathlib.Path) -> list[str]:
     # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
     return path.read_bytes().decode().split("\n")[:-1]
@@ -184,8 +195,9 @@ def _id_meaning(entry: Feature | UserGroup) -> dict[str, Any]:
     match entry:
         case IdFeature():
             rule = entry.resolved_vocabulary
-            meaning = entry.model_dump(exclude={"name", "vocabulary", "max_values"})
-            return {**meaning, "vocabulary.num_oov_indices": rule.num_oov_indices if rule else None}
+            meaning = entry.model_dump(exclude={"name", "vocabulary", "hash_buckets", "hash", "max_values"})
+            meaning["vocabulary.num_oov_indices"] = rule.num_oov_indices if rule else None
+            return {**meaning, "hash": entry.resolved_hash.model_dump() if entry.resolved_hash else None}
         case HistoryFeature():
             return {"type": entry.type, "of": entry.of}
         case NumericFeature():

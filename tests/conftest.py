@@ -10,6 +10,7 @@ import shutil
 import pytest
 import tensorflow as tf
 import yaml
+from shop import build, events, items, write_shop
 
 import feature_specs
 from clsd_tf.artifacts import DatasetDir, WorkDir
@@ -96,6 +97,29 @@ def feed_dataset(feed_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("dataset") / "dataset"
     build_dataset(feature_specs.get_spec("simulated_feed"), BuildConfig(input_dir=str(feed_dir)), path)
     return DatasetDir(path)
+
+
+@pytest.fixture(scope="session")
+def shop_dir(tmp_path_factory):
+    """The shop with planted rows.
+
+    Events 185 and 190, in the test period, show the item "late"; event 100 (of user u0) shows the item "once"; lines
+    14 and 25 (events 12 and 23) are bad.
+    """
+    rows = events()
+    rows[185]["item_id"] = rows[190]["item_id"] = "late"
+    rows[100]["item_id"] = "once"
+    rows[12] = "u2,i5"
+    rows[23]["clicked"] = "maybe"
+    extra = [{"item_id": "once", "tags": "c", "price": 2.0}, {"item_id": "late", "tags": "rare", "price": 2.0}]
+    return write_shop(tmp_path_factory.mktemp("shop") / "raw", rows, item_rows=[*items(), *extra])
+
+
+@pytest.fixture(scope="session")
+def shop_dataset(shop_dir, shop_spec, tmp_path_factory):
+    """Built from ``shop_dir`` in compressed shards of 30 rows."""
+    path = tmp_path_factory.mktemp("shop_dataset") / "dataset"
+    return build(shop_spec, shop_dir, path, max_bad_fraction=0.01, rows_per_shard=30, compressed=True)
 
 
 @pytest.fixture(scope="session")

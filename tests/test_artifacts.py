@@ -146,6 +146,22 @@ def test_staged_directory_appears_under_its_name_only_at_the_end(tmp_path):
     assert [path.name for path in final.parent.iterdir()] == ["final"]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_kept(tmp_path):
+    left = tmp_path / ".final.incomplete-0badc0de"
+    other = tmp_path / ".final-2.incomplete-0badc0de"
+    for path in (left, other):
+        path.mkdir()
+        (path / "file").write_text("x")
+    with staged_directory(tmp_path / "final") as living:
+        assert not left.exists()
+        assert other.exists()
+        with staged_directory(tmp_path / "final") as second:
+            assert living.is_dir()
+            assert second != living
+        shutil.rmtree(tmp_path / "final")
+    assert {path.name for path in tmp_path.iterdir()} == {"final", other.name}
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_exception_in_a_staged_directory_leaves_nothing(tmp_path, error):
     def fail():

@@ -1,6 +1,8 @@
 """Checks of rows: every reason by which a row is bad, and that good rows get their types."""
 
 import datetime as dt
+import hashlib
+import hmac
 import json
 
 import numpy as np
@@ -8,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from clsd_tf.features import parse_spec
-from pipelines.checks import parse_rows
+from clsd_tf.validation import SpecError
+from pipelines.checks import parse_rows, user_id_salt
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile
 
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z
@@ -226,3 +229,103 @@ def test_an_event_without_an_intensity_value_is_no_bad_row(shop_content):
     del shop_content["intensity_label"]
     good, bad = parse_rows(raw_batch("log", [{"seconds": ""}]), parse_spec(shop_content, "shop"))
     assert (good.num_rows, bad) == (1, [])
+
+
+# --- What must not be seen -------------------------------------------------------------------------------------------
+
+SALT = b"a salt of 16 or more bytes"
+
+
+def declare_sensitive(content, role, name):
+    [column] = [column for column in content["tables"][role]["columns"] if column["name"] == name]
+    column["sensitive"] = True
+
+
+def drop_features(content, *names):
+    content["features"] = [entry for entry in content["features"] if entry["name"] not in names]
+
+
+def test_raw_values_of_a_sensitive_column_are_withheld(shop_content):
+    declare_sensitive(shop_content, "log", "user_id")
+    drop_features(shop_content, "user")
+    spec = parse_spec(shop_content, "shop")
+    reader = BadRow("log", "log.csv", 9, "3_columns_instead_of_6", "secret-user,b,c")
+    good, bad = parse_rows(raw_batch("log", [{"user_id": "secret-user", "clicked": "x"}, {}], [reader]), spec)
+    assert good.num_rows == 1
+    assert [(row.row, row.reason) for row in bad] == [(9, "3_columns_instead_of_6"), (2, "not_int64:clicked")]
+    assert bad[0].raw == "<withheld>"
+    assert json.loads(bad[1].raw) == {**LOG, "user_id": "<withheld>", "clicked": "x"}
+
+
+def test_tables_without_sensitive_columns_show_their_raw_values(shop_content):
+    declare_sensitive(shop_content, "log", "user_id")
+    drop_features(shop_content, "user")
+    reader = BadRow("item", "items.csv", 9, "1_columns_instead_of_3", "i1")
+    _, bad = parse_rows(raw_batch("item", [{"price": "x"}], [reader]), parse_spec(shop_content, "shop"))
+    assert bad[0].raw == "i1"
+    assert json.loads(bad[1].raw)["item_id"] == "i1"
+
+
+@pytest.mark.parametrize(("role", "name", "use"), [("user", "city", "user_city"), ("log", "user_id", "user")])
+def test_no_feature_may_use_a_sensitive_column(shop_content, role, name, use):
+    declare_sensitive(shop_content, role, name)
+    shop_content["features"] = [entry for entry in shop_content["features"] if entry["name"] in (use, "item")]
+    shop_content["user_groups"] = []
+    with pytest.raises(SpecError, match=rf"a sensitive column cannot be a model input\. Received: '{name}' in '{use}'"):
+        parse_spec(shop_content, "shop")
+
+
+def test_no_user_group_may_use_a_sensitive_column(shop_content):
+    declare_sensitive(shop_content, "user", "age")
+    drop_features(shop_content, "user_age")
+    with pytest.raises(SpecError, match=r"a sensitive column cannot be a model input\. Received: 'age' in 'age_group'"):
+        parse_spec(shop_content, "shop")
+
+
+@pytest.mark.parametrize(("role", "name"), [("log", "time"), ("log", "clicked"), ("log", "weight")])
+def test_what_is_no_model_input_may_be_sensitive(shop_content, role, name):
+    declare_sensitive(shop_content, role, name)
+    assert parse_spec(shop_content, "shop").sensitive_columns == {name}
+
+
+def by_hand(user_id):
+    return hmac.new(SALT, user_id.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("role", ["log", "user"])
+def test_user_ids_become_salted_hashes_and_nothing_else_changes(shop_spec, role):
+    users = ["Zoë", "u1", "Zoë", ""]
+    batch = raw_batch(role, [{"user_id": user} for user in users])
+    good, bad = parse_rows(batch, shop_spec, SALT)
+    assert good.column("user_id").to_pylist() == [by_hand("Zoë"), by_hand("u1"), by_hand("Zoë")]
+    plain, _ = parse_rows(batch, shop_spec)
+    assert good.drop_columns("user_id").equals(plain.drop_columns("user_id"))
+    assert [json.loads(row.raw)["user_id"] for row in bad] == ["<withheld>"]
+
+
+def test_items_have_no_user_to_hash(shop_spec):
+    batch = raw_batch("item", [{}])
+    assert parse_rows(batch, shop_spec, SALT)[0].equals(parse_rows(batch, shop_spec)[0])
+
+
+def test_the_salt_comes_from_the_environment_and_must_be_long(shop_content, monkeypatch):
+    assert user_id_salt(parse_spec(shop_content, "shop")) is None
+    shop_content["user_id_salt_env"] = "FEED_SALT"
+    spec = parse_spec(shop_content, "shop")
+    monkeypatch.delenv("FEED_SALT", raising=False)
+    with pytest.raises(ValueError, match=r"FEED_SALT must hold the salt of user ids\. Received: 0 characters"):
+        user_id_salt(spec)
+    monkeypatch.setenv("FEED_SALT", "fifteen letters")
+    with pytest.raises(ValueError, match=r"Received: 15 characters\. Allowed: at least 16") as caught:
+        user_id_salt(spec)
+    assert "fifteen" not in str(caught.value)
+    monkeypatch.setenv("FEED_SALT", "sixteen letters!")
+    assert user_id_salt(spec) == b"sixteen letters!"
+
+
+def test_only_text_can_be_hashed(shop_content):
+    shop_content["user_id_salt_env"] = "FEED_SALT"
+    for role in ("log", "user"):
+        shop_content["tables"][role]["columns"][0]["type"] = "int64"
+    with pytest.raises(SpecError, match=r"a hashed user_key must be a string\. Received: user_id: int64"):
+        parse_spec(shop_content, "shop")

@@ -5,15 +5,21 @@ whole builds on a dozen.
 """
 
 import dataclasses
+import gzip
+import json
 import pathlib
 import tempfile
 
 import damaged_files
+import pytest
 from damaged_files import SECRET, DamagedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shop import LOG, build, events, refused, write_shop
 
+from clsd_tf.artifacts import SPLITS
 from clsd_tf.features import FeatureSpec, parse_spec
+from clsd_tf.input_pipeline import read_columns
 from pipelines import sources
 from pipelines.checks import parse_rows
 
@@ -104,3 +110,125 @@ def test_damaged_json_lines_are_refused_by_name_or_accounted_for(shop_spec, file
 @given(file=damaged_files.parquet_files(), slice_bytes=slices)
 def test_damaged_parquet_is_refused_by_name_or_accounted_for(shop_spec, file, slice_bytes):
     check(file, shop_spec, slice_bytes)
+
+
+ROWS = [json.dumps(damaged_files.good_row(k)).encode() for k in range(3)]
+CSV_ROWS = [",".join(map(str, damaged_files.good_row(k).values())).encode() for k in range(3)]
+CSV_HEADER = ",".join(damaged_files.COLUMNS).encode()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        DamagedFile(
+            "log.csv",
+            b"\n".join([CSV_HEADER, CSV_ROWS[0], CSV_ROWS[1] + b",\xff", CSV_ROWS[2]]),
+            {2: damaged_files.good_row(0), 4: damaged_files.good_row(2)},
+            {3},
+            num_lines=3,
+            cause=["one value too many, which is not UTF-8"],
+        ),
+        DamagedFile(
+            "log.jsonl",
+            b"\n".join([ROWS[0], ROWS[1].replace(b'"i1"', b"[[1], [2, 3]]"), ROWS[2]]),
+            {1: damaged_files.good_row(0), 3: damaged_files.good_row(2)},
+            num_lines=3,
+            cause=["lists of unequal length"],
+        ),
+        DamagedFile("log.jsonl.gz", must_fail=True, cause=["compressed bytes cut at their beginning"]),
+    ],
+    ids=lambda file: file.cause[0],
+)
+@pytest.mark.parametrize("slice_bytes", [1, 1 << 20])
+def test_damage_that_a_random_search_may_miss(shop_spec, file, slice_bytes):
+    check(file, shop_spec, slice_bytes)
+
+
+# --- Whole builds ----------------------------------------------------------------------------------------------------
+
+
+def log_lines() -> list[bytes]:
+    """The shop's log of 200 events: a header and a line for each event."""
+    rows = [",".join(LOG), *(",".join(str(event[name]) for name in LOG) for event in events())]
+    return [row.encode() for row in rows]
+
+
+def text(lines: list[bytes], ends: tuple[bytes, ...] = (b"\n",)) -> bytes:
+    """Lines with these line ends in turn."""
+    return b"".join(line + ends[k % len(ends)] for k, line in enumerate(lines))
+
+
+def with_odd_columns() -> bytes:
+    """Columns in another order and one more; a byte order mark; three kinds of line ends."""
+    lines = [b",".join([*line.split(b",")[::-1], b"x"]) for line in log_lines()]
+    return b"\xef\xbb\xbf" + text(lines, (b"\n", b"\r\n", b"\r"))
+
+
+BAD_LINES = {
+    20: b"u\xff,i1,1700000000,1,1.5,1.0",
+    40: b"u1,i1,1700000000,1,NaN,1.0",
+    60: b"u1,i1,%b,1,1.5,1.0" % (b"9" * 40),
+    80: b"u1,i1",
+    100: b"",
+    120: b"u1,i1,1700000000,1,1.5,1.0,7",
+}
+
+
+def with_bad_lines() -> bytes:
+    return text([BAD_LINES.get(number, line) for number, line in enumerate(log_lines(), start=1)])
+
+
+def with_an_event_twice() -> bytes:
+    return text([*log_lines(), log_lines()[50]])
+
+
+def cut_off() -> bytes:
+    """Without the last 40 bytes: line 201 is gone, line 200 has lost its end."""
+    return text(log_lines())[:-40]
+
+
+GOOD = frozenset(range(2, 202))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "num_rows", "good", "bad"),
+    [
+        (with_odd_columns, 200, GOOD, frozenset()),
+        (with_bad_lines, 200, GOOD - set(BAD_LINES), frozenset(BAD_LINES)),
+        (with_an_event_twice, 201, GOOD, frozenset()),
+        (cut_off, 199, GOOD - {200, 201}, frozenset([200])),
+    ],
+)
+def test_a_build_keeps_every_good_row_and_accounts_for_the_others(shop_spec, tmp_path, damaged, num_rows, good, bad):
+    raw = write_shop(tmp_path / "raw")
+    (raw / "log.csv").write_bytes(damaged())
+    dataset = build(shop_spec, raw, tmp_path / "dataset", max_bad_fraction=0.1)
+    written = [line for split in SPLITS for line in read_columns(dataset, split, ["row_id"])["row_id"].tolist()]
+    assert len(written) == len(set(written))
+    assert good <= set(written)
+    assert not bad & set(written)
+    found = dataset.counts["accounting"]
+    assert (found["read"], found["written"], found["dead_lettered"]) == (num_rows, len(written), len(bad))
+    assert num_rows == found["written"] + found["dead_lettered"] + found["duplicates_dropped"] + found["left_out"]
+
+
+# Enough rows that the file's beginning can be read.
+LONG = text([log_lines()[0], *log_lines()[1:] * 100])
+# Name -> (suffix, file, what the message says).
+REFUSED = {
+    "empty": ("", b"", "log.csv is empty"),
+    "header only": ("", text(log_lines()[:1]), "tables.log with 0 rows"),
+    "missing column": ("", text(log_lines()).replace(b"weight", b"wait", 1), "Missing: weight"),
+    "column twice": ("", text(log_lines()).replace(b"weight", b"weight,weight", 1), "log.csv must have each declared"),
+    "cut gzip": (".gz", gzip.compress(LONG)[:-20], "readable to its end. Received: tables.log, log.csv.gz"),
+    "no gzip": (".gz", LONG, "log.csv.gz must be a readable csv file"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_build_refuses_a_damaged_file_by_name_and_publishes_nothing(shop_content, tmp_path, name):
+    suffix, data, reason = REFUSED[name]
+    raw = write_shop(tmp_path / "raw")
+    (raw / f"log.csv{suffix}").write_bytes(data)
+    shop_content["tables"]["log"]["path"] = f"log.csv{suffix}"
+    assert reason in refused(parse_spec(shop_content, "shop"), raw, tmp_path, ValueError)

@@ -67,15 +67,15 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("tables.log.paht", "columns, format, key, path, valid_from"),
-        ("tables.log.columns.0.typ", "expect, name, source_name, type"),
+        ("tables.log.paht", "columns, delimiter, format, key, path, valid_from"),
+        ("tables.log.columns.0.typ", "expect, name, sensitive, source_name, type"),
         ("event_time.units", "column, earliest, latest, unit"),
         (
             "split.ratio",
             "gap_days, rule, seed, test, test_events, test_from, train, until, validation, validation_events, "
             "validation_from",
         ),
-        ("features.0.categorical.buckets", "column, hash_buckets, name, type, vocabulary"),
+        ("features.0.categorical.buckets", "column, hash, hash_buckets, name, type, vocabulary"),
         ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
         ("features.6.history.column", "delay_seconds, max_length, name, of, type, where, within_seconds"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
@@ -100,7 +100,7 @@ def test_every_problem_is_reported_at_once(shop_content):
     assert "lable: unknown key" in message
     assert "tables.log.format" in message
     assert "'xlsx'" in message
-    assert "'csv', 'tsv', 'jsonl', 'parquet' or 'tfds'" in message
+    assert "'csv', 'tsv', 'jsonl', 'parquet', 'avro', 'tfrecord' or 'tfds'" in message
 
 
 def test_unknown_feature_type_lists_the_known_types(shop_content):
@@ -371,7 +371,7 @@ def test_categorical_feature_of_float_is_refused(shop_content, name, kind):
 
 def test_vocabulary_together_with_hash_buckets_is_refused(shop_content):
     feature(shop_content, "item")["hash_buckets"] = 5
-    assert "give vocabulary or hash_buckets. Received: both" in error_of(shop_content)
+    assert "give one of vocabulary, hash_buckets and hash. Received: vocabulary, hash_buckets" in error_of(shop_content)
 
 
 @pytest.mark.parametrize(
@@ -792,3 +792,12 @@ import clsd_tf
     assert result.returncode != 0
     assert "ImportError: clsd_tf was imported too late. Received: tf.keras version 3" in result.stderr
     assert "import clsd_tf before tensorflow's Keras is used" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file_format", "delimiter"), [("tsv", ";"), ("parquet", ";"), ("csv", '"'), ("csv", "ab"), ("csv", "\n")]
+)
+def test_only_csv_has_a_delimiter_of_one_character(shop_content, file_format, delimiter):
+    shop_content["tables"]["log"] |= {"format": file_format, "delimiter": delimiter}
+    with pytest.raises(SpecError, match="delimiter"):
+        parse_spec(shop_content, "shop")

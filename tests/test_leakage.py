@@ -49,6 +49,8 @@ item_key: item_id
 event_time: {column: time, unit: microseconds}
 label: clicked == 1
 split: {rule: time, validation_from: 2024-01-13, test_from: 2024-01-16}
+duplicates: keep_all  # Two impressions of one microsecond may be of one item.
+record_layout: named
 features:
   - {name: user, type: categorical, column: user_id}
   - {name: item, type: categorical, column: item_id}

@@ -3,10 +3,12 @@
 import gzip
 import json
 
+import fastavro
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tensorflow as tf
 
 from clsd_tf.tables import Column, Table
 from pipelines.checks import parse_rows
@@ -76,6 +78,36 @@ def write_parquet(path):
     pa.parquet.write_table(pa.Table.from_pylist(RECORDS), path)
 
 
+def write_avro(path):  # Names in Avro have no colon.
+    kinds = {str: "string", int: "long", float: "double"}
+    fields = [{"name": name.replace(":", "_"), "type": ["null", kinds[type(RECORDS[0][name])]]} for name in HEADER]
+    records = [{name.replace(":", "_"): value for name, value in record.items()} for record in RECORDS]
+    with path.open("wb") as file:
+        fastavro.writer(file, {"type": "record", "name": "event", "fields": fields}, records, codec="deflate")
+
+
+def example_of(record):
+    """A record -> a serialized tf.train.Example."""
+    kinds = {str: "bytes_list", int: "int64_list", float: "float_list"}
+    features = {}
+    for name, value in record.items():
+        text = value.encode() if isinstance(value, str) else value
+        features[name] = tf.train.Feature(**{kinds[type(value)]: {"value": [text]}})
+    return tf.train.Example(features={"feature": features}).SerializeToString()
+
+
+def write_tfrecord(path):
+    compression = "GZIP" if path.suffix == ".gz" else ""
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
+        for record in map(example_of, RECORDS):
+            writer.write(record)
+
+
+def write_compressed(path):
+    with pa.output_stream(str(path), compression={".zst": "zstd", ".bz2": "bz2"}[path.suffix]) as file:
+        file.write(delimited(",").encode())
+
+
 def write_gzip(path):
     path.write_bytes(gzip.compress(delimited(",").encode()))
 
@@ -88,12 +120,19 @@ def write_gzip(path):
         ("jsonl", "log.jsonl", write_jsonl),
         ("parquet", "log.parquet", write_parquet),
         ("csv", "log.csv.gz", write_gzip),
+        ("csv", "log.csv.zst", write_compressed),
+        ("csv", "log.csv.bz2", write_compressed),
+        ("avro", "log.avro", write_avro),
+        ("tfrecord", "log.tfrecord", write_tfrecord),
+        ("tfrecord", "log.tfrecord.gz", write_tfrecord),
     ],
-    ids=["csv", "tsv", "jsonl", "parquet", "csv.gz"],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
 def test_every_format_gives_the_same_rows(tmp_path, spec, file_format, name, write):
     write(tmp_path / name)
-    assert parsed(tmp_path, table_of(name, file_format), spec).to_pylist() == [
+    renamed = COLUMNS[1].model_copy(update={"source_name": "item_id_token"})
+    columns = (COLUMNS[0], renamed, *COLUMNS[2:]) if file_format == "avro" else COLUMNS
+    assert parsed(tmp_path, table_of(name, file_format, columns), spec).to_pylist() == [
         {"user_id": "u1", "item_id": "i1", "time": T0, "clicked": 1, "seconds": 2.5, "weight": 1.0},
         {"user_id": "Jürg", "item_id": "i2", "time": T0 + 9, "clicked": 0, "seconds": 3.0, "weight": 0.25},
     ]

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.features import Split
+from clsd_tf.features import Split, parse_spec
 from clsd_tf.hashing import hash_keys, mix_row_ids
 from clsd_tf.sketches import Histogram
+from pipelines.overrides import override_split_rule
 from pipelines.splits import expected_rows, split_cut_offs, split_indices
 
 
@@ -152,6 +153,13 @@ def test_last_n_per_user_equals_a_naive_loop(users, validation_events, test_even
     split = Split(rule="last_n_per_user", validation_events=validation_events, test_events=test_events)
     result = split_indices(split, [], rows(users=np.array(users, np.int64)))
     assert result.tolist() == naive_last_n(users, validation_events, test_events)
+
+
+def test_another_rule_takes_the_dates_and_the_gap_of_the_time_rule_away(shop_content):
+    shop_content["split"] = {"validation_from": "2024-01-02", "test_from": "2024-01-03", "gap_days": 0.5, "seed": 3}
+    spec = parse_spec(shop_content, "shop")
+    assert override_split_rule(spec, "user").split == Split(rule="user", seed=3)
+    assert override_split_rule(spec, "time").split == spec.split
 
 
 # --- Hashes ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from clsd_tf.examples import (
     raw_tensor_specs,
     record_tensors,
 )
+from clsd_tf.feature_types import Hashing
 from clsd_tf.features import NumericFeature, UserGroup, parse_spec
 from clsd_tf.model_inputs import MISSING_INT64, NumericStatistics, Statistics
 from clsd_tf.transform import FeatureTransform, HashLookup, VocabularyLookup, as_text, group_ids, numeric_values
@@ -105,7 +106,8 @@ def test_hash_buckets_give_ids_from_one_to_the_number_of_buckets(transform):
 
 def test_hash_is_farmhash_so_that_it_is_the_same_everywhere():
     # TensorFlow documents to_hash_bucket_fast(["Hello", "TensorFlow", "2.x"], 3) as [0, 2, 2]; missing shifts it by 1.
-    assert HashLookup(3)(tf.constant(["Hello", "TensorFlow", "2.x", ""])).numpy().tolist() == [1, 3, 3, 0]
+    lookup = HashLookup(Hashing(buckets=3))
+    assert lookup(tf.constant(["Hello", "TensorFlow", "2.x", ""])).numpy().tolist() == [1, 3, 3, 0]
 
 
 def test_vocabulary_lookup_of_integers_goes_by_their_decimal_text(tmp_path):

@@ -11,9 +11,12 @@ from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.features import HistoryFeature, parse_spec
 from clsd_tf.model_inputs import NumericStatistics, RawInput, Statistics
 from clsd_tf.transform import FeatureTransform
+from pipelines.encoding import transform_distinct
 
 VOCABULARIES = {"item": ["i7", "i1", "7"], "tags": ["a", "b", "ü"], "number": ["3", "-4"]}
 SCALINGS = ("none", "standardise", "min_max", "quantile_buckets")
+MULTI = {"buckets": 7, "method": "multi", "num_hashes": 3}
+DIVIDED = {"buckets": 6, "method": "quotient_remainder", "seed": 5}
 TYPES = {"item_id": pa.string(), "tags": pa.string(), "number": pa.int64(), "price": pa.float32(), "age": pa.int64()}
 
 
@@ -26,8 +29,11 @@ def content():
         {"name": "tags", "type": "multi_valued", "column": "tags", "separator": "|", "max_values": 2},
         {"name": "number", "type": "categorical", "column": "number"},
         {"name": "hashed_number", "type": "categorical", "column": "number", "hash_buckets": 5},
+        {"name": "multi_item", "type": "categorical", "column": "item_id", "hash": MULTI},
+        {"name": "divided_tags", "type": "multi_valued", "column": "tags", "separator": "|", "hash": DIVIDED},
         {"name": "past_items", "type": "history", "of": "item", "max_length": 3},
         {"name": "past_hashed", "type": "history", "of": "hashed_item", "max_length": 2},
+        {"name": "past_multi", "type": "history", "of": "multi_item", "max_length": 2},
     ]
     for column in ("price", "age"):
         features += [
@@ -85,7 +91,7 @@ def tables(draw):
         name: pa.array(draw(st.lists(values, min_size=size, max_size=size)), TYPES[name])
         for name, values in VALUES.items()
     }
-    for name in ("past_items", "past_hashed"):
+    for name in ("past_items", "past_hashed", "past_multi"):
         columns[name] = pa.array(draw(st.lists(HISTORIES, min_size=size, max_size=size)), pa.list_(pa.string()))
     return pa.table(columns)
 
@@ -105,7 +111,7 @@ def gathered(transform, table, entry):
 
 
 @given(tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_rows(transform, table):
     by_row = transform(arrow_to_tensors(table, SPEC.raw_inputs))
     assert by_row.keys() == {entry.name for entry in (*SPEC.features, *SPEC.user_groups)}
@@ -115,9 +121,31 @@ def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_r
         assert received.tobytes() == expected.tobytes(), entry.name
 
 
+@given(tables())
+@settings(max_examples=30, deadline=None)
+def test_the_transform_of_distinct_values_in_a_build_is_that_of_a_request(transform, table):
+    for history in (feature for feature in SPEC.features if isinstance(feature, HistoryFeature)):
+        # As joins give them: never null, and not too long.
+        rows = [(values or [])[-history.max_length :] for values in table.column(history.name).to_pylist()]
+        column = pa.array(rows, pa.list_(pa.string()))
+        table = table.set_column(table.column_names.index(history.name), history.name, column)
+    by_row = transform(arrow_to_tensors(table, SPEC.raw_inputs))
+    by_value = transform_distinct(transform, SPEC, table)
+    assert by_value.keys() == by_row.keys()
+    for name, expected in by_row.items():
+        assert (by_value[name].dtype, by_value[name].shape) == (expected.numpy().dtype, expected.shape), name
+        assert by_value[name].tobytes() == expected.numpy().tobytes(), name
+
+
 def test_a_history_takes_single_values_of_any_shape(transform):
     # item: 0 missing, 1-3 out of vocabulary, then i7, i1, 7.
     assert transform.column("past_items", tf.constant([["i1", ""], ["i7", "7"]])).numpy().tolist() == [[5, 0], [4, 6]]
+
+
+@pytest.mark.parametrize(("history", "of"), [("past_hashed", "hashed_item"), ("past_multi", "multi_item")])
+def test_a_history_has_the_ids_of_the_feature_it_is_made_of(transform, history, of):
+    items = tf.constant(["i1", "", "new", "7"])
+    np.testing.assert_array_equal(transform.column(history, items), transform.column(of, items))
 
 
 def test_a_name_outside_the_spec_is_refused(transform):

@@ -279,8 +279,8 @@ def test_features_may_come_and_go(dataset_of):
         (("features", 0, "vocabulary"), {"num_oov_indices": 2}, "item.vocabulary.num_oov_indices. Received: 2. Allow"),
         (("features", 0, "column"), "user_id", "item.column. Received: 'user_id'. Allowed: 'item_id'"),
         (("features", 1, "separator"), ",", "tags.separator. Received: ','. Allowed: '|'"),
-        (("features", 3, "hash_buckets"), 10, "hashed.hash_buckets. Received: 10. Allowed: 9"),
-        (("features", 3, "hash_buckets"), None, "hashed.hash_buckets. Received: None. Allowed: 9"),
+        (("features", 3, "hash_buckets"), 10, "hashed.hash. Received: {'buckets': 10, "),
+        (("features", 3, "hash_buckets"), None, "hashed.hash. Received: None. Allowed: {'buckets': 9, "),
         (("features", 4, "num_buckets"), 5, "age.num_buckets. Received: 5. Allowed: 4"),
         (("features", 4, "scaling"), "none", "age.num_buckets. Received: None. Allowed: 4"),
         (("features", 5, "of"), "user", "past_items.of. Received: 'user'. Allowed: 'item'"),
@@ -300,6 +300,7 @@ def test_ids_that_would_change_their_meaning_are_refused(dataset_of, path, value
         (("features", 0, "vocabulary"), {"min_count": 9, "max_size": 5}),
         (("features", 1, "max_values"), 3),
         (("features", 5, "max_length"), 9),
+        (("features", 3), {"name": "hashed", "type": "categorical", "column": "user_id", "hash": {"buckets": 9}}),
         (("label",), "clicked == 0"),
     ],
 )

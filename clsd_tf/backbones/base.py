@@ -110,7 +110,7 @@ def field_names(inputs: ModelInputs) -> list[str]:
 def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
     """One ``tf.keras.Input`` for each model input, by name: what a functional Keras model starts from."""
     ids = {
-        entry.name: tf.keras.Input([] if entry.max_values is None else [entry.max_values], dtype=tf.int64)
+        entry.name: tf.keras.Input([] if entry.num_ids is None else [entry.num_ids], dtype=tf.int64)
         for entry in inputs.categorical
     }
     return ids | {name: tf.keras.Input([], dtype=tf.float32) for name in inputs.numeric}

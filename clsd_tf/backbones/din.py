@@ -18,7 +18,7 @@ from clsd_tf.backbones.base import (
     require_unit_sizes,
 )
 from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.model_inputs import MISSING_ID, ModelInputs
+from clsd_tf.model_inputs import ModelInputs
 
 
 class TargetAttention(tf.keras.layers.Layer):
@@ -127,10 +127,10 @@ class Din(Backbone):
         return tf.squeeze(self._logits(self._mlp(flat, training=training)), axis=1)
 
     def _pool(self, name: str, ids: tf.Tensor, fields: tf.Tensor) -> tf.Tensor:
-        """Ids of a history, [batch, max_values] -> [batch, embedding_dim]."""
+        """Ids of a history, [batch, num_ids] -> [batch, embedding_dim]."""
         target = self._target_of[name]
         history = self._embeddings.lookup(target, ids)
-        present = tf.cast(ids != MISSING_ID, history.dtype)
+        present = tf.cast(self._embeddings.present(target, ids), history.dtype)
         return self._attentions[name](history, fields[:, self._position[target]], present)
 
 

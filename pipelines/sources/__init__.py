@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from clsd_tf.tables import Table
-from pipelines.sources import columnar, delimited, jsonl, text
+from pipelines.sources import columnar, delimited, jsonl, records, text, tf_examples
 from pipelines.sources.files import (
     READ_ERRORS,
     ROW_ID,
@@ -93,6 +93,10 @@ _FORMATS = {
     "csv": _DELIMITED,
     "tsv": _DELIMITED,
     "jsonl": _Format(_no_column_names, text.plan, text.whole, text.read, jsonl.keys),
+    "avro": _Format(
+        records.avro_column_names, records.plan_whole, _whole, records.read_avro, records.avro_column_names
+    ),
+    "tfrecord": _Format(_no_column_names, records.plan_whole, _whole, tf_examples.read, tf_examples.feature_names),
     "parquet": _Format(columnar.column_names, columnar.plan, _whole, columnar.read, columnar.column_names),
 }
 

@@ -58,7 +58,7 @@ def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]
     numbers = np.delete(np.arange(num_rows), [row.number - 1 for row in skipped]) + first_row
     if len(numbers) != rows.num_rows:
         raise UnreadableError(f"{rows.num_rows} rows parsed where {len(numbers)} stand", first_row - 1)
-    yield from _batches(files.named(rows, table, part.file.row_ids(numbers)), bad_rows, part.file)
+    yield from files.cut_batches(files.named(rows, table, part.file.row_ids(numbers)), bad_rows, part.file)
 
 
 def _parse(data: bytes, header: tuple[str, ...], table: Table) -> tuple[pa.Table, list[pa.csv.InvalidRow]]:
@@ -106,9 +106,3 @@ def _unequal_row(file: SourceFile, row: pa.csv.InvalidRow, first_row: int) -> Ba
         raw=row.text,
         lines=1 + row.text.rstrip("\r\n").count("\n"),
     )
-
-
-def _batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
-    """Cuts rows into batches; the bad rows go with the first."""
-    for start in range(0, max(rows.num_rows, 1), files.ROWS_PER_BATCH):
-        yield RawBatch(file, rows.slice(start, files.ROWS_PER_BATCH), bad_rows if start == 0 else [])

@@ -18,7 +18,7 @@ from clsd_tf.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 65_536
-_FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
+FILE_SHIFT = 40  # row_id = file index << 40 | row number: unique, and it says where a row came from.
 BLOCK_BYTES = 8 << 20  # How much of a file is read at once.
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 # What reading a damaged file raises: Arrow's errors are ValueErrors or OSErrors.
@@ -42,7 +42,7 @@ class SourceFile:
         return _COMPRESSIONS.get(pathlib.PurePath(self.path).suffix)
 
     def row_ids(self, rows: np.ndarray) -> np.ndarray:
-        return (self.index << _FILE_SHIFT) | rows
+        return (self.index << FILE_SHIFT) | rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +119,11 @@ def _one_line(reason: str) -> str:
 
 
 def file_index(row_id: int) -> int:
-    return row_id >> _FILE_SHIFT
+    return row_id >> FILE_SHIFT
 
 
 def row_number(row_id: int) -> int:
-    return row_id & ((1 << _FILE_SHIFT) - 1)
+    return row_id & ((1 << FILE_SHIFT) - 1)
 
 
 def size_in_bytes(file: SourceFile) -> int:
@@ -202,6 +202,12 @@ def named(data: pa.Table, table: Table, row_ids: np.ndarray) -> pa.Table:
 def empty_batch(file: SourceFile, table: Table, unreadable: str | None = None) -> RawBatch:
     columns = {column.name: pa.array([], pa.string()) for column in table.columns}
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array([], pa.int64())}), [], unreadable)
+
+
+def cut_batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
+    """Cuts rows into batches; the bad rows go with the first."""
+    for start in range(0, max(rows.num_rows, 1), ROWS_PER_BATCH):
+        yield RawBatch(file, rows.slice(start, ROWS_PER_BATCH), bad_rows if start == 0 else [])
 
 
 def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table) -> Iterator[RawBatch]:

@@ -1,16 +1,22 @@
-"""Formats that are read record by record: TensorFlow Datasets."""
+"""Formats that are read record by record: Avro and TensorFlow Datasets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import calendar
+import contextlib
+import datetime as dt
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import fastavro
 import numpy as np
 import pyarrow as pa
 
 from clsd_tf.columns import value_to_text
 from clsd_tf.tables import Table
-from pipelines.sources.files import _FILE_SHIFT, ROW_ID, RawBatch, SourceFile
+from pipelines.sources import files
+from pipelines.sources.files import ROW_ID, RawBatch, SourceFile, SourceSlice, UnreadableError
 
 
 def records_table(file: SourceFile, table: Table, records: list[tuple[int, dict[str, Any]]]) -> pa.Table:
@@ -23,6 +29,80 @@ def records_table(file: SourceFile, table: Table, records: list[tuple[int, dict[
     return pa.table({**columns, ROW_ID: pa.array(file.row_ids(numbers), pa.int64())})
 
 
+# --- Avro ------------------------------------------------------------------------------------------------------------
+
+
+def avro_column_names(file: SourceFile, table: Table) -> list[str]:
+    with files.open_arrow(file) as stream, _as_value_error():
+        return [field["name"] for field in fastavro.reader(stream).writer_schema["fields"]]
+
+
+def plan_whole(file: SourceFile, table: Table, slice_bytes: int) -> files.FilePlan:
+    """One slice: the format has no index of its rows."""
+    return files.FilePlan(file, (SourceSlice(file),), *files.hash_file(file))
+
+
+def read_avro(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    row = part.first_row
+    with files.open_arrow(part.file) as stream:
+        records = _avro_records(stream)
+        while True:
+            found, damage = _take(records, files.ROWS_PER_BATCH)
+            if found:
+                numbered = list(enumerate(found, start=row))
+                yield RawBatch(part.file, records_table(part.file, table, numbered), [])
+                row += len(found)
+            if damage is not None:
+                raise UnreadableError(str(damage) or type(damage).__name__, row - 1) from damage
+            if not found:
+                return
+
+
+def _take(records: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
+    """Up to ``count`` records, and what went wrong behind them."""
+    found = []
+    try:
+        for record in itertools.islice(records, count):
+            found.append(record)
+    except Exception as error:  # On damaged bytes fastavro raises nearly anything, down to IndexError and zlib.error.
+        return found, error
+    return found, None
+
+
+def _avro_records(stream) -> Iterator[dict[str, Any]]:
+    """Records with moments as the integers that stand in the file, as in Parquet."""
+    reader = fastavro.reader(stream)
+    units = {field["name"]: _microseconds_per_unit(field["type"]) for field in reader.writer_schema["fields"]}
+    for record in reader:
+        yield {
+            name: _microseconds(value) // (units[name] or 1) if isinstance(value, dt.datetime) else value
+            for name, value in record.items()
+        }
+
+
+def _microseconds_per_unit(kind: Any) -> int | None:
+    """Of a timestamp's type, or of the one in a union; None for other types."""
+    if isinstance(kind, list):
+        return next((unit for entry in kind if (unit := _microseconds_per_unit(entry))), None)
+    logical = kind.get("logicalType", "") if isinstance(kind, dict) else ""
+    return {"timestamp-millis": 1000, "timestamp-micros": 1}.get(logical.removeprefix("local-"))
+
+
+def _microseconds(moment: dt.datetime) -> int:
+    return calendar.timegm(moment.utctimetuple()) * 1_000_000 + moment.microsecond
+
+
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # As in _take.
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+# --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
+
+
 def tfds_batch(
     name: str, table: Table, examples: Iterable[dict[str, Any]], file_indices: Mapping[str, int]
 ) -> RawBatch:
@@ -33,6 +113,6 @@ def tfds_batch(
     records = []
     for example in examples:
         file_name, position = example["tfds_id"].decode().rsplit("__", 1)
-        records.append(((file_indices[file_name] << _FILE_SHIFT) | int(position), example))
+        records.append(((file_indices[file_name] << files.FILE_SHIFT) | int(position), example))
     file = SourceFile("log", 0, name)
     return RawBatch(file, records_table(file, table, records), [])

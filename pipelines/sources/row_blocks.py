@@ -49,6 +49,11 @@ class RowBlock:
     def end(self) -> int:
         return self.start + len(self.data)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Number of each row."""
+        return np.arange(self.first_row, self.first_row + self.num_rows)
+
 
 def row_blocks(
     read: Callable[[int], bytes], framing: Framing, first_row: int, block_bytes: int | None = None

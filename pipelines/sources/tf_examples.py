@@ -1,0 +1,119 @@
+"""TFRecord files of serialized tf.train.Example: TensorFlow parses whole batches.
+
+TensorFlow's own file systems open them: local paths and gs://; others need tensorflow-io.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+
+from clsd_tf.tables import Column, Table
+from pipelines.sources import files
+from pipelines.sources.files import ROW_ID, BadRow, RawBatch, SourceFile, SourceSlice, UnreadableError
+
+_DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
+_KINDS = {"string": "bytes_list", "int64": "int64_list", "float": "float_list"}
+
+
+def feature_names(file: SourceFile, table: Table) -> list[str]:
+    """Names of the features in the first 1,000 examples, sorted."""
+    records = itertools.islice(_dataset(file).as_numpy_iterator(), 1000)
+    try:
+        return sorted({name for record in records for name in tf.train.Example.FromString(record).features.feature})
+    except (tf.errors.OpError, DecodeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    row = part.first_row
+    for records in _batches(part.file, row):
+        yield _parse(records, row, part.file, table)
+        row += len(records)
+
+
+def _dataset(file: SourceFile) -> tf.data.TFRecordDataset:
+    return tf.data.TFRecordDataset(file.path, "GZIP" if file.compression == "gzip" else "")
+
+
+def _batches(file: SourceFile, first_row: int) -> Iterator[np.ndarray]:
+    """Serialized examples; before damage, the ones that stand in front of it."""
+    num_read = 0
+    try:
+        for batch in _dataset(file).batch(files.ROWS_PER_BATCH).as_numpy_iterator():
+            yield batch
+            num_read += len(batch)
+    except tf.errors.OpError as error:
+        rest = _until_damage(_dataset(file).skip(num_read))
+        if rest:
+            yield np.array(rest, object)
+        raise UnreadableError(error.message, first_row + num_read + len(rest) - 1) from error
+
+
+def _until_damage(dataset: tf.data.Dataset) -> list[bytes]:
+    found = []
+    try:
+        for record in dataset.as_numpy_iterator():
+            found.append(record)
+    except tf.errors.OpError:
+        pass
+    return found
+
+
+def _parse(records: np.ndarray, first_row: int, file: SourceFile, table: Table) -> RawBatch:
+    rows, bad_rows = np.arange(first_row, first_row + len(records)), []
+    parsed = _parse_examples(records, table)
+    if parsed is None:  # Some record is no example or holds another type: find which.
+        reasons = [_reason(record, table) for record in records]
+        good = np.array([reason is None for reason in reasons], bool)
+        bad_rows = [
+            BadRow(file.role, file.name, int(row), reason, repr(bytes(record)))
+            for row, record, reason in zip(rows, records, reasons, strict=True)
+            if reason is not None
+        ]
+        parsed, rows = _parse_examples(records[good], table), rows[good]
+    if parsed is None:
+        raise UnreadableError("an example that TensorFlow cannot parse", first_row - 1)
+    columns = {column.name: _to_arrow(parsed[column.name_in_file], column) for column in table.columns}
+    return RawBatch(file, pa.table({**columns, ROW_ID: pa.array(file.row_ids(rows), pa.int64())}), bad_rows)
+
+
+def _parse_examples(records: np.ndarray, table: Table) -> dict[str, tf.RaggedTensor] | None:
+    """All records at once; None if any of them cannot be parsed."""
+    features = {
+        column.name_in_file: tf.io.RaggedFeature(_DTYPES[column.type], row_splits_dtype=tf.int64)
+        for column in table.columns
+    }
+    try:
+        return tf.io.parse_example(tf.constant(records, tf.string, shape=[len(records)]), features)
+    except (tf.errors.InvalidArgumentError, UnicodeDecodeError):  # The latter when the message quotes the bytes.
+        return None
+
+
+def _reason(record: bytes, table: Table) -> str | None:
+    """Why a record cannot be parsed; None if it can."""
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except DecodeError:
+        return "not_a_tf_example"
+    for column in table.columns:
+        kind = features[column.name_in_file].WhichOneof("kind") if column.name_in_file in features else None
+        if kind not in (None, _KINDS[column.type]):
+            return f"not_{column.type}:{column.name}"
+    return None
+
+
+def _to_arrow(values: tf.RaggedTensor, column: Column) -> pa.Array:
+    """One value a row, null where there is none; lists if any row has several."""
+    flat: Any = pa.array(values.flat_values.numpy(), pa.binary() if column.type == "string" else None)
+    lengths = values.row_lengths().numpy()
+    if lengths.max(initial=0) > 1:
+        return pa.ListArray.from_arrays(pa.array(values.row_splits.numpy(), pa.int32()), flat)
+    places = np.cumsum(lengths) - 1
+    return flat.take(pa.array(places, pa.int64(), mask=lengths == 0))
