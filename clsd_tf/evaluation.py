@@ -11,6 +11,8 @@ from clsd_tf import input_pipeline, metrics
 from clsd_tf.artifacts import DatasetDir
 from clsd_tf.assembly import predict, predict_logits
 from clsd_tf.clsd import ClsdModel
+from clsd_tf.model_inputs import GroupInput
+from clsd_tf.small_groups import merge_small_groups
 
 # The metrics of a table, in order: key in the report, heading.
 HEADLINES = (
@@ -37,8 +39,8 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
 
     Returns:
       ``overall``, ``groups`` (user group -> label -> metrics) and ``uncalibrated`` (overall, without the calibration),
-      ready for JSON. Rows of weight 0 and groups without rows are left out; a metric that is not defined on its rows
-      is None.
+      ready for JSON. Rows of weight 0 and groups without rows are left out, and groups of fewer than 20 users are part
+      of "other"; a metric that is not defined on its rows is None.
     """
     names = [group.name for group in dataset.inputs.groups]
     record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
@@ -50,14 +52,7 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
     columns = _rows(columns, columns["sample_weight"] > 0)
     if not len(columns["label"]):
         raise ValueError(f"the rows of a split must not all have sample weight 0. Received: {split}")
-    groups = {
-        group.name: {
-            label: measure(_rows(columns, columns[group.name] == index))
-            for index, label in enumerate(group.labels)
-            if (columns[group.name] == index).any()
-        }
-        for group in dataset.inputs.groups
-    }
+    groups = {group.name: _measure_labels(columns, group) for group in dataset.inputs.groups}
     return {
         "split": split,
         "dataset_fingerprint": dataset.fingerprint,
@@ -67,6 +62,11 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
         "uncalibrated": measure({**columns, "pctr": columns["uncalibrated"]}),
         "groups": groups,
     }
+
+
+def _measure_labels(columns: dict[str, np.ndarray | None], group: GroupInput) -> dict[str, dict[str, Any]]:
+    ids, labels = merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
+    return {label: measure(_rows(columns, ids == index)) for index, label in enumerate(labels) if np.any(ids == index)}
 
 
 def _rows(columns: dict[str, np.ndarray | None], mask: np.ndarray) -> dict[str, np.ndarray | None]:

@@ -26,6 +26,7 @@ from clsd_tf.confidence_report import (
     table_rows,
 )
 from clsd_tf.input_pipeline import read_columns
+from clsd_tf.small_groups import merge_small_groups
 from pipelines.scores import MODEL, split_scores
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
@@ -44,7 +45,10 @@ def scored_columns(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[
 
 def analyse(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[str, Any], dict[str, Any]]:
     """(form of confidence -> its measures, noise floor of each user group)."""
-    groups = {group.name: (columns[group.name], group.labels) for group in dataset.inputs.groups}
+    groups = {
+        group.name: merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
+        for group in dataset.inputs.groups
+    }
     noise_floor = click_noise_floor(columns["score"], groups)
     clicked = columns["label"] > 0.5
     clicks = {name: values[clicked] for name, values in columns.items()}

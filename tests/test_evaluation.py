@@ -22,14 +22,18 @@ def evaluated(clsd_run, feed_dataset):
 
 def test_overall_and_group_auc_agree_with_scikit_learn(feed_dataset, evaluated):
     evaluation, pctr = evaluated
-    columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "intensity_label", "age_group"])
+    columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "intensity_label", "age_group", "user_hash"])
     assert evaluation["overall"]["auc"] == pytest.approx(roc_auc_score(columns["label"], pctr), abs=1e-9)
     clicked = columns["label"] == 1
     among_clicks = roc_auc_score(columns["intensity_label"][clicked], pctr[clicked])
     assert evaluation["overall"]["intensity_auc_among_clicks"] == pytest.approx(among_clicks, abs=1e-9)
     (group,) = [group for group in feed_dataset.inputs.groups if group.name == "age_group"]
-    for label, entry in evaluation["groups"]["age_group"].items():
-        rows = columns["age_group"] == group.labels.index(label)
+    shown = evaluation["groups"]["age_group"]
+    assert {"30-45", "45-60", "other"} <= set(shown) < {*group.labels, "other"}  # Those of few users are in "other".
+    own = {label: columns["age_group"] == group.labels.index(label) for label in shown if label != "other"}
+    for label, entry in shown.items():
+        rows = own[label] if label in own else ~np.any(list(own.values()), axis=0)
+        assert len(set(columns["user_hash"][rows])) >= 20
         assert entry["rows"] == rows.sum()
         assert entry["auc"] == pytest.approx(roc_auc_score(columns["label"][rows], pctr[rows]), abs=1e-9)
 
@@ -106,7 +110,7 @@ def test_table_has_a_row_per_group_and_a_cell_per_headline(evaluated):
 
 def history():
     epoch = {"loss": 0.5, "bce": 0.6, "val_log_loss": 0.65, "val_auc": 0.7, "mean_pctr": 0.4}
-    groups = {"click_confidence/age_group/<18": 1.0, "ad_gate/age_group/<18": None}
+    groups = {"click_confidence/age_group/30-45": 1.0, "ad_gate/age_group/30-45": None}
     return [{"epoch": 0, **epoch, **groups}, {"epoch": 1, **epoch, **groups}]
 
 
