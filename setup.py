@@ -7,6 +7,7 @@ from setuptools import setup
 RUNTIME = [
     "absl-py",
     "apache-beam>=2.70",
+    "fastavro",
     "jinja2",
     "markupsafe",
     "matplotlib",

@@ -70,9 +70,8 @@ class ColumnProfile:
     @property
     def is_binary(self) -> bool:
         """0 and 1, both of them, and nothing else."""
-        return (
-            self.is_number and self.num_distinct == 2 and set(self.numbers[:1000]) <= {0.0, 1.0} and self.missing == 0
-        )
+        is_pair = self.is_number and self.num_distinct == 2 and self.missing == 0
+        return is_pair and set(pc.unique(self.values).to_pylist()) == {0, 1}
 
     def most_frequent(self) -> list[tuple[object, int]]:
         """(value, rows), the most frequent first; ties in the order of values."""

@@ -186,6 +186,13 @@ def test_what_cannot_be_guessed_is_an_error_that_names_the_flag(tmp_path, header
     assert ", ".join(header) in str(caught.value)
 
 
+def test_two_values_that_are_not_0_and_1_are_no_label(tmp_path):
+    rows = [(i % 5, i % 3, 10**9 + i, 5 if i == 1999 else 0) for i in range(2000)]
+    write_lines(tmp_path / "log.csv", ["user_id", "item_id", "time", "click"], rows)
+    with pytest.raises(ValueError, match="looks like the label"):
+        infer(tmp_path, {"log": "log.csv"})
+
+
 def test_dates_as_text_are_pointed_out(tmp_path):
     write_lines(
         tmp_path / "log.csv", ["user_id", "item_id", "when", "click"], [(i, i, "2024-01-02", i % 2) for i in range(9)]

@@ -199,13 +199,6 @@ def test_json_lists_and_booleans_become_text(tmp_path):
     assert table.drop_columns([ROW_ID]).to_pylist() == [{"a": "x|y", "b": "true", "c": ""}]
 
 
-def test_null_inside_a_json_list_does_not_end_the_job(tmp_path):
-    columns = (Column(name="a", type="string"),)
-    (tmp_path / "x.jsonl").write_text('{"a": ["x", null, "y"]}\n{"a": "z"}\n', encoding="utf-8")
-    table, _ = read_all(tmp_path, table_of("x.jsonl", "jsonl", columns))
-    assert table.column("a").to_pylist()[-1] == "z"
-
-
 def test_json_text_that_is_no_unicode_does_not_end_the_job(tmp_path):
     columns = (Column(name="a", type="string"),)
     # A lone surrogate: valid JSON, but not a character.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from clsd_tf.features import parse_spec
 from clsd_tf.tables import Column, Table
 from pipelines.checks import parse_rows
-from pipelines.sources import ROW_ID, files, list_files, plan_file, read_slice, row_number
+from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number
 
 NUM_ROWS = 3000
 T0 = 1_700_000_000
@@ -151,6 +151,13 @@ def test_a_file_whose_columns_cannot_be_read_is_refused_by_name(tmp_path, shop_s
     (tmp_path / name).write_bytes(b"nothing of that kind")
     with pytest.raises(ValueError, match=rf"{name} must be a readable"):
         list_files(table_of(shop_spec, name), "log", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.parquet"])
+def test_a_file_damaged_after_it_was_listed_is_refused_by_name(tmp_path, shop_spec, name):
+    (tmp_path / name).write_bytes(b"nothing of that kind")
+    with pytest.raises(ValueError, match=rf"{name} must be a readable"):
+        plan_file(SourceFile("log", 0, str(tmp_path / name)), table_of(shop_spec, name))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

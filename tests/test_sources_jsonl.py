@@ -125,3 +125,10 @@ def test_every_line_is_read_as_the_standard_library_reads_it(tmp_path, records, 
 def test_ordinary_lines_are_parsed_as_a_block(line):
     block = RowBlock((line + "\n").encode() * 9, start=0, first_row=1, num_rows=9)
     assert jsonl._parse_block(block, TABLE).schema.types == [pa.string()] * 3
+
+
+def test_null_inside_a_json_list_does_not_end_the_job(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": ["x", null, "y"]}\n{"a": "z"}\n', encoding="utf-8")
+    rows, bad = read(tmp_path / "x.jsonl")
+    assert [a for _, a, *_ in rows] == ["x|y", "z"]
+    assert bad == []

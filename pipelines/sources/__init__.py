@@ -11,6 +11,7 @@ To add a format: its name in ``clsd_tf.tables.Table.format`` and an entry in ``_
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,7 +176,8 @@ def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) ->
     Raises:
       ValueError: the header or the footer cannot be read; ``list_files`` refuses such a file.
     """
-    return _FORMATS[table.format].plan(file, table, slice_bytes)
+    plan = functools.partial(_FORMATS[table.format].plan, slice_bytes=slice_bytes)
+    return _or_refuse(plan, file, table)
 
 
 def whole_slice(file: SourceFile, table: Table) -> SourceSlice:
