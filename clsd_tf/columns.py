@@ -190,7 +190,7 @@ def value_to_text(value: Any) -> str | None:
         return value.decode("utf-8", errors="replace")
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
-    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
         return LIST_SEPARATOR.join(value_to_text(entry) for entry in value if entry is not None)
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))

@@ -51,8 +51,6 @@ def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]
         data, first_row, num_rows = data[len(_first_row(data, table)) :], first_row + 1, num_rows - 1
     if not num_rows:
         return
-    if data.startswith(_BYTE_ORDER_MARK):  # Arrow takes one away, as if a file started here.
-        data = _BYTE_ORDER_MARK + data
     rows, skipped = _parse(data, part.header, table)
     bad_rows = [_unequal_row(part.file, row, first_row) for row in skipped]
     numbers = np.delete(np.arange(num_rows), [row.number - 1 for row in skipped]) + first_row
@@ -63,6 +61,27 @@ def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]
 
 def _parse(data: bytes, header: tuple[str, ...], table: Table) -> tuple[pa.Table, list[pa.csv.InvalidRow]]:
     """(rows as text, rows with too few or too many values). Rows are numbered from 1."""
+    # Arrow takes one byte order mark away, as if a file started here.
+    marked = _BYTE_ORDER_MARK + data if data.startswith(_BYTE_ORDER_MARK) else data
+    try:
+        return _parse_encoded(marked, header, table, "utf8")
+    except pa.ArrowInvalid:
+        # Arrow hands out a row of too few or too many values as text, and fails if its bytes are none. Rare, so that
+        # each byte may be read as a character.
+        rows, skipped = _parse_encoded(data, header, table, "latin-1")
+        columns = [pa.array([_original_bytes(value) for value in column.to_pylist()], pa.binary()) for column in rows]
+        texts = [row.text.encode("latin-1").decode("utf-8", errors="backslashreplace") for row in skipped]
+        skipped = [row._replace(text=text) for row, text in zip(skipped, texts, strict=True)]
+        return pa.table(columns, rows.column_names), skipped
+
+
+def _original_bytes(value: bytes | None) -> bytes | None:
+    return None if value is None else value.decode("utf-8").encode("latin-1")
+
+
+def _parse_encoded(
+    data: bytes, header: tuple[str, ...], table: Table, encoding: str
+) -> tuple[pa.Table, list[pa.csv.InvalidRow]]:
     skipped: list[pa.csv.InvalidRow] = []
 
     def skip(row: pa.csv.InvalidRow) -> str:
@@ -72,8 +91,13 @@ def _parse(data: bytes, header: tuple[str, ...], table: Table) -> tuple[pa.Table
     names = [column.name_in_file for column in table.columns]
     rows = pa.csv.read_csv(
         pa.BufferReader(data),
-        # Without threads pyarrow reports the number of a row with too few or too many values.
-        read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=list(header)),
+        read_options=pa.csv.ReadOptions(
+            # Without threads pyarrow reports the number of a row with too few or too many values.
+            use_threads=False,
+            block_size=2 * len(data) + 1,  # In UTF-8 a byte that is read as a character may become two.
+            column_names=list(header),
+            encoding=encoding,
+        ),
         parse_options=_parse_options(table, skip),
         convert_options=pa.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.binary()),

@@ -154,6 +154,8 @@ def open_bytes(file: SourceFile):
 def open_arrow(file: SourceFile) -> pa.NativeFile:
     """The file as an Arrow stream, decompressed by its ending."""
     stream = pa.PythonFile(open_bytes(file), mode="r")
+    if file.compression and not stream.size():  # Arrow takes it for compressed text of no rows.
+        raise OSError(f"0 bytes, which is no {file.compression} file")
     return pa.CompressedInputStream(stream, file.compression) if file.compression else stream
 
 
@@ -216,6 +218,8 @@ def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table
         yield from batches
     except UnreadableError as error:
         yield empty_batch(file, table, str(error))
+    except READ_ERRORS as error:
+        yield empty_batch(file, table, str(UnreadableError(str(error), 0)))
 
 
 Reader = Callable[[SourceSlice, Table], Iterator[RawBatch]]
