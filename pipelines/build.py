@@ -36,7 +36,7 @@ from pipelines.provenance import write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
 from pipelines.vocabularies import check_compatible, previous_boundaries
 
-_BYTES_PER_PARTITION = 32 << 20
+_BYTES_PER_PARTITION = 16 << 20
 
 
 class BadInputError(ValueError):
@@ -184,17 +184,16 @@ class _Build:
                 | "CheckRows" >> ingest.CheckRows(self.spec, self._salt, dead_letters)
             )
             rows = checked.rows | "Exchange" >> ingest.ExchangeRows(self.spec, exchange, self._num_partitions)
-            self._collect("inputs", (inputs | "AllInputs" >> beam.Flatten()) if inputs else pipeline | beam.Create([]))
+            for found in inputs:
+                self._collect("inputs", found)
             self._collect("files", rows.files)
-            counts = checked.counts | "SumCounts" >> beam.CombineGlobally(results.MergeCounts())
-            _ = counts | "WriteCounts" >> results.WriteJson(self._result("counts"))
-            times = rows.times | "MergeTimes" >> beam.CombineGlobally(ingest.MergeHistograms())
-            _ = times | "TimesToJson" >> beam.Map(Histogram.to_dict) | results.WriteJson(self._result("times"))
+            self._collect("counts", checked.counts, ingest.merge_counts)
+            self._collect("times", rows.times, ingest.merge_times)
         ingest.merge_dead_letters(dead_letters, self.layout.dead_letter)
-        self._check_tables(read_json(self._result("counts")))
+        self._check_tables(self._collected("counts", {}))
         self._times = Histogram.from_dict(read_json(self._result("times")))
         self._exchanged: dict[str, list[str]] = {}
-        for role, path in sorted(read_json(self._result("files"))):
+        for role, path in sorted(self._collected("files", [])):
             self._exchanged.setdefault(role, []).append(path)
 
     def _list_inputs(self):
@@ -300,7 +299,7 @@ class _Build:
         for name, count in summary["counts"].items():
             if name.endswith("_profile_missing"):
                 self.counts[name] = count
-        self.counts["vocabulary_count_errors"] = dict(read_json(self._result("vocabularies")))
+        self.counts["vocabulary_count_errors"] = dict(self._collected("vocabularies", []))
 
     def _check_splits(self, cut_offs: Sequence[int]) -> None:
         sizes = ", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS)
@@ -360,7 +359,7 @@ class _Build:
             say(f"{self.counts['accounting']['written']:,} rows")
 
     def _encode(self) -> None:
-        files = sorted(read_json(self._result("joined")))
+        files = sorted(self._collected("joined", []))
         num_rows = {split: self.counts["splits"][split]["rows"] for split in SPLITS}
         with self._pipeline() as pipeline:
             shards = pipeline | "EncodeShards" >> encoding.EncodeShards(
@@ -372,7 +371,7 @@ class _Build:
                 compressed=self.config.compressed,
             )
             self._collect("shards", shards)
-        written = read_json(self._result("shards"))
+        written = self._collected("shards", [])
         received = {split: sum(shard["rows"] for shard in written if shard["split"] == split) for split in SPLITS}
         if received != num_rows:
             raise RuntimeError(f"rows were lost while encoding. Received: {received}. Expected: {num_rows}")
@@ -381,7 +380,7 @@ class _Build:
 
     def finish(self) -> None:
         """Removes intermediate files, writes the manifest and marks the directory complete."""
-        inputs = sorted(read_json(self._result("inputs")), key=lambda entry: (entry["table"], entry.pop("index")))
+        inputs = sorted(self._collected("inputs", []), key=lambda entry: (entry["table"], entry.pop("index")))
         shutil.rmtree(self._scratch)
         for leftover in self.layout.records.glob("*.incomplete"):  # Of attempts that a runner gave up.
             leftover.unlink()
@@ -395,7 +394,8 @@ class _Build:
         return f"{sum(path.stat().st_size for path in self._scratch.glob('by_user/*.arrow')) >> 20:,} MiB"
 
     def _joined(self) -> str:
-        return f"{len(list(self._scratch.glob('by_shard/summary-*.json'))):,} of {self._num_units:,} units of users"
+        done = len(list(self._scratch.glob("by_shard/vocabularies-*.arrow")))
+        return f"{done:,} of {self._num_units:,} units of users"
 
     def _encoded(self) -> str:
         return f"{len(list(self.layout.records.glob('*.tfrecord*[!e]'))):,} of {self._buckets.total:,} shards"
@@ -410,13 +410,13 @@ class _Build:
     def _result(self, name: str) -> pathlib.Path:
         return self._scratch / f"{name}.json"
 
-    def _collect(self, name: str, elements: beam.PCollection) -> None:
-        """Writes all elements, in no particular order, as one JSON list."""
-        _ = (
-            elements
-            | f"List_{name}" >> beam.combiners.ToList()
-            | f"Write_{name}" >> results.WriteJson(self._result(name))
-        )
+    def _collect(self, name: str, elements: beam.PCollection, merge: Callable = list) -> None:
+        _ = elements | f"Write_{name}" >> results.WriteTogether(self._result(name), merge)
+
+    def _collected(self, name: str, default: Any) -> Any:
+        """What ``_collect`` has written, or the default where there were no elements."""
+        path = self._result(name)
+        return read_json(path) if path.exists() else default
 
 
 def _tfds_builder(name: str, data_dir: str):

@@ -25,6 +25,7 @@ from clsd_tf.features import FeatureSpec, HistoryFeature
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.model_inputs import RawInput, Statistics
 from clsd_tf.transform import FeatureTransform
+from pipelines.engines import Spread
 from pipelines.exchange import read_partition, temporary_name
 from pipelines.joining import Buckets
 from pipelines.joins import EVENT_TIME
@@ -62,8 +63,8 @@ class EncodeShards(beam.PTransform):
         path = self._sample_path
         written = (
             pipeline
-            | "Shards" >> beam.Create(list(self._buckets.shards()))
-            | "SpreadShards" >> beam.Reshuffle()
+            | "Shards" >> beam.Create(list(enumerate(self._buckets.shards())))
+            | "SpreadShards" >> Spread()
             | "WriteShards" >> beam.ParDo(self._fn).with_outputs(_SAMPLE, main="shards")
         )
         _ = (

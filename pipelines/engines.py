@@ -28,6 +28,16 @@ def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
     return beam.Pipeline(runner=FnApiRunner(), options=options)
 
 
+class Spread(beam.PTransform):
+    """(key, task), keys all different -> tasks, spread over workers.
+
+    Beam's own Reshuffle draws lots; on DirectRunner, which deals keys out in turn, this gives each worker as many.
+    """
+
+    def expand(self, tasks):
+        return tasks | beam.GroupByKey() | beam.FlatMapTuple(lambda key, values: values)
+
+
 def check_beam_arguments(arguments: Sequence[str]) -> None:
     """Refuses flags that neither a command nor Beam knows: Beam itself would drop them with a log line.
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from clsd_tf.data_statistics import DataStatistics
 
+from clsd_tf.data_statistics import DataStatistics
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import NumericStatistics, RawInput
@@ -176,21 +176,12 @@ class FitSummary:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; without the data statistics, which have a file of their own."""
         return {
             "counts": dict(self.counts),
             "splits": {name: dataclasses.asdict(entry) for name, entry in self.splits.items()},
             "numeric": {name: entry.to_dict() for name, entry in self.numeric.items()},
-            "statistics": {name: entry.to_dict() for name, entry in self.statistics.items()},
         }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> FitSummary:
-        return cls(
-            Counter(value["counts"]),
-            {name: SplitSummary(**entry) for name, entry in value["splits"].items()},
-            {name: NumericSummary.from_dict(entry) for name, entry in value["numeric"].items()},
-            {name: DataStatistics.from_dict(entry) for name, entry in value["statistics"].items()},
-        )
 
 
 def _merge_by_name(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ kept whole. Bad rows go to the dead letter, batch by batch.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -24,6 +25,7 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys
 from clsd_tf.sketches import Histogram
 from pipelines.checks import parse_rows
+from pipelines.engines import Spread
 from pipelines.exchange import ExchangeWriter, temporary_name
 from pipelines.joins import USER_HASH, microseconds
 from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batch
@@ -53,13 +55,14 @@ class ReadTables(beam.PTransform):
         tables = self._tables
         planned = (
             pipeline
-            | "ListFiles" >> beam.Create(self._files)
-            | "SpreadFiles" >> beam.Reshuffle()
+            | "ListFiles" >> beam.Create(list(enumerate(self._files)))
+            | "SpreadFiles" >> Spread()
             | "PlanFiles" >> beam.ParDo(_PlanFn(tables)).with_outputs(_INPUTS, main="slices")
         )
         batches = (
             planned.slices
-            | "SpreadSlices" >> beam.Reshuffle()
+            | "NumberSlices" >> beam.Map(lambda part: ((part.file.role, part.file.index, part.start), part))
+            | "SpreadSlices" >> Spread()
             | "ReadSlices" >> beam.FlatMap(lambda part: read_slice(part, tables[part.file.role]))
         )
         return batches, planned.inputs
@@ -234,20 +237,13 @@ def _at_end(output: Any):
     return WindowedValue(output, window.max_timestamp(), [window])
 
 
-class MergeHistograms(beam.CombineFn):
-    """Merges Histograms; in any order the result is the same."""
+# --- What the driver gets to read ------------------------------------------------------------------------------------
 
-    def create_accumulator(self):
-        return Histogram.of_integers(np.empty(0, np.int64))
 
-    def add_input(self, accumulator, histogram):
-        return accumulator.merge(histogram)
+def merge_counts(counts: Iterable[Counter]) -> Counter:
+    return sum(counts, Counter())
 
-    def merge_accumulators(self, accumulators):
-        merged = self.create_accumulator()
-        for accumulator in accumulators:
-            merged = merged.merge(accumulator)
-        return merged
 
-    def extract_output(self, accumulator):
-        return accumulator
+def merge_times(times: Iterable[Histogram]) -> dict[str, Any]:
+    """One histogram, as JSON; the order of merges does not matter."""
+    return functools.reduce(Histogram.merge, times).to_dict()

@@ -11,14 +11,15 @@ import dataclasses
 import functools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from apache_beam.utils import shared
 
-from clsd_tf.artifacts import SPLITS, DatasetLayout, read_json
+from clsd_tf.artifacts import SPLITS, DatasetLayout
 from clsd_tf.data_statistics import write_data_statistics
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import mix_row_ids
@@ -26,6 +27,7 @@ from clsd_tf.sketches import COUNT_SCHEMA, TopValues
 from pipelines import results
 from pipelines.checks import parsed_schema
 from pipelines.duplicates import without_duplicates
+from pipelines.engines import Spread
 from pipelines.exchange import ExchangeWriter, read_partition, write_batches
 from pipelines.fitting import FitSummary
 from pipelines.joins import Profiles, join_rows
@@ -35,7 +37,6 @@ from pipelines.vocabularies import VocabularyCounts, previous_values, rank
 
 MAX_UNITS = 128  # Bounds the summaries that are merged at the end, however long the log is.
 _SHARD_SEED = 101
-_SUMMARY = "summary"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class JoinPlan:
       num_partitions: of users.
       cut_offs: event times in microseconds, see ``split_indices``.
       buckets: where rows go.
-      directory: where exchange files and summaries are written.
+      directory: where exchange files and counts of vocabularies are written.
       grow_from: directory of the dataset whose vocabularies go on, if any.
     """
 
@@ -92,9 +93,6 @@ class JoinPlan:
         """(unit, its partitions)."""
         parts = np.array_split(np.arange(self.num_partitions), min(self.num_partitions, MAX_UNITS))
         return [(unit, partitions.tolist()) for unit, partitions in enumerate(parts)]
-
-    def summary_path(self, unit: int) -> pathlib.Path:
-        return self.directory / f"summary-{unit:05d}.json"
 
     def vocabulary_path(self, unit: int) -> str:
         return str(self.directory / f"vocabularies-{unit:05d}.arrow")
@@ -116,20 +114,23 @@ class JoinAndFit(beam.PTransform):
         plan, layout, path = self._plan, self._layout, self._summary_path
         done = (
             pipeline
-            | "Units" >> beam.Create(plan.units())
-            | "SpreadUnits" >> beam.Reshuffle()
-            | "Join" >> beam.ParDo(_JoinFn(plan)).with_outputs("files", main="units")
+            | "Units" >> beam.Create(list(enumerate(plan.units())))
+            | "SpreadUnits" >> Spread()
+            | "Join" >> beam.ParDo(_JoinFn(plan)).with_outputs("files", "units", main="summaries")
         )
-        fitted = (
+        _ = done.summaries | "FitSummary" >> results.WriteTogether(
+            path, lambda summaries: _merge_summaries(summaries, layout)
+        )
+        errors = (
             pipeline
-            | "Fits" >> beam.Create([_SUMMARY, *plan.spec.vocabularies])
-            | "SpreadFits" >> beam.Reshuffle()
-            | "Fit"
-            >> beam.FlatMap(
-                lambda name, units: _fit(name, sorted(units), plan, layout, path), beam.pvalue.AsList(done.units)
+            | "Vocabularies" >> beam.Create(list(enumerate(plan.spec.vocabularies)))
+            | "SpreadVocabularies" >> Spread()
+            | "FitVocabulary"
+            >> beam.Map(
+                lambda name, units: _fit_vocabulary(name, sorted(units), plan, layout), beam.pvalue.AsList(done.units)
             )
         )
-        return done.files, fitted
+        return done.files, errors
 
 
 class _JoinFn(beam.DoFn):
@@ -159,10 +160,9 @@ class _JoinFn(beam.DoFn):
                 yield beam.pvalue.TaggedOutput("files", path)
         for path in writer.flush():
             yield beam.pvalue.TaggedOutput("files", path)
-        results.write_json(summary.to_dict(), str(plan.summary_path(number)))
-        if plan.spec.vocabularies:
-            _write_counts(plan.vocabulary_path(number), VocabularyCounts.merge_all(vocabularies), plan.spec)
-        yield number
+        _write_counts(plan.vocabulary_path(number), VocabularyCounts.merge_all(vocabularies), plan.spec)
+        yield number, summary
+        yield beam.pvalue.TaggedOutput("units", number)
 
     def _join(self, partition: int) -> tuple[pa.Table | None, Counter]:
         plan = self._plan
@@ -220,21 +220,21 @@ def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: Exchan
 # --- Merging, when all units are done --------------------------------------------------------------------------------
 
 
-def _fit(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout, summary_path: pathlib.Path):
-    """Merges one kind of summary in the order of the units and writes what comes of it."""
-    if name == _SUMMARY:
-        merged = functools.reduce(
-            FitSummary.merge, (FitSummary.from_dict(read_json(plan.summary_path(unit))) for unit in units)
-        )
-        write_data_statistics(layout.data_statistics, merged.statistics)
-        content = {name: entry for name, entry in merged.to_dict().items() if name != "statistics"}
-        results.write_json(content, str(summary_path))
-        return
+def _merge_summaries(summaries: Iterable[tuple[int, FitSummary]], layout: DatasetLayout) -> dict[str, Any]:
+    """Writes the data statistics; gives the rest."""
+    in_order = sorted(summaries, key=lambda numbered: numbered[0])
+    merged = functools.reduce(FitSummary.merge, (summary for _, summary in in_order))
+    write_data_statistics(layout.data_statistics, merged.statistics)
+    return merged.to_dict()
+
+
+def _fit_vocabulary(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout) -> tuple[str, float]:
+    """Writes a vocabulary; gives its name and by how much its counts may be too low."""
     merged = VocabularyCounts.merge_all(_read_counts(plan.vocabulary_path(unit), name, plan.spec) for unit in units)
     previous = previous_values(DatasetLayout(plan.grow_from), name) if plan.grow_from else []
     values = rank(merged.values[name], plan.spec.vocabularies[name], previous)
     results.write_lines(str(layout.vocabulary(name)), values)
-    yield name, merged.errors(plan.spec)[name]
+    return name, merged.errors(plan.spec)[name]
 
 
 def _no_counts(spec: FeatureSpec) -> VocabularyCounts:

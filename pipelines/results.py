@@ -1,43 +1,39 @@
-"""Small results of a pipeline: merged counts, and files that the driver reads when it is done."""
+"""Small results of a pipeline: files that the driver reads when it is done."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import apache_beam as beam
 import tensorflow as tf
 
 
-class MergeCounts(beam.CombineFn):
-    """Sums Counters."""
+class WriteTogether(beam.PTransform):
+    """Writes what one function makes of all elements as a JSON file, for the driver; no file when there are none.
 
-    def create_accumulator(self):
-        return Counter()
+    Elements meet on one worker: there are few of them, and they are small.
 
-    def add_input(self, accumulator, counts):
-        accumulator.update(counts)
-        return accumulator
+    Args:
+      path: of the file.
+      merge: elements, in any order -> something that JSON has a form for.
+    """
 
-    def merge_accumulators(self, accumulators):
-        return sum(accumulators, Counter())
-
-    def extract_output(self, accumulator):
-        return accumulator
-
-
-class WriteJson(beam.PTransform):
-    """Writes the one element of a PCollection as a JSON file that the driver reads when the pipeline is done."""
-
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, merge: Callable[[Iterable[Any]], Any]):
         super().__init__()
         self._path = str(path)
+        self._merge = merge
 
-    def expand(self, values):
-        return values | beam.Map(write_json, self._path)
+    def expand(self, elements):
+        path, merge = self._path, self._merge
+        return (
+            elements
+            | beam.WithKeys(None)
+            | beam.GroupByKey()
+            | beam.MapTuple(lambda _, together: write_json(merge(together), path))
+        )
 
 
 def write_json(value: Any, path: str) -> None:

@@ -61,7 +61,7 @@ __all__ = [
     "tfds_batch",
     "whole_slice",
 ]
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
