@@ -1,10 +1,13 @@
 """What README shows works: the script runs, the request fits, the flags exist."""
 
+import argparse
 import json
 import pathlib
 import re
 import subprocess
 import sys
+
+from apache_beam.options.pipeline_options import PipelineOptions
 
 import feature_specs
 
@@ -52,7 +55,11 @@ def test_every_command_and_flag_in_the_documentation_exists():
     text = README + (ROOT / "BUILD.md").read_text(encoding="utf-8")
     commands = re.findall(r"python -m ((?:pipelines|export)\.\w+)([^\n`]*)", text)
     assert len(commands) >= 9
-    beam = ("direct_num_workers", "direct_running_mode", "runner", "flink_master", "setup_file")
+    options = argparse.ArgumentParser(conflict_handler="resolve")
+    for option in (PipelineOptions, *PipelineOptions.__subclasses__()):
+        if "_add_argparse_args" in vars(option):
+            option._add_argparse_args(options)
+    beam = {name.removeprefix("--") for action in options._actions for name in action.option_strings}
     for module, arguments in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
         for flag in re.findall(r"--(\w+)", arguments):
