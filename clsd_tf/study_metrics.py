@@ -14,6 +14,7 @@ from clsd_tf.assembly import predict, predict_logits
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.confidence_report import click_noise_floor
 from clsd_tf.model_inputs import GroupInput
+from clsd_tf.small_groups import merge_small_groups
 
 OVERALL = "overall"
 _SLICED = ("auc", "pcoc", "ece", "intensity_auc", "intensity_auc_among_clicks", "genuine_auc")
@@ -36,14 +37,16 @@ def scored_rows(model: ClsdModel, dataset: DatasetDir, split: str, truth: str | 
 
 
 def measure(columns: Mapping[str, np.ndarray], groups: Sequence[GroupInput]) -> Iterator[tuple[str, str, float]]:
-    """(slice, metric, value) of scored rows; the slice is ``overall`` or ``<user group>=<label>``."""
+    """(slice, metric, value) of scored rows; the slice is ``overall`` or ``<user group>=<label>``.
+
+    User groups of few users are part of the label "other".
+    """
     yield from ((OVERALL, *found) for found in _overall(columns, [group.name for group in groups]))
     for group in groups:
-        floor = click_noise_floor(columns["uncalibrated"], {group.name: (columns[group.name], group.labels)})[
-            group.name
-        ]
-        for index, label in enumerate(group.labels):
-            rows = columns[group.name] == index
+        ids, labels = merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
+        floor = click_noise_floor(columns["uncalibrated"], {group.name: (ids, labels)})[group.name]
+        for index, label in enumerate(labels):
+            rows = ids == index
             if rows.any():
                 name = f"{group.name}={label}"
                 yield from ((name, *found) for found in _sliced(columns, rows) if found[0] in _SLICED)

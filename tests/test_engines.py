@@ -14,12 +14,15 @@ import subprocess
 import sys
 import time
 
+import apache_beam as beam
 import pytest
 
 import feature_specs
 from clsd_tf.artifacts import DatasetDir, read_json
 from pipelines.build import BuildConfig, build_dataset
+from pipelines.engines import Spread, make_pipeline
 from pipelines.feed import FeedConfig, simulate_feed
+from pipelines.results import WriteTogether
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -143,3 +146,22 @@ def test_processes_build_the_same_dataset(build_with, in_memory):
 
 def test_a_job_server_with_a_worker_pool_builds_the_same_dataset(build_with, in_memory, portable_arguments):
     assert_same(build_with(*portable_arguments), in_memory)
+
+
+class SlowToPickle:
+    """Takes longer to pickle than Beam's threads wait before they send what they have written so far."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        time.sleep(1.3)
+        return SlowToPickle, (self.number,)
+
+
+def test_elements_that_are_slow_to_pickle_arrive_whole(tmp_path):
+    with make_pipeline(("--direct_num_workers=2", "--direct_running_mode=multi_threading")) as pipeline:
+        elements = pipeline | beam.Create([(number, number) for number in range(2)]) | "Deal" >> Spread()
+        slow = elements | beam.Map(SlowToPickle)
+        _ = slow | WriteTogether(tmp_path / "numbers.json", lambda found: sorted(entry.number for entry in found))
+    assert read_json(tmp_path / "numbers.json") == [0, 1]
