@@ -35,7 +35,8 @@ from pipelines.sources import ROW_ID
 from pipelines.splits import split_indices
 from pipelines.vocabularies import VocabularyCounts, previous_values, rank
 
-MAX_UNITS = 128  # Bounds the summaries that are merged at the end, however long the log is.
+# Bounds the summaries that meet on one worker at the end, however long the log is; and how many workers can join.
+MAX_UNITS = 32
 _SHARD_SEED = 101
 
 

@@ -318,9 +318,9 @@ def test_a_dataset_is_the_same_to_the_byte_without_the_truth(feed_dir, feed_data
 
 
 def contents(directory: pathlib.Path):
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
+    """All files but the manifest, which names the moment of the build."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------

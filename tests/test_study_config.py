@@ -358,8 +358,8 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
         assert "global_shuffled_confidence" in shown
     assert "* feed fm stopped was stopped on 1 of 1 seeds; at seed 1: AdGate" in text
     assert "<li>feed fm stopped was stopped on 1 of 1 seeds; at seed 1: AdGate" in page
-    assert "age_group=18-30" in (study_dir / "user_groups.md").read_text(encoding="utf-8")
-    assert "age_group=18-30" in page
+    assert "age_group=other" in (study_dir / "user_groups.md").read_text(encoding="utf-8")
+    assert "age_group=other" in page
 
 
 def test_a_grid_shows_its_own_seeds_alone(study_dir):
