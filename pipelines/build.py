@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
 import hashlib
 import itertools
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -28,19 +27,16 @@ from clsd_tf.console import step
 from clsd_tf.features import FeatureSpec, NumericFeature
 from clsd_tf.model_inputs import Statistics
 from clsd_tf.sketches import Histogram
-from pipelines import encoding, ingest, joining, results, sources
+from pipelines import encoding, ingest, joining, outcome, results, sources
 from pipelines.checks import user_id_salt
 from pipelines.engines import check_beam_arguments, make_pipeline
 from pipelines.fitting import NumericSummary
+from pipelines.outcome import BadInputError
 from pipelines.provenance import write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
 from pipelines.vocabularies import check_compatible, previous_boundaries
 
 _BYTES_PER_PARTITION = 16 << 20
-
-
-class BadInputError(ValueError):
-    """Source data that breaks a rule; nothing was published."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +186,9 @@ class _Build:
             self._collect("counts", checked.counts, ingest.merge_counts)
             self._collect("times", rows.times, ingest.merge_times)
         ingest.merge_dead_letters(dead_letters, self.layout.dead_letter)
-        self._check_tables(self._collected("counts", {}))
+        roles = [role for role, _ in self.spec.tables.items()]
+        self.counts["tables"] = outcome.table_counts(self._collected("counts", {}), roles)
+        outcome.require_good_tables(self.counts["tables"], self.config.max_bad_fraction)
         self._times = Histogram.from_dict(read_json(self._result("times")))
         self._exchanged: dict[str, list[str]] = {}
         for role, path in sorted(self._collected("files", [])):
@@ -211,33 +209,6 @@ class _Build:
                 log_bytes = sum(sources.size_in_bytes(file) for file in found)
         self._file_names = {(file.role, file.index): file.name for file in files}
         return files, log_bytes, builder
-
-    def _check_tables(self, counts: Mapping[str, int]) -> None:
-        tables: dict[str, Any] = {
-            role: {"rows": counts.get(f"{role}/rows", 0), "bad": {}} for role, _ in self.spec.tables.items()
-        }
-        for name, count in sorted(counts.items()):
-            role, kind, *rest = name.split("/", 2)
-            if kind == "unreadable":
-                raise BadInputError(f"a file must be readable to its end. Received: tables.{role}, {rest[0]}")
-            if kind == "bad":
-                tables[role]["bad"][rest[0]] = count
-        self.counts["tables"] = tables
-        for role, entry in tables.items():
-            self._check_table(role, entry["rows"], entry["bad"])
-
-    def _check_table(self, role: str, rows: int, bad_by_reason: Mapping[str, int]) -> None:
-        if not rows:
-            raise BadInputError(f"a table must have rows. Received: tables.{role} with 0 rows. Allowed: at least 1")
-        bad = sum(bad_by_reason.values())
-        if bad > self.config.max_bad_fraction * rows:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(bad_by_reason.items()))
-            raise BadInputError(
-                f"too many bad rows in tables.{role}. Received: {bad:,} of {rows:,} ({reasons}). "
-                f"Allowed: max_bad_fraction={self.config.max_bad_fraction:g}"
-            )
-        if bad == rows:
-            raise BadInputError(f"a table must have good rows. Received: tables.{role} with {bad:,} bad rows only")
 
     # --- 2. join and fit
 
@@ -268,66 +239,13 @@ class _Build:
             self._collect("joined", joined)
             self._collect("vocabularies", errors)
         summary = read_json(self._result("summary"))
-        self._check_duplicates(summary["counts"])
-        self._count_splits(summary, cut_offs)
-        self._check_splits(cut_offs)
-        self._account(summary["counts"])
+        outcome.require_unique_keys(summary["counts"], self.spec, self._file_names)
+        self.counts |= outcome.split_counts(summary, self.spec, cut_offs)
+        self.counts["vocabulary_count_errors"] = dict(self._collected("vocabularies", []))
+        outcome.require_usable_splits(self.counts, self.spec)
+        self.counts["accounting"] = outcome.account(self.counts, summary["counts"])
         self._write_statistics(summary["numeric"])
         shutil.rmtree(self._scratch / "by_user")
-
-    def _check_duplicates(self, counts: Mapping[str, int]) -> None:
-        for name, count in sorted(counts.items()):
-            if "/duplicates/" not in name:
-                continue
-            role, _, *row_ids = name.split("/")
-            places = " and ".join(self._place(role, int(row_id)) for row_id in row_ids)
-            table = dict(self.spec.tables.items())[role]
-            key = f"{self.spec.user_key}, {self.spec.item_key} and event time" if role == "log" else table.key
-            raise BadInputError(
-                f"a key of tables.{role} must be unique. Received: {places} with the same {key} ({count:,} such "
-                "row(s)). Remove the duplicates"
-            )
-
-    def _place(self, role: str, row_id: int) -> str:
-        return f"row {sources.row_number(row_id)} of {self._file_names[role, sources.file_index(row_id)]}"
-
-    def _count_splits(self, summary: Mapping[str, Any], cut_offs: Sequence[int]) -> None:
-        self.counts["splits"] = {split: _split_counts(summary["splits"].get(split), self.spec) for split in SPLITS}
-        self.counts["split_rule"] = self.spec.split.rule
-        names = ("validation_from", "test_from", "until")
-        self.counts |= dict(zip(names, map(_iso_time, cut_offs), strict=False))
-        for name, count in summary["counts"].items():
-            if name.endswith("_profile_missing"):
-                self.counts[name] = count
-        self.counts["vocabulary_count_errors"] = dict(self._collected("vocabularies", []))
-
-    def _check_splits(self, cut_offs: Sequence[int]) -> None:
-        sizes = ", ".join(f"{split} {self.counts['splits'][split]['rows']:,}" for split in SPLITS)
-        for name, entry in self.counts["splits"].items():
-            if not entry["rows"]:
-                raise BadInputError(
-                    f"every split must have rows. Received: {sizes}, with rule {self.spec.split.rule} and cut-offs "
-                    f"{[_iso_time(cut_off) for cut_off in cut_offs]}. Change the spec's split"
-                )
-            if entry["clicks"] in (0, entry["rows"]):
-                raise BadInputError(
-                    f"the label must not be constant. Received: {entry['clicks']:,} clicks in {entry['rows']:,} rows "
-                    f"of {name}, by label `{self.spec.label}`. Allowed: both values"
-                )
-
-    def _account(self, counts: Mapping[str, int]) -> None:
-        """Every row of the log that was read is somewhere."""
-        log = self.counts["tables"]["log"]
-        self.counts["duplicates"] = counts.get("duplicates", 0)
-        self.counts["accounting"] = found = {
-            "read": log["rows"],
-            "written": sum(entry["rows"] for entry in self.counts["splits"].values()),
-            "dead_lettered": sum(log["bad"].values()),
-            "duplicates_dropped": counts.get("duplicates_dropped", 0),
-            "left_out": counts.get("left_out", 0),
-        }
-        if found["read"] != sum(found.values()) - found["read"]:
-            raise RuntimeError(f"rows were lost. Received: {found}. Expected: read to be the sum of the others")
 
     def _write_statistics(self, numeric: Mapping[str, Any]) -> None:
         lengths = {}
@@ -426,25 +344,3 @@ def _tfds_builder(name: str, data_dir: str):
     if not builder.is_prepared():
         builder.download_and_prepare()
     return builder
-
-
-def _split_counts(summary: Mapping[str, Any] | None, spec: FeatureSpec) -> dict[str, Any]:
-    if summary is None:
-        groups = {group.name: {label: {"rows": 0, "clicks": 0} for label in group.labels} for group in spec.user_groups}
-        return {"rows": 0, "clicks": 0, "intense": 0, "groups": groups}
-    groups = {
-        name: {label: {"rows": rows, "clicks": clicks} for label, (rows, clicks) in labels.items()}
-        for name, labels in summary["groups"].items()
-    }
-    return {
-        "rows": summary["rows"],
-        "clicks": summary["clicks"],
-        "intense": summary["intense"],
-        "first_event": _iso_time(summary["first"]),
-        "last_event": _iso_time(summary["last"]),
-        "groups": groups,
-    }
-
-
-def _iso_time(microseconds: int) -> str:
-    return dt.datetime.fromtimestamp(microseconds / 1e6, dt.timezone.utc).isoformat()

@@ -14,6 +14,7 @@ from clsd_tf.examples import packed_columns
 from clsd_tf.features import FeatureSpec
 from clsd_tf.model_inputs import Statistics
 
+_CUT_OFFS = ("validation_from", "test_from", "until")  # As they were, given or found by fractions.
 _LIBRARIES = ("apache-beam", "numpy", "pyarrow", "tensorflow")
 
 
@@ -44,6 +45,7 @@ def write_manifest(
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "accounting": counts["accounting"],
         "bad_rows": {role: entry["bad"] for role, entry in counts["tables"].items()},
+        "split": {**spec.split.model_dump(mode="json"), **{name: counts[name] for name in _CUT_OFFS if name in counts}},
         "splits": {name: _split(entry) for name, entry in counts["splits"].items()},
         "records": {"layout": spec.record_layout, "ids": _columns(ids), "numbers": _columns(numbers)},
     }

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import tensorflow as tf
-from shop import build, events, records, refused, users, vocabulary, write_shop
+from shop import T0, build, events, records, refused, users, vocabulary, write_shop
 
 from clsd_tf.artifacts import SPLITS, read_json
 from clsd_tf.examples import packed_columns
@@ -63,6 +63,9 @@ def test_manifest_says_from_what_and_by_what_a_dataset_was_built(shop_dataset, s
     assert manifest["code"]["tensorflow"] == tf.__version__
     assert set(manifest["seconds"]) == {"ingest", "join and fit", "encode"}
     assert manifest["bad_rows"]["log"] == {"2_columns_instead_of_6": 1, "not_int64:clicked": 1}
+    assert manifest["split"]["rule"] == "time"
+    # 198 good rows, the 159th in time is event 160: 12 and 23 are bad.
+    assert dt.datetime.fromisoformat(manifest["split"]["validation_from"]).timestamp() == T0 + 60 * 160
     times = [record["event_time"][0] for record in records(shop_dataset, "validation")]
     clicks = [record["label"][0] for record in records(shop_dataset, "validation")]
     found = manifest["splits"]["validation"]

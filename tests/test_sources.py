@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from clsd_tf.tables import Column, Table
 from pipelines.checks import parse_rows
-from pipelines.sources import ROW_ID, SourceFile, files, list_files, read_file, row_number, tfds_batch
+from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number, tfds_batch
 
 COLUMNS = (
     Column(name="user_id", type="string"),
@@ -40,6 +40,10 @@ def delimited(delimiter, records=RECORDS):
 
 def write_csv(path, rows, header=HEADER):
     path.write_bytes(b"".join(line + b"\n" for line in [",".join(header).encode(), *rows]))
+
+
+def read_file(file, table):
+    return (batch for part in plan_file(file, table).slices for batch in read_slice(part, table))
 
 
 def read_all(directory, table):

@@ -54,7 +54,6 @@ __all__ = [
     "list_files",
     "match_files",
     "plan_file",
-    "read_file",
     "read_slice",
     "row_number",
     "size_in_bytes",
@@ -191,9 +190,3 @@ def read_slice(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
     Damage never raises: the last batch then has ``unreadable``, the reason and the row behind which reading stopped.
     """
     return until_unreadable(_FORMATS[table.format].read(part, table), part.file, table)
-
-
-def read_file(file: SourceFile, table: Table) -> Iterator[RawBatch]:
-    """Reads all slices of a file."""
-    for part in plan_file(file, table).slices:
-        yield from read_slice(part, table)
