@@ -14,6 +14,7 @@ LIST_SEPARATOR = "|"  # A list (JSON, Parquet, Avro, TFDS) becomes text with thi
 ARROW_TYPES = {"string": pa.string(), "int64": pa.int64(), "float": pa.float64()}
 # At most 18 digits, so that a cast to int64 cannot overflow. No inf, no nan.
 _MAX_DIGITS = 18
+_MAX_FLOAT = float(np.finfo(np.float32).max)  # Models compute in float32: more would be infinite there.
 _PATTERNS = {"int64": r"^[+-]?\d{1,18}$", "float": r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"}
 
 
@@ -61,7 +62,7 @@ def _plain_numbers(values: pa.Array, declared: str) -> pa.Array | None:
         return numbers if _within(numbers, 10**_MAX_DIGITS - 1) else None
     if declared == "float":
         numbers = values.cast(pa.float64(), safe=False)
-        return pc.add(numbers, 0.0) if _within(numbers, np.finfo(np.float64).max) else None  # -0 becomes 0.
+        return pc.add(numbers, 0.0) if _within(numbers, _MAX_FLOAT) else None  # -0 becomes 0.
     return None
 
 
@@ -82,7 +83,7 @@ def _plain_text(values: pa.Array, declared: str) -> pa.Array | None:
     if declared == "int64" and (pc.max(pc.binary_length(values)).as_py() or 0) > _MAX_DIGITS:
         return None
     numbers = values.cast(pa.string()).cast(ARROW_TYPES[declared])
-    return numbers if declared == "int64" or _within(numbers, np.finfo(np.float64).max) else None
+    return numbers if declared == "int64" or _within(numbers, _MAX_FLOAT) else None
 
 
 def _characters(values: pa.Array) -> np.ndarray:
@@ -112,10 +113,10 @@ def _convert_by_rule(values: pa.Array, column: Column) -> tuple[pa.Array, dict[s
     failures[f"not_{column.type}:{column.name}"] = true_mask(unparsable)
     text = pc.if_else(unparsable, pa.scalar(None, pa.string()), text)
     numbers = pc.utf8_ltrim(text, "+").cast(ARROW_TYPES[column.type])
-    if column.type == "float":  # 1e999 is well written, but more than a double holds.
-        finite = pc.is_finite(numbers)
-        failures[f"not_float:{column.name}"] |= true_mask(pc.invert(finite))
-        numbers = pc.if_else(finite, numbers, pa.scalar(None, pa.float64()))
+    if column.type == "float":
+        within = pc.less_equal(pc.abs(numbers), _MAX_FLOAT)  # 1e999 is well written, but infinite.
+        failures[f"not_float:{column.name}"] |= true_mask(pc.invert(within))
+        numbers = pc.if_else(within, numbers, pa.scalar(None, pa.float64()))
     return numbers, failures
 
 

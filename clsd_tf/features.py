@@ -40,7 +40,7 @@ class FeatureSpec(StrictModel):
       label: what a click is, for example ``rating >= 4``.
       intensity_label: optional stronger signal, held out from training, to judge click confidence with.
       intensity_value: optional numeric column of the log that grows with interest (seconds read), held out likewise.
-      sample_weight: optional column of weights >= 0.
+      sample_weight: optional column of weights in [0, 1,000,000].
       duplicates: what becomes of events of one user, item and time: the one of the lowest row id stays, all stay, or
         the build fails. They are counted in any case.
       record_layout: of the TFRecords: all integers of a row in one entry (fast), or an entry for each name.
@@ -172,7 +172,27 @@ class FeatureSpec(StrictModel):
                     raise ValueError(
                         f"a column used as {use} cannot be a model input. Received: {name!r} in {feature.name!r}"
                     )
+        self._check_sensitive()
         self._check_types()
+
+    def _check_sensitive(self) -> None:
+        # Weights and intensity values stand in records; features of past events hold values, or what they tell.
+        uses = {"sample_weight": self.sample_weight, "intensity_value": self.intensity_value}
+        labels = {self.label_comparison.column, self.intensity_comparison and self.intensity_comparison.column}
+        for feature in self.features:
+            if isinstance(feature, WindowFeature):
+                uses[f"{feature.name}.value"] = feature.value
+            if isinstance(feature, FromPastEvents) and feature.where_comparison:
+                column = feature.where_comparison.column
+                uses[f"{feature.name}.where"] = None if column in labels else column
+        for use, column in uses.items():
+            if column in self.sensitive_columns:
+                raise ValueError(f"a sensitive column cannot be in a dataset. Received: {column!r} as {use}")
+        if self.user_key in self.sensitive_columns and self.user_id_salt_env is None:
+            raise ValueError(
+                "a sensitive user_key needs user_id_salt_env: records tell users apart by a hash, which is undone by "
+                f"trying ids where there is no salt. Received: {self.user_key!r} without"
+            )
 
     @property
     def _held_out_columns(self) -> dict[str, str]:

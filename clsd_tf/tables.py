@@ -39,7 +39,7 @@ class Column(StrictModel):
       source_name: the column's name in the file, when it differs.
       expect: what ``pipelines.validate_data`` checks the values by.
       sensitive: its values never stand in dead letters, statistics or logs, and no feature or user group may use it. A
-        key, the event time or a label's column may be sensitive.
+        key, the event time or a label's column may be sensitive; a user key then needs ``user_id_salt_env``.
     """
 
     name: Name
@@ -148,7 +148,7 @@ class Comparison:
 
     column: str
     operator: str
-    value: float | str
+    value: int | float | str
 
     @classmethod
     def parse(cls, expression: str) -> Comparison:
@@ -159,7 +159,9 @@ class Comparison:
                 "allowed values: a number or 'text' in single quotes, for example `rating >= 4`"
             )
         column, operator, value = match.groups()
-        return cls(column, operator, value[1:-1] if value.startswith("'") else float(value))
+        if value.startswith("'"):
+            return cls(column, operator, value[1:-1])
+        return cls(column, operator, float(value) if "." in value else int(value))  # Large integers are no floats.
 
 
 class Split(StrictModel):

@@ -24,7 +24,7 @@ import apache_beam as beam
 
 from clsd_tf.artifacts import SPLITS, DatasetDir, DatasetLayout, read_json, staged_directory, write_json
 from clsd_tf.console import step
-from clsd_tf.features import FeatureSpec, NumericFeature
+from clsd_tf.features import FeatureSpec, HistoryFeature, NumericFeature
 from clsd_tf.model_inputs import Statistics
 from clsd_tf.sketches import Histogram
 from pipelines import encoding, ingest, joining, outcome, results, sources
@@ -32,11 +32,12 @@ from pipelines.checks import user_id_salt
 from pipelines.engines import check_beam_arguments, make_pipeline
 from pipelines.fitting import NumericSummary
 from pipelines.outcome import BadInputError
-from pipelines.provenance import write_manifest
+from pipelines.provenance import check_same_salt, write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
 from pipelines.vocabularies import check_compatible, previous_boundaries
 
 _BYTES_PER_PARTITION = 16 << 20
+_MAX_PARTITIONS = 4096  # Every exchange file has a part for each: beyond 64 GB of log partitions grow instead.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Pa
         spec says so), an empty table or split, a constant label, an empty vocabulary. The bad rows seen so far are kept
         beside ``output_dir``, as ``<output_dir>.dead_letter.parquet``.
     """
+    output_dir = output_dir.absolute()  # Workers may have another working directory.
     with staged_directory(output_dir) as staging, _kept_dead_letter(staging, output_dir):
         build = _Build(spec, config, staging)
         build.ingest()
@@ -139,6 +141,7 @@ class _Build:
         if config.grow_from:
             previous = DatasetDir(config.grow_from)
             check_compatible(spec, previous.spec)
+            check_same_salt(previous.layout, spec, self._salt)
             self._previous_boundaries = previous_boundaries(previous, spec)
         self._scratch = staging / "scratch"
         self._seconds: dict[str, float] = {}
@@ -165,8 +168,8 @@ class _Build:
 
     def _ingest(self) -> None:
         exchange, dead_letters = self._directory("by_user"), self._directory("dead_letters")
-        files, log_bytes, tfds_builder = self._list_inputs()
-        self._num_partitions = 1 + log_bytes // _BYTES_PER_PARTITION
+        files, num_bytes, tfds_builder = self._list_inputs()
+        self._num_partitions = self._partitions_for(num_bytes)
         with self._pipeline() as pipeline:
             batches, inputs = [], []
             if files:
@@ -195,20 +198,30 @@ class _Build:
             self._exchanged.setdefault(role, []).append(path)
 
     def _list_inputs(self):
-        """(files, bytes of the log, TFDS builder or None)."""
+        """(files, bytes of the tables that are partitioned by user, TFDS builder or None)."""
         files: list[sources.SourceFile] = []
-        builder, log_bytes = None, 0
+        names: dict[tuple[str, int], str] = {}
+        builder, num_bytes = None, 0
         for role, table in self.spec.tables.items():
             if table.format == "tfds":
                 builder = _tfds_builder(table.path, self.config.input_dir)
-                log_bytes = sum(split.num_bytes for split in builder.info.splits.values())
+                num_bytes += sum(split.num_bytes for split in builder.info.splits.values())
+                names |= {(role, index): name for index, name in enumerate(ingest.tfds_files(builder))}
                 continue
             found = sources.list_files(table, role, self.config.input_dir)
             files += found
-            if role == "log":
-                log_bytes = sum(sources.size_in_bytes(file) for file in found)
-        self._file_names = {(file.role, file.index): file.name for file in files}
-        return files, log_bytes, builder
+            names |= {(role, file.index): file.name for file in found}
+            if role == "log" or role in self.spec.user_tables:
+                num_bytes += sum(sources.size_in_bytes(file, table) for file in found)
+        self._file_names = names
+        return files, num_bytes, builder
+
+    def _partitions_for(self, num_bytes: int) -> int:
+        """So many that a partition with its histories, which repeat events, fits a worker well."""
+        history_length = sum(
+            feature.max_length for feature in self.spec.features if isinstance(feature, HistoryFeature)
+        )
+        return min(_MAX_PARTITIONS, 1 + num_bytes * (1 + history_length // 16) // _BYTES_PER_PARTITION)
 
     # --- 2. join and fit
 
@@ -231,7 +244,7 @@ class _Build:
             cut_offs=cut_offs,
             buckets=self._buckets,
             directory=self._directory("by_shard"),
-            grow_from=self.config.grow_from,
+            grow_from=self.config.grow_from and self.config.grow_from.absolute(),
         )
         self._num_units = len(plan.units())
         with self._pipeline() as pipeline:
@@ -303,7 +316,9 @@ class _Build:
         for leftover in self.layout.records.glob("*.incomplete"):  # Of attempts that a runner gave up.
             leftover.unlink()
         write_json(self.layout.counts, self.counts)
-        write_manifest(self.layout, self.spec, inputs=inputs, counts=self.counts, seconds=self._seconds)
+        write_manifest(
+            self.layout, self.spec, salt=self._salt, inputs=inputs, counts=self.counts, seconds=self._seconds
+        )
         self.layout.mark_complete(self.spec)
 
     # --- progress

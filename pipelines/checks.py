@@ -20,6 +20,7 @@ from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 
 WITHHELD = "<withheld>"
 _MIN_SALT_CHARACTERS = 16
+_MAX_WEIGHT = 1_000_000
 
 
 def user_id_salt(spec: FeatureSpec) -> bytes | None:
@@ -118,6 +119,8 @@ def _rule_failures(values: pa.Array, column: Column, spec: FeatureSpec) -> dict[
         outside = pc.or_(pc.less(moments, low), pc.greater_equal(moments, high))
         use = "event_time" if column.name == spec.event_time.column else "valid_from"
         failures[f"{use}_outside_{time.earliest}_to_{time.latest}_in_{time.unit}"] = true_mask(outside)
+    if column.name == spec.sample_weight:  # Sums of weights are exact, as whole millionths in 63 bits.
+        failures[f"above_{_MAX_WEIGHT:g}:{column.name}"] = true_mask(pc.greater(values, _MAX_WEIGHT))
     if column.name in _non_negative_columns(spec):
         failures[f"negative:{column.name}"] = true_mask(pc.less(values, 0))
     return failures

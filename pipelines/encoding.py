@@ -34,7 +34,7 @@ from pipelines.sources import ROW_ID
 ROWS_PER_BATCH = 32_768
 SERVING_SAMPLE_ROWS = 10_000
 _SAMPLE = "sample"
-_SAMPLE_SEED = 102  # Unlike the seed of the shards: shard and sample must be independent.
+_SAMPLE_SEED = 2**62  # No seed of a split, and not that of the shards: the sample must be independent of both.
 
 
 class EncodeShards(beam.PTransform):

@@ -28,7 +28,7 @@ from pipelines.checks import parse_rows
 from pipelines.engines import Spread
 from pipelines.exchange import ExchangeWriter, temporary_name
 from pipelines.joins import USER_HASH, microseconds
-from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batch
+from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batches
 
 _COUNTS, _TIMES, _INPUTS = "counts", "times", "inputs"
 _DEAD_LETTER_SCHEMA = pa.schema(
@@ -87,6 +87,11 @@ class _PlanFn(beam.DoFn):
         yield from plan.slices
 
 
+def tfds_files(builder) -> list[str]:
+    """Names of all files of a TFDS builder, in the order of their indices."""
+    return sorted(name for split in builder.info.splits.values() for name in split.filenames)
+
+
 class ReadTfds(beam.PTransform):
     """TensorFlow Datasets splits -> ``batches`` of the log, each example with its stable ``tfds_id``."""
 
@@ -99,9 +104,7 @@ class ReadTfds(beam.PTransform):
         import tensorflow_datasets as tfds  # Slow to import, and only needed here.
 
         splits = self._builder.info.splits
-        names = sorted(name for split in splits.values() for name in split.filenames)
-        file_indices = {name: index for index, name in enumerate(names)}
-        name = self._builder.name
+        file_indices = {name: index for index, name in enumerate(tfds_files(self._builder))}
         return (
             pipeline
             | "ReadFromTFDS"
@@ -111,7 +114,7 @@ class ReadTfds(beam.PTransform):
             | "ToNumpy" >> beam.Map(tfds.as_numpy)
             | "Batch" >> beam.BatchElements(min_batch_size=256, max_batch_size=8192)
             | "ToRawBatch"
-            >> beam.Map(lambda examples, table: tfds_batch(name, table, examples, file_indices), self._table)
+            >> beam.FlatMap(lambda examples, table: tfds_batches(table, examples, file_indices), self._table)
         )
 
 

@@ -37,6 +37,7 @@ from pipelines.vocabularies import VocabularyCounts, previous_values, rank
 
 # Bounds the summaries that meet on one worker at the end, however long the log is; and how many workers can join.
 MAX_UNITS = 32
+_MAX_PENDING_COUNTS = 16  # Merged together: one by one, the total would be gone through each time.
 _SHARD_SEED = 101
 
 
@@ -157,6 +158,8 @@ class _JoinFn(beam.DoFn):
             summary = summary.merge(FitSummary.of(counts, by_split, plan.spec))
             if "train" in by_split:
                 vocabularies.append(VocabularyCounts.of(by_split["train"], plan.spec))
+            if len(vocabularies) == _MAX_PENDING_COUNTS:
+                vocabularies = [VocabularyCounts.merge_all(vocabularies)]
             for path in _exchange(by_split, plan.buckets, writer):
                 yield beam.pvalue.TaggedOutput("files", path)
         for path in writer.flush():

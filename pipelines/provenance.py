@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import hmac
 import importlib.metadata
 import pathlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clsd_tf.artifacts import DatasetLayout, write_json
+from clsd_tf.artifacts import DatasetLayout, read_json, write_json
 from clsd_tf.examples import packed_columns
 from clsd_tf.features import FeatureSpec
 from clsd_tf.model_inputs import Statistics
+from clsd_tf.validation import SpecError
 
 _CUT_OFFS = ("validation_from", "test_from", "until")  # As they were, given or found by fractions.
 _LIBRARIES = ("apache-beam", "numpy", "pyarrow", "tensorflow")
@@ -22,6 +24,7 @@ def write_manifest(
     layout: DatasetLayout,
     spec: FeatureSpec,
     *,
+    salt: bytes | None,
     inputs: Sequence[Mapping[str, Any]],
     counts: Mapping[str, Any],
     seconds: Mapping[str, float],
@@ -31,6 +34,7 @@ def write_manifest(
     Args:
       layout: of a directory that is complete but for its marker.
       spec: of the dataset.
+      salt: of user ids; a check value of it is written, never the salt.
       inputs: table, file name, bytes and SHA-256 of each file that was read.
       counts: of the build.
       seconds: that each step took.
@@ -40,6 +44,7 @@ def write_manifest(
         "dataset_fingerprint": layout.fingerprint(),
         "spec": {"name": spec.name, "fingerprint": spec.fingerprint},
         "inputs": inputs,
+        "user_id_salt_check": _salt_check(salt),
         "code": {"clsd_tf": _version("clsd_tf"), "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}},
         "built_at": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -55,6 +60,29 @@ def write_manifest(
 def _columns(widths: Mapping[str, int | None]) -> list[dict[str, Any]]:
     """In the order in which they are packed."""
     return [{"name": name, "values": width or 1} for name, width in widths.items()]
+
+
+def _salt_check(salt: bytes | None) -> str | None:
+    return hmac.new(salt, b"clsd_tf salt check", "sha256").hexdigest()[:16] if salt else None
+
+
+def check_same_salt(previous: DatasetLayout, spec: FeatureSpec, salt: bytes | None) -> None:
+    """Checks that user ids are hashed as in the dataset that another one grows from.
+
+    Raises:
+      SpecError: one has hashed ids and the other has not, or by another salt.
+    """
+    expected, received = read_json(previous.manifest)["user_id_salt_check"], _salt_check(salt)
+    if expected != received:
+        raise SpecError(
+            f"a dataset that grows from another hashes user ids as it does. Received: {_salted(received)} in "
+            f"{spec.name}. Allowed: {_salted(expected)}. Take the same user_id_salt_env and salt, or build without an "
+            "earlier dataset"
+        )
+
+
+def _salted(check: str | None) -> str:
+    return f"ids hashed with the salt of check value {check}" if check else "ids as they are"
 
 
 def _statistics(layout: DatasetLayout) -> Statistics:

@@ -247,6 +247,7 @@ def drop_features(content, *names):
 
 def test_raw_values_of_a_sensitive_column_are_withheld(shop_content):
     declare_sensitive(shop_content, "log", "user_id")
+    shop_content["user_id_salt_env"] = "SHOP_SALT"
     drop_features(shop_content, "user")
     spec = parse_spec(shop_content, "shop")
     reader = BadRow("log", "log.csv", 9, "3_columns_instead_of_6", "secret-user,b,c")
@@ -259,6 +260,7 @@ def test_raw_values_of_a_sensitive_column_are_withheld(shop_content):
 
 def test_tables_without_sensitive_columns_show_their_raw_values(shop_content):
     declare_sensitive(shop_content, "log", "user_id")
+    shop_content["user_id_salt_env"] = "SHOP_SALT"
     drop_features(shop_content, "user")
     reader = BadRow("item", "items.csv", 9, "1_columns_instead_of_3", "i1")
     _, bad = parse_rows(raw_batch("item", [{"price": "x"}], [reader]), parse_spec(shop_content, "shop"))
@@ -282,7 +284,7 @@ def test_no_user_group_may_use_a_sensitive_column(shop_content):
         parse_spec(shop_content, "shop")
 
 
-@pytest.mark.parametrize(("role", "name"), [("log", "time"), ("log", "clicked"), ("log", "weight")])
+@pytest.mark.parametrize(("role", "name"), [("log", "time"), ("log", "clicked")])
 def test_what_is_no_model_input_may_be_sensitive(shop_content, role, name):
     declare_sensitive(shop_content, role, name)
     assert parse_spec(shop_content, "shop").sensitive_columns == {name}
@@ -329,3 +331,16 @@ def test_only_text_can_be_hashed(shop_content):
         shop_content["tables"][role]["columns"][0]["type"] = "int64"
     with pytest.raises(SpecError, match=r"a hashed user_key must be a string\. Received: user_id: int64"):
         parse_spec(shop_content, "shop")
+
+
+def test_numbers_that_are_infinite_for_a_model_are_bad_rows(shop_spec):
+    rows = [{"seconds": "3.4e38"}, {"seconds": "3.5e38"}, {"seconds": "1e300"}, {"seconds": "-1e39"}]
+    good, bad = parse_rows(raw_batch("log", rows), shop_spec)
+    assert good.column("seconds").to_pylist() == [3.4e38]
+    assert [row.reason for row in bad] == ["not_float:seconds"] * 3
+
+
+def test_weights_are_at_most_a_million(shop_spec):
+    good, bad = parse_rows(raw_batch("log", [{"weight": "1000000"}, {"weight": "1000001"}]), shop_spec)
+    assert good.column("weight").to_pylist() == [1e6]
+    assert [row.reason for row in bad] == ["above_1e+06:weight"]

@@ -70,6 +70,11 @@ def test_comparison_gives_float_zeros_and_ones(operator, expected):
     assert result.tolist() == expected
 
 
+def test_large_integers_are_compared_exactly():
+    table = pa.table({"k": pa.array([2**53, 2**53 + 1, 2**53 + 2], pa.int64())})
+    assert evaluate_comparison(Comparison.parse(f"k == {2**53 + 1}"), table).tolist() == [0.0, 1.0, 0.0]
+
+
 def test_comparison_with_text():
     table = pa.table({"action": ["buy", "view", "buy"]})
     assert evaluate_comparison(Comparison("action", "==", "buy"), table).tolist() == [1, 0, 1]

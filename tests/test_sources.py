@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from clsd_tf.tables import Column, Table
 from pipelines.checks import parse_rows
-from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number, tfds_batch
+from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number, tfds_batches
 
 COLUMNS = (
     Column(name="user_id", type="string"),
@@ -224,6 +224,21 @@ def test_glob_pattern_reads_all_files_in_order_with_unique_row_ids(tmp_path):
     assert numbers(table) == [2, 3, 2, 3]
 
 
+def test_files_of_one_name_in_folders_by_date_are_told_apart(tmp_path):
+    for day in ("2024-01-01", "2024-01-02"):
+        (tmp_path / f"date={day}").mkdir()
+        write_csv(tmp_path / f"date={day}" / "part-0.csv", [])
+    found = list_files(table_of("date=*/*.csv"), "log", str(tmp_path))
+    assert [file.name for file in found] == ["date=2024-01-01/part-0.csv", "date=2024-01-02/part-0.csv"]
+
+
+def test_a_file_without_its_header_is_refused_without_showing_its_first_row(tmp_path):
+    (tmp_path / "x.csv").write_text("alice@example.com,i1,17\nbob@example.com,i2,18\n")
+    with pytest.raises(ValueError, match=r"x.csv has none of the columns .* Is the header line missing\?") as caught:
+        list_files(table_of("x.csv"), "log", str(tmp_path))
+    assert "alice" not in str(caught.value)
+
+
 def test_no_matching_file_is_an_error_that_names_the_path(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         list_files(table_of("nothing-*.csv"), "item", str(tmp_path))
@@ -382,10 +397,9 @@ def test_tfds_examples_become_text_with_ids_of_shard_and_position():
             "gender": np.bool_(True),
         }
     ]
-    batch = tfds_batch(
-        "films", table_of("films", "tfds", columns), examples, {"films-train.tfrecord-00003-of-00010": 3}
-    )
-    assert batch.file == SourceFile("log", 0, "films")
+    name = "films-train.tfrecord-00003-of-00010"
+    [batch] = tfds_batches(table_of("films", "tfds", columns), examples, {name: 3})
+    assert batch.file == SourceFile("log", 3, name)
     [row] = batch.table.to_pylist()
     row_id = row.pop(ROW_ID)
     assert row == {"user": "Zoë", "rating": "4", "genres": "4|7", "gender": "true"}
@@ -396,6 +410,6 @@ def test_tfds_examples_of_two_splits_have_different_row_ids():
     columns = (Column(name="user", type="string"),)
     files = [f"films-{split}.tfrecord-00000-of-00001" for split in ("test", "train")]
     examples = [{"tfds_id": f"{file}__0".encode(), "user": b"u"} for file in files]
-    batch = tfds_batch("films", table_of("films", "tfds", columns), examples, {file: i for i, file in enumerate(files)})
-    row_ids = batch.table.column(ROW_ID).to_pylist()
+    batches = tfds_batches(table_of("films", "tfds", columns), examples, {file: i for i, file in enumerate(files)})
+    row_ids = [row_id for batch in batches for row_id in batch.table.column(ROW_ID).to_pylist()]
     assert row_ids[0] != row_ids[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipelines.sources.files import (
     SourceFile,
     SourceSlice,
     UnreadableError,
+    common_folder,
     file_index,
     first_bytes,
     hash_file,
@@ -36,7 +38,7 @@ from pipelines.sources.files import (
     size_in_bytes,
     until_unreadable,
 )
-from pipelines.sources.records import tfds_batch
+from pipelines.sources.records import tfds_batches
 
 __all__ = [
     "ROWS_PER_BATCH",
@@ -57,7 +59,7 @@ __all__ = [
     "read_slice",
     "row_number",
     "size_in_bytes",
-    "tfds_batch",
+    "tfds_batches",
     "whole_slice",
 ]
 SLICE_BYTES = 16 << 20
@@ -111,13 +113,16 @@ def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
       ValueError: a file lacks a declared column (the message lists the columns it has) or cannot be read.
     """
     pattern = join_path(input_dir, table.path)
+    if "://" not in pattern:
+        pattern = os.path.abspath(pattern)  # Workers may have another working directory.
     paths = match_files(pattern)
     if not paths:
         raise FileNotFoundError(
             f"tables.{role}.path must match at least one file. Received: {pattern}. "
             "The path is relative to --input_dir and may be a glob pattern"
         )
-    found = [SourceFile(role, index, path) for index, path in enumerate(paths)]
+    root = common_folder(paths)
+    found = [SourceFile(role, index, path, root) for index, path in enumerate(paths)]
     for file in found:
         _check_columns(file, table)
     return found
@@ -138,6 +143,11 @@ def _check_columns(file: SourceFile, table: Table) -> None:
         return
     declared = [column.name_in_file for column in table.columns]
     missing = [name for name in declared if name not in available]
+    if len(missing) == len(declared):  # Its first line may be a row: then it holds values that are not for messages.
+        raise ValueError(
+            f"{file.name} has none of the columns that tables.{file.role} declares. Received: {len(available)} other "
+            f"names. Allowed: {', '.join(declared)}. Is the header line missing?"
+        )
     if missing:
         raise ValueError(
             f"{file.name} lacks columns that tables.{file.role} declares. Received: {', '.join(available)}. "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +28,24 @@ READ_ERRORS = (OSError, ValueError, EOFError, NotImplementedError, MemoryError, 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of a table. ``index`` is its place in the sorted list of the table's files."""
+    """One file of a table.
+
+    Attributes:
+      role: of the table.
+      index: its place in the sorted list of the table's files.
+      path: where it is.
+      root: folder of all files of the table, with the separator at its end; "" for a single file.
+    """
 
     role: str
     index: int
     path: str
+    root: str = ""
 
     @property
     def name(self) -> str:
-        return pathlib.PurePath(self.path).name
+        """What tells it from the table's other files, ``date=2022-04-25/part-0.csv``."""
+        return self.path[len(self.root) :] if self.root else pathlib.PurePath(self.path).name
 
     @property
     def compression(self) -> str | None:
@@ -126,14 +136,20 @@ def row_number(row_id: int) -> int:
     return row_id & ((1 << FILE_SHIFT) - 1)
 
 
-def size_in_bytes(file: SourceFile) -> int:
+def size_in_bytes(file: SourceFile, table: Table) -> int:
     """Size of a file; of a compressed one about what it holds."""
     size = FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes
-    return size * 5 if file.compression else size
+    return size * 5 if file.compression or table.format in ("parquet", "avro") else size
 
 
 def join_path(directory: str, path: str) -> str:
     return FileSystems.join(directory, path) if directory else path
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The folder that several paths share, with a / at its end; "" for one path."""
+    shared = os.path.commonprefix(paths)  # noqa: RUF071 - commonpath would damage gs://.
+    return shared.rpartition("/")[0] + "/" if len(paths) > 1 else ""
 
 
 def match_files(pattern: str) -> list[str]:

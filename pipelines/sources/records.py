@@ -103,16 +103,17 @@ def _as_value_error() -> Iterator[None]:
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 
 
-def tfds_batch(
-    name: str, table: Table, examples: Iterable[dict[str, Any]], file_indices: Mapping[str, int]
-) -> RawBatch:
-    """TFDS examples (NumPy, with ``tfds_id``) -> a batch.
+def tfds_batches(
+    table: Table, examples: Iterable[dict[str, Any]], file_indices: Mapping[str, int]
+) -> Iterator[RawBatch]:
+    """TFDS examples (NumPy, with ``tfds_id``) -> a batch per file.
 
     The id, ``films-train.tfrecord-00003-of-00010__17``, holds file and position; ``file_indices`` numbers the files.
     """
-    records = []
+    by_file: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for example in examples:
-        file_name, position = example["tfds_id"].decode().rsplit("__", 1)
-        records.append(((file_indices[file_name] << files.FILE_SHIFT) | int(position), example))
-    file = SourceFile("log", 0, name)
-    return RawBatch(file, records_table(file, table, records), [])
+        name, position = example["tfds_id"].decode().rsplit("__", 1)
+        by_file.setdefault(name, []).append((int(position), example))
+    for name, records in by_file.items():
+        file = SourceFile("log", file_indices[name], name)
+        yield RawBatch(file, records_table(file, table, records), [])
