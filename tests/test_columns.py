@@ -2,6 +2,7 @@
 
 import datetime as dt
 import decimal
+import math
 import re
 
 import numpy as np
