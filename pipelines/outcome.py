@@ -69,18 +69,17 @@ def require_unique_keys(found: Mapping[str, int], spec: FeatureSpec, file_names:
     Raises:
       BadInputError: names both rows.
     """
-    for name, count in sorted(found.items()):
-        if "/duplicates/" not in name:
+    for role, table in spec.tables.items():
+        prefix = f"{role}/duplicates/"
+        pairs = {name.removeprefix(prefix): count for name, count in found.items() if name.startswith(prefix)}
+        if not pairs:
             continue
-        role, _, *row_ids = name.split("/")
-        places = " and ".join(
-            f"row {row_number(int(row_id))} of {file_names[role, file_index(int(row_id))]}" for row_id in row_ids
-        )
-        table = dict(spec.tables.items())[role]
+        first = min(tuple(map(int, pair.split("/"))) for pair in pairs)
+        places = " and ".join(f"row {row_number(row_id)} of {file_names[role, file_index(row_id)]}" for row_id in first)
         key = f"{spec.user_key}, {spec.item_key} and event time" if role == "log" else table.key
         raise BadInputError(
-            f"a key of tables.{role} must be unique. Received: {places} with the same {key} ({count:,} such "
-            "row(s)). Remove the duplicates"
+            f"a key of tables.{role} must be unique. Received: {places} with the same {key} "
+            f"({sum(pairs.values()):,} such row(s)). Remove the duplicates"
         )
 
 
