@@ -83,13 +83,30 @@ def find_anomalies(statistics: DataStatistics, expectations: Mapping[str, Expect
     Args:
       statistics: of any rows.
       expectations: column -> what is expected of it; ``FeatureSpec.expectations``.
+
+    Raises:
+      ValueError: the statistics, made with another spec, lack what an expectation needs.
     """
-    found = [
-        anomaly
-        for name, expectation in expectations.items()
-        for anomaly in _column_anomalies(name, statistics.columns[name], int(statistics.rows[0]), expectation)
-    ]
+    found = []
+    for name, expectation in expectations.items():
+        _check_can_be_checked(name, statistics.columns.get(name), expectation)
+        found += _column_anomalies(name, statistics.columns[name], int(statistics.rows[0]), expectation)
     return sorted(found)
+
+
+def _check_can_be_checked(name: str, column: ColumnStatistics | None, expectation: Expectation) -> None:
+    if column is None:
+        lacking = "without the column"
+    elif expectation.has_range and column.numbers is None:
+        lacking = "without its numbers, which min and max need"
+    elif expectation.values is not None and column.values is None:
+        lacking = "without its values, which the list needs"
+    else:
+        return
+    raise ValueError(
+        f"what is expected of column {name!r} must be in the statistics of the build. Received: statistics {lacking}. "
+        "Build the dataset again with this spec, or check it with the spec that it was built with"
+    )
 
 
 def _column_anomalies(name: str, column: ColumnStatistics, rows: int, expectation: Expectation) -> Iterator[Anomaly]:

@@ -140,6 +140,20 @@ def test_a_column_gets_the_statistics_that_its_expectation_needs(shop_content):
     assert [(anomaly.kind, anomaly.received) for anomaly in found] == [("unexpected_values", pytest.approx(1 / 3))]
 
 
+@pytest.mark.parametrize(
+    ("column", "expectation", "received"),
+    [
+        ("city", Expectation(min=0.0), "'city' must .* Received: statistics without its numbers"),
+        ("price", Expectation(values=("1",)), "'price' must .* Received: statistics without its values"),
+        ("colour", Expectation(max_missing=0.1), "'colour' must .* Received: statistics without the column"),
+    ],
+)
+def test_expectations_that_the_statistics_cannot_answer_are_refused(shop_spec, column, expectation, received):
+    for num_rows in (0, 10):
+        with pytest.raises(ValueError, match=rf"{received}.*Build the dataset again with this spec"):
+            find_anomalies(statistics_of(shop_spec, num_rows), {column: expectation})
+
+
 # --- Measures of drift -----------------------------------------------------------------------------------------------
 
 DISTRIBUTION = st.lists(st.integers(0, 20), min_size=5, max_size=5).filter(any).map(lambda n: np.array(n) / sum(n))

@@ -151,3 +151,15 @@ def test_command_succeeds_without_anomalies_under_the_limits_of_another_spec(fee
     done = validate(feed_dataset, *flags)
     assert done.returncode == 0, done.stderr
     assert "no anomalies" in done.stdout
+
+
+def test_command_refuses_expectations_that_the_build_kept_no_statistics_for(feed_dataset, tmp_path):
+    content = feed_dataset.spec.model_dump(mode="json")
+    columns = (column for table in content["tables"].values() if table for column in table["columns"])
+    next(column for column in columns if column["name"] == "duration_seconds")["expect"] = {"values": ["30"]}
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(content))
+    refused = validate(feed_dataset, f"--spec={tmp_path / 'new.yaml'}", f"--report_dir={tmp_path / 'report'}")
+    assert refused.returncode != 0
+    assert "column 'duration_seconds'" in " ".join(refused.stderr.split())
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "report").exists()
