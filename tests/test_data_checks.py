@@ -12,11 +12,13 @@ from clsd_tf.data_checks import (
     Anomaly,
     binned_shares,
     compare,
+    contrast,
     find_anomalies,
     find_drift,
     jensen_shannon,
     measure_drift,
 )
+from clsd_tf.data_report import render_data_report
 from clsd_tf.data_statistics import DataStatistics
 from clsd_tf.expectations import DriftLimits, Expectation
 from clsd_tf.features import parse_spec
@@ -350,3 +352,14 @@ def test_nothing_is_measured_without_rows(shop_spec):
 def test_anomalies_are_sorted_by_column_group_and_kind():
     first = Anomaly("a", "", "missing", 1.0, 0.0, "")
     assert sorted([Anomaly("b", "", "x", 0.0, 0.0, ""), Anomaly("a", "g", "x", 0.0, 0.0, ""), first])[0] == first
+
+
+def test_dollar_signs_in_values_are_drawn_as_they_are(shop_spec):
+    city = np.array(["$x$", r"$\frac$"])[np.arange(1000) % 2]
+    before, after = (statistics_of(shop_spec, city=city, user_hash=np.arange(1000)) for _ in range(2))
+    entry = contrast("$a^$", before, "after", after, shop_spec)
+    page = render_data_report({"train": before}, [entry], {}, {"dataset": "d", "spec": "s", "min_group_users": 20})
+    # The drawing names each text in a comment: the value under its panel, and each side in a legend.
+    assert "<!-- $x$ -->" in page
+    assert r"<!-- $\frac$ -->" in page
+    assert "<!-- $a^$ -->" in page
