@@ -13,7 +13,7 @@ import pyarrow.parquet
 import tensorflow as tf
 
 from clsd_tf.artifacts import require_absent
-from clsd_tf.columns import LIST_SEPARATOR
+from clsd_tf.columns import LIST_SEPARATOR, value_to_text
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import FORMATS, read_rows, typed_rows
@@ -104,4 +104,4 @@ def _write(table: pa.Table, path: pathlib.Path) -> None:
         pa.csv.write_csv(table, path)
     else:
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+            file.writelines(json.dumps(row, default=value_to_text) + "\n" for row in table.to_pylist())
