@@ -86,7 +86,7 @@ def test_requests_without_rows_or_columns_are_refused(feed_dataset, tmp_path):
     pa.parquet.write_table(rows.drop_columns(["device"]), tmp_path / "narrow.parquet")
     with pytest.raises(ValueError, match=r"must have rows. Received: .*empty.parquet"):
         statistics_of_requests(tmp_path / "empty.parquet", feed_dataset.spec)
-    with pytest.raises(ValueError, match="Missing: device"):
+    with pytest.raises(ValueError, match=r"narrow\.parquet, batch from row 1: .*Missing: device"):
         statistics_of_requests(tmp_path / "narrow.parquet", feed_dataset.spec)
     with pytest.raises(ValueError, match="files end in"):
         list(read_rows(tmp_path / "served.txt"))
