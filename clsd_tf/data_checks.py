@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.stats
 
+from clsd_tf.column_summaries import ValueSummary
 from clsd_tf.data_statistics import ALL_ROWS, ColumnStatistics, DataStatistics, Segment
 from clsd_tf.expectations import DriftLimits, Expectation
 from clsd_tf.features import FeatureSpec
@@ -82,13 +83,30 @@ def find_anomalies(statistics: DataStatistics, expectations: Mapping[str, Expect
     Args:
       statistics: of any rows.
       expectations: column -> what is expected of it; ``FeatureSpec.expectations``.
+
+    Raises:
+      ValueError: the statistics, made with another spec, lack what an expectation needs.
     """
-    found = [
-        anomaly
-        for name, expectation in expectations.items()
-        for anomaly in _column_anomalies(name, statistics.columns[name], int(statistics.rows[0]), expectation)
-    ]
+    found = []
+    for name, expectation in expectations.items():
+        _check_can_be_checked(name, statistics.columns.get(name), expectation)
+        found += _column_anomalies(name, statistics.columns[name], int(statistics.rows[0]), expectation)
     return sorted(found)
+
+
+def _check_can_be_checked(name: str, column: ColumnStatistics | None, expectation: Expectation) -> None:
+    if column is None:
+        lacking = "without the column"
+    elif expectation.has_range and column.numbers is None:
+        lacking = "without its numbers, which min and max need"
+    elif expectation.values is not None and column.values is None:
+        lacking = "without its values, which the list needs"
+    else:
+        return
+    raise ValueError(
+        f"what is expected of column {name!r} must be in the statistics of the build. Received: statistics {lacking}. "
+        "Build the dataset again with this spec, or check it with the spec that it was built with"
+    )
 
 
 def _column_anomalies(name: str, column: ColumnStatistics, rows: int, expectation: Expectation) -> Iterator[Anomaly]:
@@ -102,11 +120,19 @@ def _column_anomalies(name: str, column: ColumnStatistics, rows: int, expectatio
         if expectation.max is not None and numbers.maximum > expectation.max:
             yield _anomaly(name, "above_max", numbers.maximum, expectation.max, "largest number")
     if column.values and expectation.values is not None:
-        allowed = pc.is_in(column.values.values, value_set=pa.array(expectation.values, pa.string()))
-        unexpected = column.values.rows[~allowed.to_numpy(zero_copy_only=False), 0].sum()
+        unexpected = _count_unexpected(column.values, expectation.values)
         if unexpected:
             share = unexpected / column.values.total[0]
             yield _anomaly(name, "unexpected_values", share, 0.0, "share of values that are not listed")
+
+
+def _count_unexpected(found: ValueSummary, expected: Sequence[str]) -> int:
+    """How often other values than the expected ones occur; where not all values are counted, at least so often."""
+    is_expected = pc.is_in(found.values, value_set=pa.array(expected, pa.string())).to_numpy(zero_copy_only=False)
+    kept = int(found.rows[~is_expected, 0].sum())
+    # Values that were dropped are in the total alone, and each expected one may be among them as far as the error goes.
+    rest = int(found.total[0] - found.rows[is_expected, 0].sum()) - found.top.error * len(set(expected))
+    return max(kept, rest)
 
 
 def _anomaly(column: str, kind: str, received: float, allowed: float, what: str, relation: str = "at most") -> Anomaly:
@@ -254,7 +280,7 @@ class _Pair:
             yield self._drift(name, "l_infinity", abs(shares[largest, 0] - shares[largest, 1]), error)
         frequent = counts[counts.sum(axis=1) >= _MIN_COUNT]
         yield self._divergence(name, np.vstack([frequent, np.maximum(totals - frequent.sum(axis=0), 0)]))
-        if not columns[0].values.top.error:  # Otherwise nobody knows which values the baseline had.
+        if not any(column.values.top.error for column in columns):  # Otherwise nobody knows all values of a side.
             known = pc.is_in(columns[1].values.values, value_set=columns[0].values.values)
             unseen = totals[1] - columns[1].values.rows[known.to_numpy(zero_copy_only=False), self._indices[1]].sum()
             yield self._drift(name, "unseen", unseen / totals[1], 0.0)

@@ -16,7 +16,7 @@ class DriftLimits(StrictModel):
       max_mean_change: change of a number's mean, in standard deviations of the baseline.
       max_missing_change: change of the share of missing values.
       max_click_rate_change: change of the click rate, as a share of the baseline's.
-      max_unseen: share of values that the baseline never had, where it had 1,000 or fewer.
+      max_unseen: share of values that the baseline never had, where both have 1,000 values or fewer.
     """
 
     max_l_infinity: float | None = pydantic.Field(0.1, ge=0, le=1)

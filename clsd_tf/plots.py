@@ -9,8 +9,10 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe-Ito.
 LINE_STYLE = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
@@ -26,11 +28,14 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def svg(figure: Figure) -> markupsafe.Markup:
-    """The figure as an ``<svg>`` element."""
+    """The figure as an ``<svg>`` element; its texts, which may hold values of the data, are drawn as they are."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    return markupsafe.Markup(text[text.index("<svg") :])
+    for text in figure.findobj(Text):  # Those there are; drawing makes more.
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    page = buffer.getvalue()
+    return markupsafe.Markup(page[page.index("<svg") :])
 
 
 def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:

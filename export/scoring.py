@@ -13,7 +13,7 @@ import pyarrow.parquet
 import tensorflow as tf
 
 from clsd_tf.artifacts import require_absent
-from clsd_tf.columns import LIST_SEPARATOR
+from clsd_tf.columns import LIST_SEPARATOR, value_to_text
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import FORMATS, read_rows, typed_rows
@@ -97,11 +97,17 @@ def _write(table: pa.Table, path: pathlib.Path) -> None:
     if path.suffix == ".parquet":
         pa.parquet.write_table(table, path)
     elif path.suffix == ".csv":
-        lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
-        for name in lists:
-            text = pc.binary_join(table.column(name), LIST_SEPARATOR)
-            table = table.set_column(table.column_names.index(name), name, text)
+        table = pa.table([_csv_column(values) for values in table.columns], names=table.column_names)
         pa.csv.write_csv(table, path)
     else:
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+            file.writelines(json.dumps(row, default=value_to_text) + "\n" for row in table.to_pylist())
+
+
+def _csv_column(values: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """Lists as text with separators, and bytes as text."""
+    if pa.types.is_list(values.type):
+        return pc.binary_join(values, LIST_SEPARATOR)
+    if pa.types.is_binary(values.type):
+        return pa.array([value_to_text(value) for value in values.to_pylist()], pa.string())
+    return values

@@ -13,7 +13,8 @@ from absl import flags
 
 import feature_specs
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS
+from clsd_tf.artifacts import SPLITS, DatasetLayout
+from clsd_tf.data_statistics import DataStatistics, read_data_statistics
 from clsd_tf.features import FeatureSpec
 from pipelines.build import BuildConfig, inspect_data
 from pipelines.overrides import override_source
@@ -34,8 +35,11 @@ def main(argv) -> None:
     spec = override_source(feature_specs.get_spec(_SPEC.value), _SOURCE.value)
     config = BuildConfig(_INPUT_DIR.value, max_bad_fraction=_MAX_BAD_FRACTION.value, beam_arguments=tuple(argv[1:]))
     with tempfile.TemporaryDirectory() as scratch:
-        counts, statistics = inspect_data(spec, config, pathlib.Path(scratch))
+        layout = DatasetLayout(pathlib.Path(scratch))
+        counts, statistics = inspect_data(spec, config, layout.root)
+        train = read_data_statistics(layout.data_statistics)["train"]
     _print_tables(spec, counts)
+    _print_groups(spec, train.merge_small_groups())
     _print_features(spec, statistics)
     console.console.print(f"[green]ok[/] {spec.name}, fingerprint {spec.fingerprint}")
 
@@ -57,11 +61,14 @@ def _print_tables(spec: FeatureSpec, counts) -> None:
     ]
     label = f"Splits by {counts['split_rule']}; click: {spec.label}; intense: {spec.intensity_label or 'not declared'}"
     console.print_table(label, ["split", "rows", "click rate", "intense rate"], rows)
+
+
+def _print_groups(spec: FeatureSpec, train: DataStatistics) -> None:
     for group in spec.user_groups:
-        found = counts["splits"]["train"]["groups"][group.name]
         rows = [
-            (label, entry["rows"], entry["clicks"] / entry["rows"] if entry["rows"] else None)
-            for label, entry in found.items()
+            (label, int(rows), clicks / rows)
+            for (name, label), rows, clicks in zip(train.segments, train.rows, train.clicks, strict=True)
+            if name == group.name
         ]
         console.print_table(f"User group {group.name} (train)", ["group", "rows", "click rate"], rows)
 

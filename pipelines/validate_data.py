@@ -60,7 +60,14 @@ def read_statistics(dataset: DatasetDir) -> dict[str, DataStatistics]:
 
 def statistics_of_requests(path: pathlib.Path, spec: FeatureSpec) -> DataStatistics:
     """Statistics of a file of served requests; without clicks, and with users where the user key is a raw input."""
-    parts = [DataStatistics.of(_with_users(typed_rows(rows, spec.raw_inputs), spec), spec) for rows in read_rows(path)]
+    parts, num_rows = [], 0
+    for rows in read_rows(path):
+        try:
+            typed = typed_rows(rows, spec.raw_inputs)
+        except ValueError as error:
+            raise ValueError(f"{path}, batch from row {num_rows + 1}: {error}") from error
+        parts.append(DataStatistics.of(_with_users(typed, spec), spec))
+        num_rows += rows.num_rows
     if not parts:
         raise ValueError(f"--requests must have rows. Received: {path} with none")
     return functools.reduce(DataStatistics.merge, parts)

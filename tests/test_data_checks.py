@@ -12,11 +12,13 @@ from clsd_tf.data_checks import (
     Anomaly,
     binned_shares,
     compare,
+    contrast,
     find_anomalies,
     find_drift,
     jensen_shannon,
     measure_drift,
 )
+from clsd_tf.data_report import render_data_report
 from clsd_tf.data_statistics import DataStatistics
 from clsd_tf.expectations import DriftLimits, Expectation
 from clsd_tf.features import parse_spec
@@ -74,6 +76,25 @@ def test_each_kind_of_broken_expectation_by_hand(shop_spec):
     assert "Bonn" not in "".join(anomaly.message for anomaly in found)
 
 
+def test_unexpected_values_that_are_too_many_to_be_kept_are_found(shop_spec):
+    junk = [f"junk {i}" for i in range(2000)]
+    statistics = statistics_of(shop_spec, 12_000, city=["a"] * 5000 + ["b"] * 5000 + junk)
+    found = find_anomalies(statistics, {"city": Expectation(values=("a", "b", "a"))})
+    # Of 2,000 values of 12,000, each of the two expected ones may have had one: the error of the summary.
+    assert statistics.columns["city"].values.top.error == 1
+    assert [(anomaly.kind, anomaly.received) for anomaly in found] == [("unexpected_values", 1998 / 12_000)]
+
+
+def test_expected_values_that_are_too_many_to_be_kept_are_no_anomalies(shop_spec):
+    cities = [f"c{i}" for i in range(1200)]
+    statistics = statistics_of(shop_spec, 12_000, city=cities * 10)
+    assert find_anomalies(statistics, {"city": Expectation(values=tuple(cities))}) == []
+    # What was kept is known, however many values are expected.
+    with_junk = statistics_of(shop_spec, 12_100, city=cities * 10 + ["junk"] * 100)
+    found = find_anomalies(with_junk, {"city": Expectation(values=tuple(cities))})
+    assert [anomaly.received for anomaly in found] == [100 / 12_100]
+
+
 def test_kept_expectations_and_no_rows_are_no_anomalies(shop_spec):
     expectations = {
         "city": Expectation(values=("Rome",), max_missing=0.0),
@@ -121,6 +142,20 @@ def test_a_column_gets_the_statistics_that_its_expectation_needs(shop_content):
     assert [(anomaly.kind, anomaly.received) for anomaly in found] == [("unexpected_values", pytest.approx(1 / 3))]
 
 
+@pytest.mark.parametrize(
+    ("column", "expectation", "received"),
+    [
+        ("city", Expectation(min=0.0), "'city' must .* Received: statistics without its numbers"),
+        ("price", Expectation(values=("1",)), "'price' must .* Received: statistics without its values"),
+        ("colour", Expectation(max_missing=0.1), "'colour' must .* Received: statistics without the column"),
+    ],
+)
+def test_expectations_that_the_statistics_cannot_answer_are_refused(shop_spec, column, expectation, received):
+    for num_rows in (0, 10):
+        with pytest.raises(ValueError, match=rf"{received}.*Build the dataset again with this spec"):
+            find_anomalies(statistics_of(shop_spec, num_rows), {column: expectation})
+
+
 # --- Measures of drift -----------------------------------------------------------------------------------------------
 
 DISTRIBUTION = st.lists(st.integers(0, 20), min_size=5, max_size=5).filter(any).map(lambda n: np.array(n) / sum(n))
@@ -158,7 +193,9 @@ def test_values_that_a_side_has_dropped_are_as_frequent_as_its_error_allows(shop
         assert measured(*pair, "city", "l_infinity").value == pytest.approx(0.1 - 11 / 12_111)
     alike = statistics_of(shop_spec, 11_000, city=[f"c{i % 1000}" for i in range(11_000)])
     assert measured(long_tail, alike, "city", "l_infinity").value == pytest.approx(1 / 1000 - 11 / 12_111)
-    assert "unseen" not in {drift.kind for drift in measure_drift(long_tail, ten) if drift.column == "city"}
+    # Neither is it known which values are new: the ten are among those that the long tail had, and dropped.
+    for pair in ((long_tail, ten), (ten, long_tail)):
+        assert "unseen" not in {drift.kind for drift in measure_drift(*pair) if drift.column == "city"}
 
 
 def test_measures_of_numbers_and_clicks_by_hand(shop_spec):
@@ -315,3 +352,14 @@ def test_nothing_is_measured_without_rows(shop_spec):
 def test_anomalies_are_sorted_by_column_group_and_kind():
     first = Anomaly("a", "", "missing", 1.0, 0.0, "")
     assert sorted([Anomaly("b", "", "x", 0.0, 0.0, ""), Anomaly("a", "g", "x", 0.0, 0.0, ""), first])[0] == first
+
+
+def test_dollar_signs_in_values_are_drawn_as_they_are(shop_spec):
+    city = np.array(["$x$", r"$\frac$"])[np.arange(1000) % 2]
+    before, after = (statistics_of(shop_spec, city=city, user_hash=np.arange(1000)) for _ in range(2))
+    entry = contrast("$a^$", before, "after", after, shop_spec)
+    page = render_data_report({"train": before}, [entry], {}, {"dataset": "d", "spec": "s", "min_group_users": 20})
+    # The drawing names each text in a comment: the value under its panel, and each side in a legend.
+    assert "<!-- $x$ -->" in page
+    assert r"<!-- $\frac$ -->" in page
+    assert "<!-- $a^$ -->" in page

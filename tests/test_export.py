@@ -294,6 +294,15 @@ def test_na_is_text_in_csv_and_a_short_row_is_refused_without_its_values(publish
     assert not (tmp_path / "again.csv").exists()
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_scoring_ignores_bytes_that_are_not_utf8_in_columns_it_does_not_read(published, tmp_path, suffix):
+    servable = LocalServable(published.path)
+    names = [entry.name for entry in servable.raw_inputs]
+    source = tmp_path / "rows.csv"
+    source.write_bytes(",".join([*names, "note"]).encode() + b"\n" + b"," * len(names) + b"caf\xe9\n")
+    assert score_file(servable, source, tmp_path / f"scores{suffix}") == 1
+
+
 def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
     empty = tf.train.Example()
     empty.features.feature["age"].int64_list.SetInParent()

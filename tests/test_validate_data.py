@@ -86,7 +86,7 @@ def test_requests_without_rows_or_columns_are_refused(feed_dataset, tmp_path):
     pa.parquet.write_table(rows.drop_columns(["device"]), tmp_path / "narrow.parquet")
     with pytest.raises(ValueError, match=r"must have rows. Received: .*empty.parquet"):
         statistics_of_requests(tmp_path / "empty.parquet", feed_dataset.spec)
-    with pytest.raises(ValueError, match="Missing: device"):
+    with pytest.raises(ValueError, match=r"narrow\.parquet, batch from row 1: .*Missing: device"):
         statistics_of_requests(tmp_path / "narrow.parquet", feed_dataset.spec)
     with pytest.raises(ValueError, match="files end in"):
         list(read_rows(tmp_path / "served.txt"))
@@ -151,3 +151,15 @@ def test_command_succeeds_without_anomalies_under_the_limits_of_another_spec(fee
     done = validate(feed_dataset, *flags)
     assert done.returncode == 0, done.stderr
     assert "no anomalies" in done.stdout
+
+
+def test_command_refuses_expectations_that_the_build_kept_no_statistics_for(feed_dataset, tmp_path):
+    content = feed_dataset.spec.model_dump(mode="json")
+    columns = (column for table in content["tables"].values() if table for column in table["columns"])
+    next(column for column in columns if column["name"] == "duration_seconds")["expect"] = {"values": ["30"]}
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(content))
+    refused = validate(feed_dataset, f"--spec={tmp_path / 'new.yaml'}", f"--report_dir={tmp_path / 'report'}")
+    assert refused.returncode != 0
+    assert "column 'duration_seconds'" in " ".join(refused.stderr.split())
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "report").exists()

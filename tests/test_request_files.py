@@ -1,0 +1,97 @@
+"""Files of raw rows: what is a missing value, what is refused, and that batch borders decide nothing."""
+
+import json
+
+import pytest
+
+from clsd_tf.model_inputs import RawInput
+from clsd_tf.request_files import _ROWS_PER_BATCH, read_rows, typed_rows
+
+INPUTS = (RawInput("user", "string"), RawInput("age", "int64"), RawInput("recent", "string", is_list=True))
+
+
+def typed(path, inputs=INPUTS):
+    """The rows of the file, as one list of records."""
+    return [row for rows in read_rows(path) for row in typed_rows(rows, inputs).to_pylist()]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+# --- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_key_that_a_whole_batch_lacks_is_a_missing_value(tmp_path, first):
+    full = {"user": "u", "age": 30, "recent": ["i"]}
+    short = [{"user": "u"}] * _ROWS_PER_BATCH
+    records = [full, *short] if first else [*short, full]
+    found = typed(write_lines(tmp_path / "rows.jsonl", records))
+    assert [(row["user"], row["age"], row["recent"] or []) for row in found] == [
+        (record["user"], record.get("age"), record.get("recent", [])) for record in records
+    ]
+
+
+def test_a_raw_input_that_no_line_has_is_refused(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"user": "u", "age": 30}] * 3)
+    with pytest.raises(ValueError, match=r"Received: user, age\. Missing: recent"):
+        typed(path)
+
+
+def test_integers_beyond_64_bits_are_texts_and_no_numbers(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"user": 5}, {"user": 2**63}, {"user": 2**70}])
+    assert typed(path, INPUTS[:1]) == [{"user": "5"}, {"user": str(2**63)}, {"user": str(2**70)}]
+    path = write_lines(tmp_path / "ages.jsonl", [{"age": 5}, {"age": 2**70}])
+    with pytest.raises(ValueError, match="not_int64:age in row 2 of the batch") as caught:
+        typed(path, INPUTS[1:2])
+    assert str(2**70) not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b'{"user": "caf\xe9"}', b'{"user": "\\ud800"}', b"[1]", b"{", b"[" * 100_000])
+def test_lines_that_are_no_json_objects_are_named_by_file_and_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"user": "u"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"in line 2 of .*rows\.jsonl\. Correct the line") as caught:
+        typed(path, INPUTS[:1])
+    assert type(caught.value) is ValueError
+    assert "caf" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "content"), [("rows.jsonl", '{"user": "ü"}\r\n'), ("rows.csv", "user\r\nü\r\n")])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert typed(tmp_path / name, INPUTS[:1]) == [{"user": "ü"}]
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_that_are_not_utf8_matter_in_raw_inputs_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"user,note\nu1,plain\nu2,caf\xe9\n")
+    assert typed(path, INPUTS[:1]) == [{"user": "u1"}, {"user": "u2"}]
+    with pytest.raises(ValueError, match="invalid_utf8:note in row 2 of the batch") as caught:
+        typed(path, [RawInput("note", "string")])
+    assert "caf" not in str(caught.value)
+    with pytest.raises(ValueError, match="invalid_utf8:note in row 2 of the batch"):
+        typed(path, [RawInput("note", "string", is_list=True)])
+
+
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_rows_with_another_number_of_values_are_refused_wherever_they_stand(tmp_path, num_good):
+    path = tmp_path / "rows.csv"
+    path.write_text("user,age\n" + "u1,30\n" * num_good + "secret\n" * 2)
+    with pytest.raises(ValueError, match=rf"row\(s\) {num_good + 2}, {num_good + 3}\. Allowed: 2") as caught:
+        list(read_rows(path))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"us\xe9r\nu1\n"])
+def test_a_header_that_cannot_be_read_is_named_by_file(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"Received: another line 1 in .*rows\.csv\. Save the file as UTF-8") as caught:
+        list(read_rows(path))
+    assert type(caught.value) is ValueError
