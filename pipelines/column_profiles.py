@@ -33,7 +33,7 @@ _SEPARATORS = (LIST_SEPARATOR, ",", ";", " ")
 _RESERVED = (*RECORD_FIELDS, "ctr")
 _NO_AND_YES = (("false", "true"), ("f", "t"), ("no", "yes"), ("n", "y"))
 ID_ENDING = r"(_?(id|key|idx|index|no|hash|token))"
-# Of columns with such names, and of ids in the user table, no value is shown.
+# Of columns with such names, and of ids and names in the user table, no value is shown.
 _PERSONAL_NAME = re.compile(
     rf"(^|_)(user|uid|visitor|customer|member|account|reader|viewer|reviewer|person){ID_ENDING}?$|"
     rf"(^|_)(device|cookie|client|session){ID_ENDING}$|"
@@ -262,7 +262,7 @@ def _profile(role: str, column: Column, values: pa.Array) -> ColumnProfile:
 
 
 def _is_personal(role: str, name: str) -> bool:
-    return bool(_PERSONAL_NAME.search(name) or (role == "user" and re.search(rf"(^|.){ID_ENDING}$", name)))
+    return bool(_PERSONAL_NAME.search(name) or (role == "user" and re.search(rf"{ID_ENDING}$|^name$", name)))
 
 
 def _typed(name: str, values: pa.Array) -> tuple[str, pa.Array]:

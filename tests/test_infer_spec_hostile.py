@@ -248,6 +248,7 @@ def test_no_value_of_users_stands_in_comments_or_on_the_console(tmp_path):
             "user_id": [700_000_100 + user for user in range(20)],
             "phone": [491_700_000_000 + user % 10 for user in range(20)],
             "email": [f"u{user % 4}@example.org" for user in range(20)],
+            "name": [f"Ada{user % 3}" for user in range(20)],
             "customer_no": [8_100_000 + user % 10 for user in range(20)],
             "age": [20 + user for user in range(20)],
         },
@@ -256,7 +257,7 @@ def test_no_value_of_users_stands_in_comments_or_on_the_console(tmp_path):
     done = run_command(tmp_path, "--log=log.csv", "--user=users.csv", f"--output={output}")
     assert done.returncode == 0, done.stderr
     for text in (output.read_text(), done.stdout, done.stderr):
-        assert not [value for value in ("7000001", "4917000", "example.org", "81000") if value in text]
+        assert not [value for value in ("7000001", "4917000", "example.org", "Ada", "81000") if value in text]
     assert "from 20 to 39" in output.read_text()
 
 
