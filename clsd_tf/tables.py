@@ -58,7 +58,7 @@ class Column(StrictModel):
 
     @property
     def name_in_file(self) -> str:
-        return self.source_name or self.name
+        return self.name if self.source_name is None else self.source_name
 
 
 class EventTime(StrictModel):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+from collections.abc import Container, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from clsd_tf.columns import LIST_SEPARATOR, convert_column
 from clsd_tf.model_inputs import RECORD_FIELDS
 from clsd_tf.tables import Column, Table
 from pipelines import sources
+from pipelines.sources.files import until_unreadable
 
 _DELIMITERS = (",", "\t", ";", "|")
 _FORMATS = {
@@ -28,6 +30,16 @@ _FORMATS = {
 _MAX_FILES = 10
 _MAX_UNPARSABLE = 0.001  # Rarer ones become bad rows, of which a build allows 1 %.
 _SEPARATORS = (LIST_SEPARATOR, ",", ";", " ")
+_RESERVED = (*RECORD_FIELDS, "ctr")
+_NO_AND_YES = (("false", "true"), ("f", "t"), ("no", "yes"), ("n", "y"))
+ID_ENDING = r"(_?(id|key|idx|index|no|hash|token))"
+# Of columns with such names, and of ids and names in the user table, no value is shown.
+_PERSONAL_NAME = re.compile(
+    rf"(^|_)(user|uid|visitor|customer|member|account|reader|viewer|reviewer|person){ID_ENDING}?$|"
+    rf"(^|_)(device|cookie|client|session){ID_ENDING}$|"
+    r"(^|_)(e?mail|phone|mobile|msisdn|tel|telephone|imei|idfa|gaid|ip|ssn|passport|address|"
+    r"(first|last|full|user|nick|sur)_?name)(_|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,7 @@ class ColumnProfile:
       missing: share of rows without a value, in [0, 1].
       unit: of a column of moments (``seconds``, ``milliseconds``, ``microseconds``); None otherwise.
       separator: between the values of a column of several values a row; None otherwise.
+      is_personal: no value of it may be shown: the user key, and what identifies a person by its name.
     """
 
     name: str
@@ -53,6 +66,7 @@ class ColumnProfile:
     missing: float
     unit: str | None = None
     separator: str | None = None
+    is_personal: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -68,10 +82,32 @@ class ColumnProfile:
         return self.values.drop_null().cast(pa.float64()).to_numpy()
 
     @property
+    def yes(self) -> int | str | None:
+        """Which value says yes, in a column of 0 and 1 or of two words such as false and true; None in any other."""
+        values = pc.unique(self.values.drop_null()).to_pylist() if self.num_distinct <= 2 else []
+        if self.is_number:
+            return 1 if set(values) == {0, 1} else None
+        words = {value.lower(): value for value in values}
+        return next((words[yes] for no, yes in _NO_AND_YES if set(words) == {no, yes}), None)
+
+    @property
     def is_binary(self) -> bool:
-        """0 and 1, both of them, and nothing else."""
-        is_pair = self.is_number and self.num_distinct == 2 and self.missing == 0
-        return is_pair and set(pc.unique(self.values).to_pylist()) == {0, 1}
+        """Yes and no, both of them, and nothing else."""
+        return self.missing == 0 and self.yes is not None
+
+    @property
+    def yes_expression(self) -> str:
+        """Of a binary column: the comparison that holds where it says yes."""
+        return f"{self.name} == {self.yes!r}"
+
+    @property
+    def yes_share(self) -> float:
+        """Of a binary column: the share of rows that say yes, in [0, 1]."""
+        return pc.mean(pc.equal(self.values, self.yes)).as_py()
+
+    def as_text(self) -> ColumnProfile:
+        """The same column declared as text."""
+        return dataclasses.replace(self, type="string", values=self.values.cast(pa.string()), unit=None)
 
     def most_frequent(self) -> list[tuple[object, int]]:
         """(value, rows), the most frequent first; ties in the order of values."""
@@ -79,20 +115,27 @@ class ColumnProfile:
         return sorted(((entry["values"], entry["counts"]) for entry in counts), key=lambda pair: (-pair[1], pair[0]))
 
     def evidence(self) -> str:
-        """One line for a comment: how many values, how many missing, their range. No value of a text column."""
+        """One line for a comment: how many values, how many missing, their range.
+
+        No value of a text column, none of a personal one.
+        """
         parts = [f"{self.num_distinct:,} distinct in {self.num_rows:,} rows", f"{self.missing:.1%} missing"]
-        if self.is_number and len(self.numbers):
+        if self.is_number and len(self.numbers) and not self.is_personal:
             parts.append(f"from {self.numbers.min():.15g} to {self.numbers.max():.15g}")
         return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class TableProfile:
-    """A sampled table: ``table`` declares every column as text, under the names the spec will use."""
+    """A sampled table: ``table`` declares every column as text, under the names the spec will use.
+
+    ``unreadable`` says of which files the rest could not be read, and why.
+    """
 
     role: str
     table: Table
     columns: tuple[ColumnProfile, ...]
+    unreadable: tuple[str, ...] = ()
 
     def column(self, name: str) -> ColumnProfile | None:
         """By its name in the spec or in the file."""
@@ -114,22 +157,32 @@ def profile_table(role: str, path: str, input_dir: str, max_rows: int) -> TableP
     files = [sources.SourceFile(role, index, found) for index, found in enumerate(paths)]
     table = _declare(path, files[0])
     chosen = files[:: -(-len(files) // _MAX_FILES)]
-    rows = pa.concat_tables(
-        [_first_rows(file, table, -(-max_rows // len(chosen))) for file in chosen], promote_options="permissive"
-    )
-    if not rows.num_rows:
-        raise ValueError(f"--{role} must have rows. Received: {path} with none that can be read")
-    columns = (_profile(column, rows.column(column.name).combine_chunks()) for column in table.columns)
-    return TableProfile(role, table, tuple(columns))
+    batches = [batch for file in chosen for batch in _first_batches(file, table, -(-max_rows // len(chosen)))]
+    unreadable = tuple(f"{batch.file.name}: {batch.unreadable}" for batch in batches if batch.unreadable)
+    # A file without rows has no types either.
+    filled = [batch.table for batch in batches if batch.table.num_rows]
+    if not filled:
+        raise ValueError(
+            f"--{role} must have rows. Received: {path} with none that can be read. {'; '.join(unreadable)}".rstrip()
+        )
+    rows = pa.concat_tables(filled, promote_options="permissive")
+    columns = (_profile(role, column, rows.column(column.name).combine_chunks()) for column in table.columns)
+    return TableProfile(role, table, tuple(columns), unreadable)
 
 
 def _declare(path: str, file: sources.SourceFile) -> Table:
     """The table with every column of the file as text."""
     file_format, delimiter = _format(file)
     draft = Table(path=path, format=file_format, delimiter=delimiter, columns=(Column(name="any", type="string"),))
+    # Without a name there is nothing to declare: the index that pandas writes.
+    found = [source_name for source_name in sources.discover_columns(file, draft) if source_name]
+    repeated = [source_name for source_name in found if found.count(source_name) > 1]
+    if repeated or not found:
+        received = f"{repeated[0]!r} {found.count(repeated[0])} times" if repeated else "no column with a name"
+        raise ValueError(f"{file.name} must have each column once. Received: {received}. Rename it in the file")
     names: dict[str, str] = {}
-    for source_name in sources.discover_columns(file, draft):
-        names.setdefault(_unique(spec_name(source_name), names), source_name)
+    for source_name in found:
+        names[unique_name(spec_name(source_name), names)] = source_name
     columns = tuple(
         Column(name=name, type="string", source_name=None if name == source_name else source_name)
         for name, source_name in names.items()
@@ -141,12 +194,15 @@ def spec_name(source_name: str) -> str:
     """A name that a spec allows; RecBole's ``user_id:token`` loses what stands behind the colon."""
     name = re.sub(r"\W+", "_", source_name.split(":")[0], flags=re.ASCII).strip("_")
     name = name if re.match(r"[A-Za-z]", name) else f"column_{name}".rstrip("_")
-    return f"{name}_value" if name in (*RECORD_FIELDS, "ctr") else name
+    return f"{name}_value" if name in _RESERVED else name
 
 
-def _unique(name: str, taken: dict[str, str]) -> str:
+def unique_name(name: str, taken: Container[str]) -> str:
+    """``name``, or the first of name_2, name_3, ... that is neither taken nor reserved."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
-    return next(choice for choice in itertools.chain([name], numbered) if choice not in taken)
+    return next(
+        choice for choice in itertools.chain([name], numbered) if choice not in _RESERVED and choice not in taken
+    )
 
 
 def _format(file: sources.SourceFile) -> tuple[str, str | None]:
@@ -173,20 +229,23 @@ def _sniff_delimiter(start: bytes) -> str:
     return max(_DELIMITERS, key=score) if lines else ","
 
 
-def _first_rows(file: sources.SourceFile, table: Table, max_rows: int) -> pa.Table:
-    batches, num_rows = [], 0
-    for batch in sources.read_slice(sources.whole_slice(file, table), table):
-        batches.append(batch.table)
-        num_rows += batch.table.num_rows
-        if num_rows >= max_rows:
-            break
-    return pa.concat_tables(batches, promote_options="permissive").slice(0, max_rows)
+def _first_batches(file: sources.SourceFile, table: Table, max_rows: int) -> Iterator[sources.RawBatch]:
+    """Batches with at most ``max_rows`` rows in all."""
+    for batch in until_unreadable(_all_batches(file, table), file, table):
+        yield dataclasses.replace(batch, table=batch.table.slice(0, max_rows))
+        max_rows -= batch.table.num_rows
+        if max_rows <= 0:
+            return
+
+
+def _all_batches(file: sources.SourceFile, table: Table) -> Iterator[sources.RawBatch]:
+    yield from sources.read_slice(sources.whole_slice(file, table), table)  # The slice alone may be unreadable.
 
 
 # --- What a column looks like ----------------------------------------------------------------------------------------
 
 
-def _profile(column: Column, values: pa.Array) -> ColumnProfile:
+def _profile(role: str, column: Column, values: pa.Array) -> ColumnProfile:
     declared, typed = _typed(column.name, values)
     is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
     return ColumnProfile(
@@ -198,14 +257,20 @@ def _profile(column: Column, values: pa.Array) -> ColumnProfile:
         missing=typed.null_count / len(typed),
         unit=_unit(values.type, typed) if declared != "string" else None,
         separator=(LIST_SEPARATOR if is_list else _separator(typed)) if declared == "string" else None,
+        is_personal=_is_personal(role, column.name.lower()),
     )
+
+
+def _is_personal(role: str, name: str) -> bool:
+    return bool(_PERSONAL_NAME.search(name) or (role == "user" and re.search(rf"{ID_ENDING}$|^name$", name)))
 
 
 def _typed(name: str, values: pa.Array) -> tuple[str, pa.Array]:
     """The narrowest type that nearly all values have."""
     text, _ = convert_column(values, Column(name=name, type="string"))
-    padded = pc.any(pc.match_substring_regex(text, r"^[+-]?0\d")).as_py()  # 007 is a name, not the number 7.
-    for declared in () if padded or text.null_count == len(text) else ("int64", "float"):
+    # 007 is a name, not the number 7; and an id of 19 digits is none that a float can tell from the next.
+    is_name = pc.any(pc.match_substring_regex(text, r"^[+-]?(0\d|\d{19,}$)")).as_py()
+    for declared in () if is_name or text.null_count == len(text) else ("int64", "float"):
         typed, _ = convert_column(values, Column(name=name, type=declared))
         if typed.null_count - text.null_count <= _MAX_UNPARSABLE * len(values):
             return declared, typed

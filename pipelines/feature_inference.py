@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from clsd_tf.model_inputs import OTHER_GROUP, UNKNOWN_GROUP
-from pipelines.column_profiles import ColumnProfile, TableProfile
+from pipelines.column_profiles import ID_ENDING, ColumnProfile, TableProfile, unique_name
 
-ID_ENDING = r"(_?(id|key|idx|index|no|hash|token))"
 TIME_NAME = re.compile(r"(^|_)(time|timestamp|ts|date|datetime|day|hour|at|when)(_|$)|time(stamp)?(_?(ms|us|s))?$")
 _AGE_NAME = re.compile(r"(^|_)age(_|$)")
 _ID_NAME = re.compile(rf".{ID_ENDING}$")
 _AGE_BOUNDARIES = (18, 25, 35, 45, 60)
-_MAX_CATEGORIES = 50  # More different integers than that are amounts, not codes.
+MAX_CATEGORIES = 50  # More different integers than that are amounts, not codes.
 _MAX_VOCABULARY = 100_000  # A sample with more different ids than that gets hashes.
 _MAX_GROUPS, _MAX_GROUP_VALUES = 3, 20
 
@@ -33,11 +32,12 @@ class Entry:
     reason: str
 
 
-def key_features(keys: Mapping[str, ColumnProfile]) -> Iterator[Entry]:
+def key_features(keys: Mapping[str, ColumnProfile], taken: Collection[str]) -> Iterator[Entry]:
+    """The ids themselves and the user's last items, under a name that no column has (``taken``)."""
     user, item = keys["user"], keys["item"]
     for column in (user, item):
         yield _id_feature("log", column)
-    content = {"name": f"recent_{item.name}", "type": "history", "of": item.name, "max_length": 20}
+    content = {"name": unique_name(f"recent_{item.name}", taken), "type": "history", "of": item.name, "max_length": 20}
     yield Entry("log", item.name, content, "the user's last items before the event")
 
 
@@ -51,7 +51,7 @@ def guess_feature(role: str, column: ColumnProfile) -> Entry:
     if column.type == "string":
         return _text_feature(role, column)
     is_code = (
-        column.type == "int64" and column.num_distinct <= _MAX_CATEGORIES and not _AGE_NAME.search(column.name.lower())
+        column.type == "int64" and column.num_distinct <= MAX_CATEGORIES and not _AGE_NAME.search(column.name.lower())
     )
     if is_code or (column.type == "int64" and _ID_NAME.search(column.name.lower())):
         return _id_feature(role, column)
@@ -112,11 +112,15 @@ def _numeric(role: str, column: ColumnProfile) -> Entry:
 
 
 def guess_user_groups(
-    tables: Mapping[str, TableProfile], candidates: list[tuple[str, ColumnProfile]], keys: Mapping[str, ColumnProfile]
+    tables: Mapping[str, TableProfile],
+    candidates: list[tuple[str, ColumnProfile]],
+    keys: Mapping[str, ColumnProfile],
+    taken: Collection[str],
 ) -> list[Entry]:
-    """Up to three: age first, then text columns with few values, those with fewer first."""
+    """Up to three: age first, then text columns with few values, those with fewer first. None has a ``taken`` name."""
     profile = "user" if "user" in tables else "log"
-    columns = [column for role, column in candidates if role == profile]
+    # A group's values stand in the spec.
+    columns = [column for role, column in candidates if role == profile and not column.is_personal]
     if profile == "log":
         columns = [column for column in columns if _describes_user(column, keys["user"])]
     found = [
@@ -125,7 +129,15 @@ def guess_user_groups(
     for column in sorted(columns, key=lambda column: column.num_distinct):
         if column.type == "string" and not column.separator and 2 <= column.num_distinct <= _MAX_GROUP_VALUES:
             found.append(_text_group(profile, column))
-    return found[:_MAX_GROUPS]
+    return list(_named_apart(found[:_MAX_GROUPS], taken))
+
+
+def _named_apart(groups: list[Entry], taken: Collection[str]) -> Iterator[Entry]:
+    names = set(taken)
+    for group in groups:
+        name = unique_name(group.content["name"], names)
+        names.add(name)
+        yield dataclasses.replace(group, content={**group.content, "name": name})
 
 
 def _describes_user(column: ColumnProfile, user: ColumnProfile) -> bool:

@@ -7,10 +7,11 @@ Example:
 
 The format comes from the name's ending (.csv, .tsv, .txt, .jsonl, .parquet, .avro, .tfrecord; text also .gz, .zst,
 .bz2), the delimiter from the first lines. A path may be a glob pattern such as 'log/date=*/*.parquet'. Guessed are the
-types of the columns, the keys of user and item, the event time and its unit, the label (a column of 0 and 1 named click
-or label, or the upper part of a rating), how each column becomes a feature, and user groups. What seems to be known
-only after the event is left out of the features. A comment behind each guess says what it rests on; a guess that is
-wrong is corrected in the file, or by --user_key, --item_key, --event_time and --label.
+types of the columns, the keys of user and item, the event time and its unit, the label (a column of 0 and 1 or of false
+and true named click or label, or the upper part of a rating), how each column becomes a feature, and user groups. What
+seems to be known only after the event is left out of the features. A comment behind each guess says what it rests on,
+without a value that identifies a person; a guess that is wrong is corrected in the file, or by --user_key, --item_key,
+--event_time and --label.
 """
 
 import pathlib
@@ -18,7 +19,8 @@ import pathlib
 from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.features import load_spec
+from clsd_tf.features import parse_spec
+from clsd_tf.validation import parse_yaml_mapping
 from pipelines.column_profiles import profile_table, spec_name
 from pipelines.spec_inference import Choices, InferredSpec, infer_spec
 from pipelines.spec_yaml import flow, to_yaml
@@ -32,7 +34,9 @@ _MAX_ROWS = flags.DEFINE_integer("max_rows", 100_000, "Rows of each table to loo
 _USER_KEY = flags.DEFINE_string("user_key", None, "Column of the log that identifies the user, if the guess is wrong.")
 _ITEM_KEY = flags.DEFINE_string("item_key", None, "Column of the log that identifies the item, if the guess is wrong.")
 _EVENT_TIME = flags.DEFINE_string("event_time", None, "Column of the log with the time, if the guess is wrong.")
-_LABEL = flags.DEFINE_string("label", None, "Column of 0 and 1, or an expression such as 'rating >= 4'.")
+_LABEL = flags.DEFINE_string(
+    "label", None, "Column of 0 and 1, or false and true; or an expression like 'rating >= 4'."
+)
 
 
 def main(argv) -> None:
@@ -47,9 +51,11 @@ def main(argv) -> None:
     }
     choices = Choices(_USER_KEY.value, _ITEM_KEY.value, _EVENT_TIME.value, _LABEL.value)
     inferred = infer_spec(tables.pop("log"), tables, choices)
-    output.write_text(to_yaml(inferred, spec_name(output.stem), _MAX_ROWS.value), encoding="utf-8")
+    text = to_yaml(inferred, spec_name(output.stem), _MAX_ROWS.value)
     _print(inferred)
-    spec = load_spec(output)  # What was written is a spec, or this says what is not.
+    source = f"the spec inferred for {output}, which is not written,"
+    spec = parse_spec(parse_yaml_mapping(text, source), source)
+    output.write_text(text, encoding="utf-8")
     input_dir = f" --input_dir={_INPUT_DIR.value}" if _INPUT_DIR.value else ""
     console.console.print(f"[green]ok[/] {spec.name} in {output}. Read its comments, then run", soft_wrap=True)
     console.console.print(f"  python -m pipelines.check_spec --spec={output}{input_dir}", soft_wrap=True, markup=False)
@@ -68,6 +74,9 @@ def _print(inferred: InferredSpec) -> None:
         for role, table in inferred.tables.items()
         for column in table.columns
     ]
+    for role, table in inferred.tables.items():
+        for unreadable in table.unreadable:
+            console.warn(f"{role}: not looked at behind what cannot be read. {unreadable}")
     console.print_table("Columns", ["table", "column", "type", "distinct", "missing", "use"], rows)
     for key, (value, why) in inferred.settings.items():
         console.console.print(f"{key}: {flow(value)}  ({why})", soft_wrap=True, markup=False)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import sklearn.metrics
 
+from clsd_tf.columns import true_mask
 from clsd_tf.tables import Comparison
-from pipelines.column_profiles import ColumnProfile, TableProfile
+from pipelines.column_profiles import ID_ENDING, ColumnProfile, TableProfile, unique_name
 from pipelines.feature_inference import (
-    ID_ENDING,
+    MAX_CATEGORIES,
     TIME_NAME,
     Entry,
     guess_feature,
@@ -40,8 +40,10 @@ _AFTER_EVENT = re.compile(
     r"favo|forward|subscri|skip|hate|finish|complet|click|clk|rating|long_view|stars?$)"
 )
 _TELLING_AUC = 0.9  # No single feature known beforehand ranks clicks as well.
+_MIN_ROWS_PER_VALUE = 10  # With fewer, the click rates of chance values rank the very rows that they come from.
+_MIN_TELLING_ROWS, _MAX_CHANCE = 10, 1e-6
 _OPERATORS = {
-    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt
+    ">=": pc.greater_equal, "<=": pc.less_equal, "==": pc.equal, "!=": pc.not_equal, ">": pc.greater, "<": pc.less
 }  # fmt: skip
 
 
@@ -96,6 +98,8 @@ def infer_spec(log: TableProfile, profiles: Mapping[str, TableProfile], choices:
         "item": _key(log, profiles.get("item"), choices.item_key, _ITEM_NAMES, "item"),
     }
     tables = _aligned(log, profiles, keys)
+    log = tables["log"]
+    keys = {role: log.column(key.name) for role, key in keys.items()}
     time = _event_time(log, choices.event_time)
     label, why_label = _label(log, choices.label, {keys["user"].name, keys["item"].name, time.name})
     settings: dict[str, tuple[Any, str]] = {
@@ -105,10 +109,9 @@ def infer_spec(log: TableProfile, profiles: Mapping[str, TableProfile], choices:
         "label": (label, why_label),
     }
     used = {keys["user"].name, keys["item"].name, time.name, Comparison.parse(label).column}
+    clicks = _clicks(log, label)
     after = {
-        column.name: why
-        for column in log.columns
-        if (why := _after_event(column, log, label)) and column.name not in used
+        column.name: why for column in log.columns if column.name not in used and (why := _after_event(column, clicks))
     }
     settings |= _intensity(log, after)
     settings["split"] = _split(time)
@@ -118,13 +121,16 @@ def infer_spec(log: TableProfile, profiles: Mapping[str, TableProfile], choices:
         for column in table.columns
         if column.name not in {*used, *after}
     ]
-    guesses = [*key_features(keys), *(guess_feature(role, column) for role, column in candidates)]
+    taken = {column.name for table in tables.values() for column in table.columns}
+    guesses = [*key_features(keys, taken), *(guess_feature(role, column) for role, column in candidates)]
     left_out = [Entry("log", name, None, why) for name, why in after.items()]
+    features = tuple(entry for entry in guesses if entry.content)
+    taken |= {entry.content["name"] for entry in features}
     return InferredSpec(
         tables=tables,
         settings=settings,
-        features=tuple(entry for entry in guesses if entry.content),
-        user_groups=tuple(guess_user_groups(tables, candidates, keys)),
+        features=features,
+        user_groups=tuple(guess_user_groups(tables, candidates, keys, taken)),
         left_out=(*left_out, *(entry for entry in guesses if not entry.content)),
     )
 
@@ -206,24 +212,45 @@ def _event_time_content(time: ColumnProfile) -> dict[str, Any]:
 
 def _label(log: TableProfile, choice: str | None, taken: set[str]) -> tuple[str, str]:
     if choice and re.search(r"[<>=!]", choice):
-        name = Comparison.parse(choice).column
-        return choice, f"as given; {_named(log, name, 'label').evidence()}"
+        return _given_label(log, Comparison.parse(choice))
     columns = [_named(log, choice, "label")] if choice else [x for x in log.columns if x.name not in taken]
     binary = [column for column in columns if column.is_binary]
     for pattern in _CLICK_NAMES if not choice else ("",):
         for column in binary:
             if re.search(pattern, column.name.lower()):
-                return f"{column.name} == 1", f"0 or 1; {column.numbers.mean():.1%} of the rows are 1"
+                return column.yes_expression, f"yes or no; {_yes_share(column)}"
     for column in columns:
         if column.is_number and column.num_distinct > 1 and (choice or _RATING_NAME.search(column.name.lower())):
             return _rating_label(column)
     if len(binary) == 1:
-        return f"{binary[0].name} == 1", f"the only column of 0 and 1; {binary[0].numbers.mean():.1%} of the rows are 1"
-    received = f"columns of 0 and 1: {', '.join(column.name for column in binary) or 'none'}"
+        return binary[0].yes_expression, f"the only column of yes and no; {_yes_share(binary[0])}"
+    received = f"columns of yes and no: {', '.join(column.name for column in binary) or 'none'}"
     raise ValueError(
         f"no column of the log looks like the label. Received: {_names(log)}; {received}. "
-        "Pass --label=<column of 0 and 1>, or --label='<column> >= <number>'"
+        "Pass --label=<column of yes and no>, or --label='<column> >= <number>'"
     )
+
+
+def _yes_share(column: ColumnProfile) -> str:
+    return f"{column.yes_share:.1%} of the rows are {column.yes}"
+
+
+def _given_label(log: TableProfile, given: Comparison) -> tuple[str, str]:
+    column = _named(log, given.column, "label")
+    is_text = isinstance(given.value, str)
+    if is_text == column.is_number or (is_text and given.operator not in ("==", "!=")):
+        allowed = f"'{column.name} == <number>'" if column.is_number else f"\"{column.name} == '<text>'\""
+        raise ValueError(
+            f"--label must compare a column with a value of its type, text by == or !=. Received: {given.operator} "
+            f"with {'text' if is_text else 'a number'} for the {column.type} column {column.name}. Allowed: {allowed}"
+        )
+    value = f"'{given.value}'" if is_text else _as_written(given.value)
+    return f"{column.name} {given.operator} {value}", f"as given; {column.evidence()}"
+
+
+def _as_written(number: float) -> str:
+    """A number as a label may contain it: without an exponent."""
+    return np.format_float_positional(number, trim="-")
 
 
 def _rating_label(column: ColumnProfile) -> tuple[str, str]:
@@ -232,45 +259,66 @@ def _rating_label(column: ColumnProfile) -> tuple[str, str]:
     distinct = np.unique(numbers)[1:]
     threshold = next((value for value in distinct if (numbers >= value).mean() <= 0.6), distinct[-1])
     return (
-        f"{column.name} >= {threshold:.15g}",
+        f"{column.name} >= {_as_written(threshold)}",
         f"no column of 0 and 1 is named click or label; {(numbers >= threshold).mean():.1%} of the rows are rated so",
     )
 
 
 def _clicks(log: TableProfile, label: str) -> np.ndarray:
+    """Whether each row of the log is a click, bool [rows]."""
     comparison = Comparison.parse(label)
-    values = log.column(comparison.column).values.to_numpy(zero_copy_only=False)
-    return np.asarray(_OPERATORS[comparison.operator](values, comparison.value), bool)
+    found = _OPERATORS[comparison.operator](log.column(comparison.column).values, comparison.value)
+    return true_mask(found)
 
 
-def _after_event(column: ColumnProfile, log: TableProfile, label: str) -> str | None:
+def _after_event(column: ColumnProfile, clicks: np.ndarray) -> str | None:
     """Why a column of the log seems to be known only after the event; None if it does not."""
     word = _AFTER_EVENT.search(column.name.lower())
-    if word and column.is_number:
+    if word and (column.is_number or column.yes is not None):
         return f"its name ({word[1]}...) says that it is known only after the event"
-    if not column.is_number or column.num_distinct < 2:
-        return None
     known = column.values.is_valid().to_numpy(zero_copy_only=False)
-    clicks = _clicks(log, label)[known]
+    # The rarer clicks are, the fewer filled rows chance explains.
+    if known.sum() >= _MIN_TELLING_ROWS and clicks[known].all() and clicks.mean() ** known.sum() < _MAX_CHANCE:
+        return f"only clicked rows have a value ({known.sum():,} of {clicks.sum():,}), as of what follows the event"
+    auc = max((_auc(scores, clicks[rows]) for scores, rows in _rankings(column, known, clicks)), default=0.5)
+    if auc < _TELLING_AUC:
+        return None
+    return f"alone it ranks clicks with an AUC of {auc:.2f}, as only what follows the event does"
+
+
+def _rankings(
+    column: ColumnProfile, known: np.ndarray, clicks: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray | slice]]:
+    """(scores, their rows): by which the column could rank clicks.
+
+    By whether it has a value, by its numbers, and by the click rate of each of its values if they are few.
+    """
+    yield known, slice(None)
+    if column.is_number:
+        yield column.numbers, known
+    if column.num_distinct <= min(MAX_CATEGORIES, len(clicks) / _MIN_ROWS_PER_VALUE):
+        values = column.values.dictionary_encode().indices.fill_null(column.num_distinct).to_numpy()
+        rates = np.bincount(values, clicks) / np.maximum(np.bincount(values), 1)
+        yield rates[values], slice(None)
+
+
+def _auc(scores: np.ndarray, clicks: np.ndarray) -> float:
+    """Area under the ROC curve of the better direction, in [0.5, 1]; 0.5 without clicks or without others."""
     if clicks.all() or not clicks.any():
-        return None
-    auc = sklearn.metrics.roc_auc_score(clicks, column.numbers)
-    if max(auc, 1 - auc) < _TELLING_AUC:
-        return None
-    return f"alone it ranks clicks with an AUC of {max(auc, 1 - auc):.2f}, as only what follows the event does"
+        return 0.5
+    auc = sklearn.metrics.roc_auc_score(clicks, scores)
+    return max(auc, 1 - auc)
 
 
 def _intensity(log: TableProfile, after: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     """Signals that follow the event, held out to judge confidence with: an amount, else a rarer yes."""
     columns = [column for column in log.columns if column.name in after and column.missing == 0]
     for column in columns:
-        if not column.is_binary and column.numbers.min() >= 0:
+        if column.is_number and not column.is_binary and column.numbers.min() >= 0:
             return {"intensity_value": (column.name, f"known after the event; {column.evidence()}")}
     for column in columns:
         if column.is_binary:
-            return {
-                "intensity_label": (f"{column.name} == 1", f"known after the event; {column.numbers.mean():.1%} are 1")
-            }
+            return {"intensity_label": (column.yes_expression, f"known after the event; {_yes_share(column)}")}
     return {}
 
 
@@ -291,21 +339,41 @@ def _split(time: ColumnProfile) -> tuple[Any, str]:
 def _aligned(
     log: TableProfile, profiles: Mapping[str, TableProfile], keys: Mapping[str, ColumnProfile]
 ) -> dict[str, TableProfile]:
-    """Gives keys the log's name and type, and renames columns whose name another table has."""
-    tables, taken = {"log": log}, {column.name for column in log.columns}
+    """Gives keys one name and one type in all tables, and renames columns whose name another table has."""
+    joins = {role: _join_column(table, keys[role], role) for role, table in profiles.items()}
+    types = {role: _key_type(key, joins.get(role)) for role, key in keys.items()}
+    columns = [_as_key(x, x.name, role, types[role]) if (role := _role(x, keys)) else x for x in log.columns]
+    tables = {"log": dataclasses.replace(log, columns=tuple(columns))}
+    taken = {column.name for column in columns}
     for role, table in profiles.items():
-        join = table.column(keys[role].source_name) or table.column(keys[role].name) or _other_key(table, role)
-        columns = []
-        for column in table.columns:
-            name = keys[role].name if column is join else column.name
-            if column is not join and name in taken:
-                name = f"{role}_{name}"
-            columns.append(
-                dataclasses.replace(column, name=name, type=keys[role].type if column is join else column.type)
-            )
+        key = _as_key(joins[role], keys[role].name, role, types[role])
+        columns = [key if x is joins[role] else x for x in table.columns]
+        names = {x.name for x in columns} | taken
+        for place, column in enumerate(columns):
+            if column is not key and column.name in taken:
+                columns[place] = dataclasses.replace(column, name=unique_name(f"{role}_{column.name}", names))
+                names.add(columns[place].name)
         tables[role] = dataclasses.replace(table, columns=tuple(columns))
-        taken |= {column.name for column in columns}
+        taken |= names
     return tables
+
+
+def _role(column: ColumnProfile, keys: Mapping[str, ColumnProfile]) -> str | None:
+    return next((role for role, key in keys.items() if key is column), None)
+
+
+def _key_type(*columns: ColumnProfile | None) -> str:
+    """Ids are never floats, and text in all tables if they are in one."""
+    return "int64" if all(column.type == "int64" for column in columns if column) else "string"
+
+
+def _as_key(column: ColumnProfile, name: str, role: str, kind: str) -> ColumnProfile:
+    column = column if column.type == kind else column.as_text()
+    return dataclasses.replace(column, name=name, is_personal=column.is_personal or role == "user")
+
+
+def _join_column(table: TableProfile, key: ColumnProfile, role: str) -> ColumnProfile:
+    return table.column(key.source_name) or table.column(key.name) or _other_key(table, role)
 
 
 def _other_key(table: TableProfile, role: str) -> ColumnProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -80,7 +81,12 @@ def flow(value: Any) -> str:
         return "[" + ", ".join(flow(entry) for entry in value) + "]"
     if isinstance(value, str) and value.isidentifier() and value.isascii() and value.lower() not in _YAML_WORDS:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^ -~]", _escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """A character as it is, or as YAML's escape when YAML would not read it or nobody could see it."""
+    return found[0] if found[0].isprintable() else f"\\U{ord(found[0]):08x}"
 
 
 _YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n", "nan", "inf"}
