@@ -57,7 +57,7 @@ def main(argv) -> None:
         for split, entry in ((split, counts["splits"][split]) for split in SPLITS)
     ]
     console.print_table("Dataset", ["split", "rows", "click rate", "first event", "last event"], rows)
-    console.console.print(_what_became_of_rows(counts))
+    console.console.print(_what_became_of_rows(counts), soft_wrap=True)
     console.console.print(f"dataset in {dataset_dir}", soft_wrap=True)
 
 
