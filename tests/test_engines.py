@@ -19,6 +19,7 @@ import pytest
 
 import feature_specs
 from clsd_tf.artifacts import DatasetDir, read_json
+from pipelines import build as build_module
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.engines import Spread, make_pipeline
 from pipelines.feed import FeedConfig, simulate_feed
@@ -41,7 +42,9 @@ def build_with(raw_dir, tmp_path_factory):
     def build(*beam_arguments):
         path = tmp_path_factory.mktemp("built") / "dataset"
         config = BuildConfig(input_dir=str(raw_dir), rows_per_shard=500, beam_arguments=beam_arguments)
-        build_dataset(feature_specs.get_spec("simulated_feed"), config, path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build_module, "_BYTES_PER_PARTITION", 20_000)  # Some ten partitions, as of a large log.
+            build_dataset(feature_specs.get_spec("simulated_feed"), config, path)
         return DatasetDir(path)
 
     return build
