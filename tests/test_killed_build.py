@@ -87,7 +87,7 @@ def test_a_build_killed_at_any_moment_leaves_no_dataset_and_can_be_run_again(pro
     output = tmp_path / "dataset"
     numbers = random.Random(7)
     moments = [seconds * (k + numbers.random()) / NUM_KILLS for k in range(NUM_KILLS)]
-    interrupted = []
+    interrupted, left_something = [], 0
     for moment in numbers.sample(moments, NUM_KILLS):  # Each build meets what the killed ones before it have left.
         kill_after(moment, processes, raw_dir, output)
         if output.exists():  # It was done before it was killed.
@@ -95,12 +95,14 @@ def test_a_build_killed_at_any_moment_leaves_no_dataset_and_can_be_run_again(pro
             shutil.rmtree(output)
         else:
             interrupted.append(moment)
+        left_something += any(tmp_path.iterdir())
         for left in tmp_path.iterdir():
             with pytest.raises(ArtifactError):
                 DatasetDir(left)
-    assert len(interrupted) > NUM_KILLS / 2
-    assert list(tmp_path.iterdir())  # Some were killed while they wrote.
+    assert len(interrupted) >= NUM_KILLS / 4
+    assert left_something >= NUM_KILLS / 4  # So many were killed while they wrote.
     build_dataset(
         feature_specs.get_spec("simulated_feed"), BuildConfig(input_dir=str(raw_dir), rows_per_shard=500), output
     )
     assert_same(DatasetDir(output), expected)
+    assert list(tmp_path.iterdir()) == [output]  # What killed builds left is gone.
