@@ -176,8 +176,12 @@ class FeatureSpec(StrictModel):
         self._check_types()
 
     def _check_sensitive(self) -> None:
-        # Weights and intensity values stand in records; features of past events hold values, or what they tell.
-        uses = {"sample_weight": self.sample_weight, "intensity_value": self.intensity_value}
+        # Times, weights and intensity values stand in records; features of past events hold values, or what they tell.
+        uses = {
+            "event_time": self.event_time.column,
+            "sample_weight": self.sample_weight,
+            "intensity_value": self.intensity_value,
+        }
         labels = {self.label_comparison.column, self.intensity_comparison and self.intensity_comparison.column}
         for feature in self.features:
             if isinstance(feature, WindowFeature):

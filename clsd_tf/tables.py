@@ -39,7 +39,8 @@ class Column(StrictModel):
       source_name: the column's name in the file, when it differs.
       expect: what ``pipelines.validate_data`` checks the values by.
       sensitive: its values never stand in dead letters, statistics or logs, and no feature or user group may use it. A
-        key, the event time or a label's column may be sensitive; a user key then needs ``user_id_salt_env``.
+        key, ``valid_from`` or a label's column may be sensitive (records hold only whether the label's comparison
+        holds); a user key then needs ``user_id_salt_env``.
     """
 
     name: Name

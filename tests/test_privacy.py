@@ -70,6 +70,7 @@ def test_values_of_a_sensitive_column_are_in_no_file_and_in_no_output(shop_conte
 @pytest.mark.parametrize(
     ("changes", "use"),
     [
+        ({}, "'time' as event_time"),
         ({"sample_weight": "weight"}, "'weight' as sample_weight"),
         ({"intensity_value": "seconds", "intensity_label": None}, "'seconds' as intensity_value"),
         (
@@ -85,7 +86,7 @@ def test_values_of_a_sensitive_column_are_in_no_file_and_in_no_output(shop_conte
 def test_no_way_leads_from_a_sensitive_column_into_a_dataset(shop_content, changes, use):
     shop_content["sample_weight"] = None
     for column in shop_content["tables"]["log"]["columns"]:
-        column["sensitive"] = column["name"] in ("seconds", "weight")
+        column["sensitive"] = column["name"] in (("seconds", "weight") if changes else ("time",))
     content = {**shop_content, **changes}
     content["features"] = [*shop_content["features"], *changes.get("features", [])]
     with pytest.raises(SpecError, match=f"a sensitive column cannot be in a dataset. Received: {use}"):
