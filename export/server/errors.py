@@ -7,7 +7,7 @@ import grpc
 # HTTP status of each code, as in TF Serving's net_http (`http_server.cc`); but a full queue answers 503, not 429.
 _HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.FAILED_PRECONDITION: 412,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 503,
