@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-import pyarrow as pa
 
+from clsd_tf.columns import decimals
 from export.server.errors import RequestError, invalid_argument
 from export.server.json_tensors import object_array
 
@@ -62,14 +62,6 @@ def _to_json(name: str, values: np.ndarray) -> Any:
     if kind == "O":
         return _texts(name, values).tolist()
     raise RequestError(grpc.StatusCode.UNIMPLEMENTED, f"output {name}: JSON has no values of its type. Use gRPC")
-
-
-def decimals(values: np.ndarray) -> np.ndarray:
-    """Floats as float64 whose shortest decimals are those of the floats: float32 0.1 -> 0.1, not 0.10000000149."""
-    if values.dtype == np.float64:
-        return values
-    text = pa.array(values.astype(np.float32).ravel()).cast(pa.string())
-    return text.cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(values.shape)
 
 
 def _texts(name: str, values: np.ndarray) -> np.ndarray:

@@ -156,7 +156,7 @@ class _RestApi:
         started = time.perf_counter()
         try:
             body = await asyncio.wait_for(self._read(request), self._timeout_seconds)
-        except asyncio.TimeoutError:  # noqa: UP041 - Another class until Python 3.11.
+        except asyncio.TimeoutError:
             raise RequestError(
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"the body must arrive within {self._timeout_seconds:g} seconds"
             ) from None
