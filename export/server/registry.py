@@ -43,15 +43,11 @@ class Registry(Generic[V]):
     Args:
       servable_dir: holds models.config, or one directory per model.
       load: makes a version of its directory and the model's name; slow, and may raise anything.
-      on_change: called when other versions take requests than before.
     """
 
-    def __init__(
-        self, servable_dir: pathlib.Path, load: Callable[[pathlib.Path, str], V], on_change: Callable[[], None]
-    ):
+    def __init__(self, servable_dir: pathlib.Path, load: Callable[[pathlib.Path, str], V]):
         self._servable_dir = servable_dir
         self._load = load
-        self._on_change = on_change
         self._lock = threading.Lock()  # Of the next three.
         self._served: dict[str, dict[int, _Served[V]]] = {}
         self._labels: dict[str, dict[str, int]] = {}
@@ -163,7 +159,6 @@ class Registry(Generic[V]):
             self._served.setdefault(name, {})[number] = _Served(version)
             self._states[name][number] = VersionState(State.AVAILABLE)
         logging.info("version %d of model %r takes requests", number, name)
-        self._on_change()
 
     def _set_state(self, name: str, number: int, state: VersionState) -> None:
         with self._lock:
@@ -190,7 +185,6 @@ class Registry(Generic[V]):
                 self._states[name][number] = VersionState(State.UNLOADING if one.in_flight else State.END)
         if retired:
             logging.info("versions %s of model %r retire", retired, name)
-            self._on_change()
 
     def _tell_missing(self, model: WantedModel, found: Set[int]) -> None:
         if not found:
