@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -28,7 +29,15 @@ class Signature:
     outputs: dict[str, tf.TensorSpec]
     method: str
 
-    @property
+    @functools.cached_property
+    def input_forms(self) -> dict[str, tuple[np.dtype, list[int | None] | None]]:
+        """Input name -> numpy dtype (object for strings) and dimensions, None where free; None for any rank."""
+        return {
+            name: (np.dtype(spec.dtype.as_numpy_dtype), spec.shape.as_list() if spec.shape.rank is not None else None)
+            for name, spec in self.inputs.items()
+        }
+
+    @functools.cached_property
     def is_batchable(self) -> bool:
         """Whether rows of several requests may run as one: every tensor has a free 0th dimension."""
         specs = [*self.inputs.values(), *self.outputs.values()]
@@ -75,7 +84,12 @@ class LoadedVersion:
         specs = self.signatures[signature_name].inputs
         tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
         outputs = self._functions[signature_name](**tensors)
-        return {name: value.numpy() for name, value in outputs.items()}
+        return {name: _to_array(value) for name, value in outputs.items()}
+
+
+def _to_array(tensor: tf.Tensor) -> np.ndarray:
+    value = tensor.numpy()  # bytes for a scalar string
+    return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
 
 
 def _signature_defs(path: pathlib.Path) -> dict[str, meta_graph_pb2.SignatureDef]:
