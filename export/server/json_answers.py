@@ -38,9 +38,13 @@ def predict_answer(outputs: Mapping[str, np.ndarray], in_rows: bool) -> bytes:
 def classify_answer(outputs: Mapping[str, np.ndarray]) -> bytes:
     """``results``: of each example its classes as [label, score]; "" and 0.0 for what the signature does not give."""
     shape = next(iter(outputs.values())).shape
-    labels = _to_json("classes", outputs["classes"]) if "classes" in outputs else np.full(shape, "").tolist()
-    scores = _to_json("scores", outputs["scores"]) if "scores" in outputs else np.zeros(shape).tolist()
-    return dump({"results": [list(zip(*row, strict=True)) for row in zip(labels, scores, strict=True)]})
+    labels = outputs.get("classes", np.full(shape, b"", object)).tolist()
+    scores = _to_json("scores", outputs.get("scores", np.zeros(shape, np.float32)))
+    return dump({"results": [list(map(_class, *row)) for row in zip(labels, scores, strict=True)]})
+
+
+def _class(label: bytes, score: float) -> tuple[str, float]:
+    return label.decode("utf-8", "replace"), score
 
 
 def regress_answer(outputs: Mapping[str, np.ndarray]) -> bytes:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import random
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import tensorflow as tf
+from absl import logging
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import input_pb2
 
@@ -31,7 +31,6 @@ from export.server.servable import LoadedVersion
 _OF_EXAMPLES = ("serving_default", "classify", "regress")
 _OF_TENSORS = "predict_raw"
 _OF_LISTS = "rank"
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class RequestLog:
     """Samples accepted requests and writes them as Parquet, ``directory``/<model>/<version>-<time>-<random>.parquet.
 
     ``record`` only keeps a reference; a thread of its own decodes and writes. A file appears under its name when it is
-    whole. A killed process loses what it has not yet written.
+    whole. A killed process loses what it has not yet written. A context manager, which closes it.
 
     Args:
       directory: made if it does not exist.
@@ -136,6 +135,12 @@ class RequestLog:
             self._kinds[key] = _Kind.of(version, signature_name)
         return self._kinds[key]
 
+    def __enter__(self) -> RequestLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def close(self) -> None:
         """Writes what waits and stops; later requests are passed over."""
         with self._condition:
@@ -159,7 +164,7 @@ class RequestLog:
             for kind, requests in waiting.items():
                 self._write(kind, requests)
             if self.dropped_requests > dropped_before:
-                _log.warning("%d requests were not logged so far", self.dropped_requests)
+                logging.warning("%d requests were not logged so far", self.dropped_requests)
 
     def _write(self, kind: _Kind, requests: list[Mapping[str, np.ndarray]]) -> None:
         tables, num_failed = _rows_of(kind, requests)
@@ -168,7 +173,7 @@ class RequestLog:
                 for start in range(0, table.num_rows, self._rows_per_file):
                     self._write_file(kind, table.slice(start, self._rows_per_file))
         except (OSError, pa.ArrowException) as error:
-            _log.error("requests could not be logged: %s", type(error).__name__)
+            logging.error("requests could not be logged: %s", type(error).__name__)
             num_failed = len(requests)
         with self._condition:
             self.dropped_requests += num_failed

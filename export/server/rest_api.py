@@ -45,16 +45,14 @@ _PLACES = (
 )
 
 
-def rest_app(
-    core: PredictionCore, metrics: Metrics, max_request_bytes: int, timeout_seconds: float = 30.0
-) -> Starlette:
+def rest_app(core: PredictionCore, metrics: Metrics, max_request_bytes: int, timeout_seconds: float) -> Starlette:
     """The ASGI application.
 
     Args:
       core: answers the requests.
       metrics: counts them, and is shown at /metrics and TF Serving's /monitoring/prometheus/metrics.
       max_request_bytes: longest body; longer ones are refused while they arrive.
-      timeout_seconds: for a request, its body included; TF Serving's default.
+      timeout_seconds: for a request, its body included.
     """
     api = _RestApi(core, metrics, max_request_bytes, timeout_seconds)
 
