@@ -18,13 +18,14 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_json, write_text
+from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_text
 from clsd_tf.assembly import load_model
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.examples import arrow_to_tensors, encode_examples
 from clsd_tf.features import FeatureSpec
 from clsd_tf.input_pipeline import batches, read_columns
 from clsd_tf.transform import FeatureTransform
+from export.manifest import write_manifest
 from export.signatures import ServingModule, serving_signatures
 from export.warmup import write_warmup_requests
 
@@ -81,14 +82,7 @@ def export_servable(
         sample_path = pathlib.Path(scratch) / "verification.parquet"
         pyarrow.parquet.write_table(sample, sample_path)
         verification = _verify_in_fresh_process(staging, sample_path)
-        manifest = {
-            "model_name": name,
-            "feature_spec": dataset.spec.name,
-            "spec_fingerprint": dataset.spec.fingerprint,
-            "config": work_dir.resolved_config,
-            "verification": verification,
-        }
-        write_json(staging / "assets.extra" / "manifest.json", manifest)
+        write_manifest(staging, dataset, work_dir, model_name=name, version=int(final.name), verification=verification)
     _add_to_models_config(base_dir / "models.config", name, f"{serving_base_path.rstrip('/')}/{name}")
     return Servable(final, verification)
 
