@@ -20,6 +20,7 @@ from clsd_tf.assembly import load_model, predict
 from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
 from export import saved_model
+from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
 from export.scoring import LocalServable, score_file
 
@@ -88,7 +89,7 @@ def test_the_servable_calibrates_and_its_debug_outputs_do_not(feed_dataset, run,
 def test_verification_in_a_fresh_process_covers_every_signature(published, feed_dataset):
     differences = published.verification["max_difference"]
     assert set(differences) == {
-        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr",
+        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr", "rank/ctr",
         "debug/logit", "debug/teacher_score", "debug/ad_gate_correction",
     }  # fmt: skip
     assert max(differences.values()) <= 1e-6
@@ -155,13 +156,34 @@ def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(publishe
     ]
     assert len(logs) == published.verification["warmup_records"] <= 1000
     assert {log.WhichOneof("log_type") for log in logs} == {"predict_log", "classify_log", "regress_log"}
-    assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
+    predictions = [log.predict_log.request for log in logs if log.HasField("predict_log")]
+    assert {request.model_spec.name for request in predictions} == {"feed"}
+    assert {request.model_spec.signature_name for request in predictions} == {"serving_default", "predict_raw", "rank"}
+
+
+def test_warmup_requests_name_no_user(published, sample):
+    content = (published.path / "assets.extra" / "tf_serving_warmup_requests").read_bytes()
+    items = {item_id.encode() for item_id in sample.column("item_id").slice(0, 64).to_pylist()}
+    users = {user_id.encode() for user_id in sample.column("user_id").slice(0, 64).to_pylist()}
+    assert all(item in content for item in items)
+    assert not [user for user in users if user in content]
 
 
 def test_the_version_directory_is_an_integer_and_alone(published):
     assert published.path.name == "7"
     assert [child.name for child in published.path.parent.iterdir()] == ["7"]
     assert (published.path / "fingerprint.pb").exists()
+
+
+def test_the_manifest_names_inputs_private_ones_and_every_file(feed_dataset, published):
+    manifest = read_json(published.path / "assets.extra" / "manifest.json")
+    assert (manifest["model_name"], manifest["version"]) == ("feed", 7)
+    assert manifest["dataset_fingerprint"] == feed_dataset.fingerprint
+    assert {"name": "recent_items", "dtype": "string", "is_list": True} in manifest["raw_inputs"]
+    assert {"name": "age", "dtype": "int64", "is_list": False} in manifest["raw_inputs"]
+    assert manifest["private_inputs"] == ["user_id"]
+    assert {"saved_model.pb", "assets.extra/tf_serving_warmup_requests"} < set(manifest["files"])
+    assert check_files(published.path, manifest) == []
 
 
 def test_models_config_parses_and_keeps_other_models(feed_dataset, run, published):
