@@ -20,6 +20,7 @@ from export.server.grpc_api import GrpcServer
 from export.server.metrics import Metrics
 from export.server.models_config import read_wanted_models
 from export.server.registry import Registry
+from export.server.request_log import RequestLog
 from export.server.rest_api import rest_app
 
 
@@ -36,6 +37,8 @@ class LocalServer:
       poll_seconds: how often the directory is looked at.
       max_request_bytes: larger requests are refused.
       grace_seconds: how long requests may take to finish when the server stops.
+      rest_timeout_seconds: for a request over REST, its body included; gRPC's clients give their own.
+      request_log: gets answered requests; closed by the caller, after the server.
 
     Attributes:
       grpc_address, rest_address: host:port, once started.
@@ -54,6 +57,8 @@ class LocalServer:
         poll_seconds: float = 1.0,
         max_request_bytes: int = 16 << 20,
         grace_seconds: float = 10.0,
+        rest_timeout_seconds: float = 30.0,
+        request_log: RequestLog | None = None,
     ):
         self._servable_dir = servable_dir
         self._host = host
@@ -61,13 +66,14 @@ class LocalServer:
         self._poll_seconds = poll_seconds
         self._max_request_bytes = max_request_bytes
         self._grace_seconds = grace_seconds
+        self._rest_timeout_seconds = rest_timeout_seconds
         self._metrics = Metrics()
         self._threads = ModelThreads(num_threads or os.cpu_count() or 1)
         options = batching or BatchingOptions()
         self.registry: Registry[ServedVersion] = Registry(
             servable_dir, lambda path, name: ServedVersion(path, name, options, self._threads, self._metrics)
         )
-        self._core = PredictionCore(self.registry)
+        self._core = PredictionCore(self.registry, request_log)
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,7 +121,10 @@ class LocalServer:
         grpc_port, rest_port = self._ports
         grpc_server = GrpcServer(self._core, self._metrics, _address(self._host, grpc_port), self._max_request_bytes)
         http_server = _HttpServer(
-            rest_app(self._core, self._metrics, self._max_request_bytes), self._host, rest_port, self._grace_seconds
+            rest_app(self._core, self._metrics, self._max_request_bytes, self._rest_timeout_seconds),
+            self._host,
+            rest_port,
+            self._grace_seconds,
         )
         self.grpc_address = _address(self._host, grpc_server.port)
         self.rest_address = _address(self._host, http_server.port)
