@@ -42,6 +42,7 @@ class LocalServer:
 
     Attributes:
       grpc_address, rest_address: host:port, once started.
+      registry: of the versions that are served.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class LocalServer:
         self._metrics = Metrics()
         self._threads = ModelThreads(num_threads or os.cpu_count() or 1)
         options = batching or BatchingOptions()
-        self._registry: Registry[ServedVersion] = Registry(
+        self.registry: Registry[ServedVersion] = Registry(
             servable_dir, lambda path, name: ServedVersion(path, name, options, self._threads, self._metrics)
         )
-        self._core = PredictionCore(self._registry, request_log)
+        self._core = PredictionCore(self.registry, request_log)
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,8 +115,6 @@ class LocalServer:
             if self._started.done():
                 raise
             self._started.set_exception(error)
-        finally:
-            self._threads.close()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -140,13 +139,14 @@ class LocalServer:
             await self._follow(grpc_server)
         http_server.should_exit = True
         await asyncio.gather(grpc_server.stop(self._grace_seconds), serving_http)
+        await asyncio.to_thread(self._threads.close)  # What runs still tells this loop that it ended.
 
     async def _follow(self, grpc_server: GrpcServer) -> None:
         try:
-            await asyncio.to_thread(self._registry.follow)
+            await asyncio.to_thread(self.registry.follow)
         except Exception:  # Say, a directory that went away while it was read. The next poll tells.
             logging.exception("the servable directory could not be followed")
-        versions = self._registry.versions()
+        versions = self.registry.versions()
         self._metrics.set_served(versions)
         await grpc_server.set_serving(bool(versions))
 
