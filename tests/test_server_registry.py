@@ -5,19 +5,18 @@ import shutil
 import threading
 
 import grpc
-import numpy as np
 import pytest
 import tensorflow as tf
 from grpc_calls import model_spec, outputs, predict_request, prediction_stub, slow_request, wait_until
-from tensorflow_serving.apis import get_model_status_pb2
-from tiny_servables import examples, save_tiny, write_config
+from tensorflow_serving.apis import get_model_status_pb2, input_pb2, prediction_log_pb2
+from tiny_servables import example, examples, save_tiny, write_config
 
 from export.server.app import LocalServer
 from export.server.errors import RequestError
 from export.server.registry import Registry
 from export.server.servable import LoadedVersion
 from export.server.warmup_replay import replay_warmup_requests
-from export.warmup import WARMUP_FILE, write_warmup_requests
+from export.warmup import WARMUP_FILE
 
 State = get_model_status_pb2.ModelVersionStatus.State
 
@@ -244,41 +243,73 @@ def test_a_model_that_leaves_the_config_is_no_longer_served(registry, publish, t
     assert states(registry, "other") == {1: State.END}
 
 
-def test_warm_up_requests_are_replayed(publish):
-    path = publish(2)
-    raw = {"x": np.float32([1.0]), "names": np.array([b"a"], object), "counts": np.int64([[1]])}
-    assert replay_warmup_requests(LoadedVersion(path, "tiny")) == 0
-    records = write_warmup_requests(path, "tiny", examples(1.0).tolist(), raw)
-    assert replay_warmup_requests(LoadedVersion(path, "tiny")) == records > 0
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        b"no PredictionLog",
-        b"",  # A log of no kind.
-    ],
-)
-def test_one_bad_warm_up_record_fails_the_version(publish, record):
-    path = publish(2)
+def write_warmup(path, *records):
     (path / WARMUP_FILE).parent.mkdir()
     with tf.io.TFRecordWriter(str(path / WARMUP_FILE)) as writer:
-        writer.write(record)
-    with pytest.raises(ValueError, match="warm-up record 1 cannot be replayed"):
+        for record in records:
+            writer.write(record if isinstance(record, bytes) else record.SerializeToString())
+
+
+def warmup_logs(*xs):
+    """A log of every kind that TF Serving replays."""
+    parsed = [tf.train.Example.FromString(example(x)) for x in xs]
+    request_input = input_pb2.Input(example_list=input_pb2.ExampleList(examples=parsed))
+    logs = [prediction_log_pb2.PredictionLog() for _ in range(4)]
+    logs[0].predict_log.request.CopyFrom(predict_request(model_spec("tiny"), examples=examples(*xs)))
+    logs[1].classify_log.request.model_spec.CopyFrom(model_spec("tiny", "classify"))
+    logs[1].classify_log.request.input.CopyFrom(request_input)
+    logs[2].regress_log.request.model_spec.CopyFrom(model_spec("tiny", "regress"))
+    logs[2].regress_log.request.input.CopyFrom(request_input)
+    logs[3].multi_inference_log.request.tasks.add(
+        model_spec=model_spec("tiny", "regress"), method_name="tensorflow/serving/regress"
+    )
+    logs[3].multi_inference_log.request.input.CopyFrom(request_input)
+    return logs
+
+
+def test_warm_up_requests_of_every_kind_are_replayed(publish):
+    path = publish(2)
+    assert replay_warmup_requests(LoadedVersion(path, "tiny")) == 0
+    write_warmup(path, *warmup_logs(1.0, 2.0))
+    assert replay_warmup_requests(LoadedVersion(path, "tiny")) == 4
+
+
+def broken_warmup_records():
+    unknown_input = prediction_log_pb2.PredictionLog()
+    unknown_input.predict_log.request.CopyFrom(predict_request(model_spec("tiny"), inputs=examples(1.0)))
+    unknown_signature = prediction_log_pb2.PredictionLog()
+    unknown_signature.predict_log.request.CopyFrom(
+        predict_request(model_spec("tiny", "absent"), examples=examples(1.0))
+    )
+    streamed = prediction_log_pb2.PredictionLog()
+    streamed.predict_streamed_log.SetInParent()
+    return {
+        "no PredictionLog": b"\xff",
+        "empty": b"",
+        "unknown input": unknown_input,
+        "unknown signature": unknown_signature,
+        "streamed": streamed,
+        "no examples": warmup_logs()[1],
+    }
+
+
+@pytest.mark.parametrize("name", broken_warmup_records())
+def test_one_bad_warm_up_record_fails_the_version(publish, name):
+    path = publish(2)
+    write_warmup(path, *warmup_logs(1.0)[:1], broken_warmup_records()[name])
+    with pytest.raises(ValueError, match="warm-up record 2 cannot be replayed"):
         replay_warmup_requests(LoadedVersion(path, "tiny"))
 
 
 def test_a_warm_up_request_that_the_model_refuses_keeps_the_old_version_serving(publish, tmp_path):
     publish(1)
     with LocalServer(tmp_path, poll_seconds=0.02) as server, prediction_stub(server.grpc_address) as stub:
-        staging = tmp_path / "staging"
-        path = publish(2, name="staging")
-        raw = {"x": np.float32([1.0]), "names": np.array([b"a"], object), "counts": np.int64([[1]])}
-        write_warmup_requests(path, "tiny", [tf.train.Example().SerializeToString()], raw)
+        path = publish(2, name=".staged")
+        refused_log = warmup_logs(1.0)[0]
+        refused_log.predict_log.request.inputs["examples"].string_val[:] = [b"no example"]
+        write_warmup(path, refused_log)
         path.rename(tmp_path / "tiny" / "2")
-        staging.rmdir()
-        wait_until(lambda: 2 in server.registry.states(model_spec("tiny")))
-        wait_until(lambda: states(server.registry)[2] == State.END)
+        wait_until(lambda: states(server.registry).get(2) == State.END)
         assert stub.Predict(predict_request(model_spec("tiny"), examples=examples(1.0))).model_spec.version.value == 1
 
 
