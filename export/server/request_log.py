@@ -6,13 +6,13 @@ Users and sensitive columns are never decoded, so no file can hold them; files s
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
 import random
 import secrets
 import threading
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -169,9 +169,9 @@ class RequestLog:
     def _write(self, kind: _Kind, requests: list[Mapping[str, np.ndarray]]) -> None:
         tables, num_failed = _rows_of(kind, requests)
         try:
-            for table in tables:
-                for start in range(0, table.num_rows, self._rows_per_file):
-                    self._write_file(kind, table.slice(start, self._rows_per_file))
+            rows = pa.concat_tables(tables) if tables else pa.table({})
+            for start in range(0, rows.num_rows, self._rows_per_file):
+                self._write_file(kind, rows.slice(start, self._rows_per_file))
         except (OSError, pa.ArrowException) as error:
             logging.error("requests could not be logged: %s", type(error).__name__)
             num_failed = len(requests)
@@ -181,7 +181,7 @@ class RequestLog:
     def _write_file(self, kind: _Kind, rows: pa.Table) -> None:
         directory = self._directory / kind.model_name
         directory.mkdir(exist_ok=True)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
         path = directory / f"{kind.version}-{stamp}-{secrets.token_hex(4)}.parquet"
         temporary = path.with_name(f".{path.name}.incomplete")
         with temporary.open("wb") as file:
