@@ -78,6 +78,7 @@ class LocalServer:
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_requested = asyncio.Event()
+        self._failure: Exception | None = None
         self.grpc_address = self.rest_address = ""
 
     def __enter__(self) -> LocalServer:
@@ -105,16 +106,23 @@ class LocalServer:
             self._loop.call_soon_threadsafe(self._stop_requested.set)
 
     def join(self) -> None:
-        """Waits until the server has stopped."""
+        """Waits until the server has stopped.
+
+        Raises:
+          Exception: what ended the server, unless it was asked to stop.
+        """
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
         except Exception as error:
             if self._started.done():
-                raise
-            self._started.set_exception(error)
+                self._failure = error
+            else:
+                self._started.set_exception(error)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
