@@ -1,66 +1,19 @@
-"""The embedded way to call a servable: load it here, score batches of raw rows."""
+"""Files of raw rows -> files with their scores."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-import tensorflow as tf
 
 from clsd_tf.artifacts import require_absent
 from clsd_tf.columns import LIST_SEPARATOR, value_to_text
-from clsd_tf.examples import arrow_to_tensors
-from clsd_tf.model_inputs import RawInput
-from clsd_tf.request_files import FORMATS, read_rows, typed_rows
-
-_DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
-
-
-class LocalServable:
-    """A SavedModel with a ``predict_raw`` signature, loaded into this process.
-
-    Args:
-      path: a version directory, or the directory of a model, whose largest version is taken.
-
-    Raises:
-      FileNotFoundError: no version there.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = _version_directory(path)
-        self._loaded = tf.saved_model.load(str(self.path))  # Kept: it owns the variables of the signature.
-        self._predict_raw = self._loaded.signatures["predict_raw"]
-        specs = self._predict_raw.structured_input_signature[1]
-        self.raw_inputs = tuple(
-            RawInput(name, _DTYPES[spec.dtype], is_list=spec.shape.rank == 2) for name, spec in sorted(specs.items())
-        )
-
-    def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]; a null or "" is a missing value.
-
-        Columns are read by the rules of the build: text, numbers and lists become the declared types.
-
-        Raises:
-          ValueError: a raw input has no column, or a value that does not fit its type.
-        """
-        typed = typed_rows(rows, self.raw_inputs)
-        return self._predict_raw(**arrow_to_tensors(typed, self.raw_inputs))["ctr"].numpy()
-
-
-def _version_directory(path: pathlib.Path) -> pathlib.Path:
-    if (path / "saved_model.pb").is_file():
-        return path
-    versions = [child for child in path.glob("*") if child.name.isdigit() and (child / "saved_model.pb").is_file()]
-    if not versions:
-        raise FileNotFoundError(
-            f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"
-        )
-    return max(versions, key=lambda child: int(child.name))
+from clsd_tf.request_files import FORMATS, read_rows
+from clsd_tf.servable import LocalServable
 
 
 def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: pathlib.Path) -> int:

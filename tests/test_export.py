@@ -19,9 +19,10 @@ from clsd_tf.artifacts import read_json
 from clsd_tf.assembly import load_model, predict
 from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
+from clsd_tf.servable import LocalServable
 from export import saved_model
 from export.saved_model import ExportError, export_servable
-from export.scoring import LocalServable, score_file
+from export.scoring import score_file
 
 
 @pytest.fixture(scope="module")

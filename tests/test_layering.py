@@ -17,7 +17,7 @@ LEVELS = [
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
     {"transform", "examples", "sketches", "request_files"},
-    {"column_summaries", "small_groups"},
+    {"column_summaries", "servable", "small_groups"},
     {"data_statistics"},
     {"data_checks"},
     {"data_report"},
