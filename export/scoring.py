@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -13,11 +16,31 @@ import pyarrow.parquet
 from clsd_tf.artifacts import require_absent
 from clsd_tf.columns import LIST_SEPARATOR, value_to_text
 from clsd_tf.request_files import FORMATS, read_rows
-from clsd_tf.servable import LocalServable
 
 
-def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: pathlib.Path) -> int:
-    """Scores a file batch by batch; the output appears when it is whole. Returns the number of rows.
+class Scorer(Protocol):
+    """What gives rows their ctr: a servable in this process, or a server behind its client."""
+
+    def score(self, rows: pa.Table) -> np.ndarray:
+        """ctr of each row, float32 [num_rows]."""
+
+
+def score_file(
+    scorer: Scorer,
+    input_path: pathlib.Path,
+    output_path: pathlib.Path,
+    progress: Callable[[int], None] = lambda num_rows: None,
+) -> int:
+    """Scores a file batch by batch; the output appears when it is whole.
+
+    Args:
+      scorer: gives the scores.
+      input_path: rows.
+      output_path: gets the same rows and the column ctr; must not exist.
+      progress: is told the number of rows scored so far.
+
+    Returns:
+      The number of rows.
 
     Raises:
       ValueError: unknown file ending, unreadable rows, or a missing column. Names rows, never their values.
@@ -29,20 +52,25 @@ def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: p
     if not input_path.is_file():
         raise FileNotFoundError(f"--input must be a file. Received: {input_path}, which does not exist")
     require_absent(output_path)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
     scored, num_rows = [], 0
     for rows in read_rows(input_path):
         if "ctr" in rows.column_names:
             raise ValueError(f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first")
         try:
-            scored.append(rows.append_column("ctr", pa.array(servable.score(rows))))
+            scored.append(rows.append_column("ctr", pa.array(scorer.score(rows))))
         except ValueError as error:
             raise ValueError(f"{input_path}, batch from row {num_rows + 1}: {error}") from error
         num_rows += rows.num_rows
+        progress(num_rows)
     if not scored:
         raise ValueError(f"--input must have rows. Received: {input_path} with none")
     temporary = output_path.with_name(f".{output_path.stem}.incomplete{output_path.suffix}")
-    _write(pa.concat_tables(scored, promote_options="permissive"), temporary)
-    temporary.replace(output_path)
+    try:
+        _write(pa.concat_tables(scored, promote_options="permissive"), temporary)
+        temporary.replace(output_path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return num_rows
 
 
