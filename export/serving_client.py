@@ -80,8 +80,8 @@ class ServingClient:
         if not found or None in found:
             raise ValueError(
                 "names and types of a row's values are the inputs of the signature predict_raw: text, int64 or float32 "
-                f"[batch], and lists of text [batch, any]. Received: others, or none, of {self.endpoint.model_name} with "
-                f"{', '.join(sorted(signatures))}. Export the model with `python -m export.main`"
+                f"[batch], and lists of text [batch, any]. Received: others, or none, of {self.endpoint.model_name}. "
+                "Export the model with `python -m export.main`"
             )
         return found
 

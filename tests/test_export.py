@@ -21,6 +21,7 @@ from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
 from clsd_tf.servable import LocalServable
 from export import saved_model
+from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
 from export.scoring import score_file
 
@@ -163,6 +164,17 @@ def test_the_version_directory_is_an_integer_and_alone(published):
     assert published.path.name == "7"
     assert [child.name for child in published.path.parent.iterdir()] == ["7"]
     assert (published.path / "fingerprint.pb").exists()
+
+
+def test_the_manifest_names_inputs_private_ones_and_every_file(feed_dataset, published):
+    manifest = read_json(published.path / "assets.extra" / "manifest.json")
+    assert (manifest["model_name"], manifest["version"]) == ("feed", 7)
+    assert manifest["dataset_fingerprint"] == feed_dataset.fingerprint
+    assert {"name": "recent_items", "dtype": "string", "is_list": True} in manifest["raw_inputs"]
+    assert {"name": "age", "dtype": "int64", "is_list": False} in manifest["raw_inputs"]
+    assert manifest["private_inputs"] == ["user_id"]
+    assert {"saved_model.pb", "assets.extra/tf_serving_warmup_requests"} < set(manifest["files"])
+    assert check_files(published.path, manifest) == []
 
 
 def test_models_config_parses_and_keeps_other_models(feed_dataset, run, published):

@@ -1,0 +1,101 @@
+"""assets.extra/manifest.json: what a version is, of what it was made, and the checksum of each of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
+
+MANIFEST_FILE = pathlib.PurePosixPath("assets.extra") / "manifest.json"
+
+
+def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Relative POSIX path -> ``bytes`` and ``sha256`` (hex) of every file of a version but its manifest."""
+    return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(directory).items()}
+
+
+def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What of a version's files is not as its manifest says: a sentence for each problem, [] if there is none.
+
+    Args:
+      directory: the version.
+      manifest: its manifest, as ``read_manifest`` gives it.
+    """
+    written = manifest.get("files")
+    if not written:
+        return ["the manifest lists no files, so that nothing can be checked. Export the run again"]
+    found = {name: path for name, path in _files(directory).items() if path.is_file() or name not in written}
+    problems = [f"missing: {name}" for name in sorted(set(written) - set(found))]
+    problems += [f"not in the manifest: {name}" for name in sorted(set(found) - set(written))]
+    for name in sorted(set(written) & set(found)):
+        num_bytes = found[name].stat().st_size
+        if num_bytes != written[name]["bytes"]:
+            problems.append(f"{name} has {num_bytes:,} bytes, the manifest says {written[name]['bytes']:,}")
+        elif _sha256(found[name]) != written[name]["sha256"]:
+            problems.append(f"{name} has another SHA-256 than the manifest says")
+    return problems
+
+
+def read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of a version, None where there is none."""
+    path = directory / MANIFEST_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def write_manifest(
+    directory: pathlib.Path,
+    dataset: DatasetDir,
+    work_dir: WorkDir,
+    *,
+    model_name: str,
+    version: int,
+    verification: Mapping[str, Any],
+    profile: Mapping[str, Any],
+    quantisation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the manifest: the last file of a version, since it holds the checksums of all others.
+
+    ``private_inputs`` names what no log may hold: the user's key, and sensitive columns, which no model reads but which
+    a request may carry.
+    """
+    spec = dataset.spec
+    raw_inputs = [dataclasses.asdict(entry) for entry in spec.raw_inputs]
+    user_key = {spec.user_key} & {entry["name"] for entry in raw_inputs}
+    manifest = {
+        "model_name": model_name,
+        "version": version,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "feature_spec": spec.name,
+        "spec_fingerprint": spec.fingerprint,
+        "dataset_fingerprint": dataset.fingerprint,
+        "raw_inputs": raw_inputs,
+        "private_inputs": sorted(user_key | spec.sensitive_columns),
+        "profile": dict(profile),
+        "quantisation": quantisation,
+        "config": work_dir.resolved_config,
+        "verification": dict(verification),
+        "files": file_entries(directory),
+    }
+    path = directory / MANIFEST_FILE
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, manifest)
+
+
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Relative POSIX path -> file, but the manifest's."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if not path.is_dir()}
+    files.pop(MANIFEST_FILE.as_posix(), None)
+    return files
+
+
+def _sha256(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
