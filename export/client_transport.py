@@ -262,9 +262,9 @@ class RestTransport:
                 response = self._pool.urlopen(method, path, body, headers, retries=False, timeout=timeout)
                 if not retry.is_retry(method, response.status):
                     return response
-            except urllib3.exceptions.TimeoutError as error:
-                raise self._deadline_exceeded() from error
             except urllib3.exceptions.HTTPError as error:
+                if _is_timeout(error):
+                    raise self._deadline_exceeded() from error
                 failure = error
             try:
                 retry = retry.increment(method, path, response=response, error=failure)
@@ -283,3 +283,10 @@ class RestTransport:
 
     def _deadline_exceeded(self) -> ServingError:
         return ServingError("DEADLINE_EXCEEDED", f"no answer in {self._endpoint.timeout_seconds:g} seconds")
+
+
+def _is_timeout(error: urllib3.exceptions.HTTPError) -> bool:
+    # A refused connection is a kind of timeout to urllib3.
+    return isinstance(error, urllib3.exceptions.TimeoutError) and not isinstance(
+        error, urllib3.exceptions.NewConnectionError
+    )
