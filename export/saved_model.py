@@ -20,7 +20,7 @@ from tensorflow_serving.config import model_server_config_pb2
 from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_text
 from clsd_tf.assembly import load_model
 from clsd_tf.clsd import ClsdModel
-from clsd_tf.examples import arrow_to_tensors
+from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
 from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
 from export.batching_parameters import write_batching_parameters
@@ -28,7 +28,7 @@ from export.manifest import write_manifest
 from export.profile import ExportProfile
 from export.quantisation import quantise_tables
 from export.signatures import ServingModule, serving_signatures
-from export.verification_sample import raw_examples, verification_sample
+from export.verification_sample import verification_sample
 from export.warmup import write_warmup_requests
 
 
@@ -129,7 +129,7 @@ def _write_warmup(
     write_warmup_requests(
         staging,
         name,
-        raw_examples(first, spec),
+        encode_raw_rows(first, spec.raw_inputs),
         raw,
         signatures=profile.signatures,
         batch_sizes=profile.warmup_batch_sizes,

@@ -19,10 +19,11 @@ from clsd_tf.artifacts import read_json
 from clsd_tf.assembly import load_model, predict
 from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
+from clsd_tf.servable import LocalServable
 from export import saved_model
 from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
-from export.scoring import LocalServable, score_file
+from export.scoring import score_file
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +324,23 @@ def test_scoring_ignores_bytes_that_are_not_utf8_in_columns_it_does_not_read(pub
     source = tmp_path / "rows.csv"
     source.write_bytes(",".join([*names, "note"]).encode() + b"\n" + b"," * len(names) + b"caf\xe9\n")
     assert score_file(servable, source, tmp_path / f"scores{suffix}") == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("late", ["csv", "jsonl"])
+def test_a_column_may_look_different_far_down_the_file(published, tmp_path, suffix, late):
+    servable = LocalServable(published.path)
+    names = [entry.name for entry in servable.raw_inputs]
+    source = tmp_path / f"rows.{late}"
+    if late == "csv":  # Batches of Arrow's CSV reader have a megabyte.
+        note = b"x" * 300
+        lines = [b"," * len(names) + note] * 4000 + [b"," * len(names) + b"caf\xe9"]
+        source.write_bytes(b"\n".join([",".join([*names, "note"]).encode(), *lines]) + b"\n")
+    else:
+        row = dict.fromkeys(names)
+        source.write_text("".join(json.dumps({**row, "note": note}) + "\n" for note in [*[5] * 4096, "five"]))
+    num_rows = score_file(servable, source, tmp_path / f"scores{suffix}")
+    assert num_rows == (4001 if late == "csv" else 4097)
 
 
 def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
