@@ -640,13 +640,24 @@ def warmup_of_another_type(base):
     write_warmup(base / VERSION, [predict_log("predict_raw", user=[b"ann"], price=[1], history=[[b""]])])
 
 
+def multi_inference_log(*tasks: tuple[str, str]) -> bytes:
+    log = prediction_log_pb2.PredictionLog()
+    for signature, method in tasks:
+        task = log.multi_inference_log.request.tasks.add(method_name=method)
+        task.model_spec.signature_name = signature
+    log.multi_inference_log.request.input.example_list.examples.add()
+    return log.SerializeToString()
+
+
 @breaks(warmup_signatures=r"record 1: MultiInference needs one input tensor, the signatures have 2")
 def multi_inference_over_two_inputs(base):
-    log = prediction_log_pb2.PredictionLog()
-    for signature in ("classify", "regress"):
-        log.multi_inference_log.request.tasks.add().model_spec.signature_name = signature
-    log.multi_inference_log.request.input.example_list.examples.add()
-    write_warmup(base / VERSION, [log.SerializeToString()])
+    tasks = [("classify", "tensorflow/serving/classify"), ("regress", "tensorflow/serving/regress")]
+    write_warmup(base / VERSION, [multi_inference_log(*tasks)])
+
+
+@breaks(warmup_signatures=r"record 1: MultiInference knows no method 'tensorflow/serving/predict'")
+def multi_inference_of_predict(base):
+    write_warmup(base / VERSION, [multi_inference_log(("classify", "tensorflow/serving/predict"))])
 
 
 @breaks(warmup_signatures=r"record 1: it has no Examples")

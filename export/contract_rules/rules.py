@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from export.contract_rules.version import Base, Version
 
 Status = Literal["pass", "warning", "fail", "not applicable"]
-_SHOWN = 5
+_SHOWN = 8
 _REASON_LENGTH = 300
 # Lines before the reason in what TensorFlow says of an error inside a graph.
 _NO_REASON = ("Graph execution error", "Detected at node", "<stack traces", "File ", "Node: ", "2 root error")

@@ -131,6 +131,8 @@ def _misfits(version: Version, log: prediction_log_pb2.PredictionLog) -> list[st
         wanted, offered = log.predict_log.request.output_filter, version.signatures[requests[0][0]].outputs
         problems += [f"there is no output {key} to filter" for key in wanted if key not in offered]
     if log.HasField("multi_inference_log") and not problems:
+        methods = {task.method_name for task in log.multi_inference_log.request.tasks}
+        problems += [f"MultiInference knows no method {method!r}" for method in sorted(methods - {CLASSIFY, REGRESS})]
         tensors = {version.signatures[name].inputs["inputs"].name for name, _ in requests}
         if len(tensors) > 1:
             problems.append(f"MultiInference needs one input tensor, the signatures have {len(tensors)}")
