@@ -21,6 +21,9 @@ from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
 from clsd_tf.servable import LocalServable
 from export import saved_model
+from export.contract_rules import check_servable
+from export.contract_rules.graph import string_use
+from export.contract_rules.version import Version
 from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
 from export.scoring import score_file
@@ -354,3 +357,19 @@ def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
 
 def test_the_servable_names_no_path_of_the_machine_that_built_it(published, feed_dataset):
     assert str(feed_dataset.path).encode() not in (published.path / "saved_model.pb").read_bytes()
+
+
+def test_the_servable_keeps_the_contract_of_tf_serving(published, feed_dataset):
+    results = check_servable(published.path.parent)
+    assert [(result.rule.id, result.finding) for result in results if result.finding.status != "pass"] == []
+    found = {result.rule.id: result.finding.found for result in results}
+    for rule in ("batch_sizes", "unknown_values", "json_answers", "json_requests"):
+        assert found[rule].startswith("classify, debug, predict_raw, rank, regress, serving_default"), rule
+    for rule in ("empty_example", "missing_features"):
+        assert found[rule].startswith("classify, debug, rank, regress, serving_default. Not checked: predict_raw"), rule
+    # Requests with unknown and with missing values were made for every raw input.
+    version = Version(published.path)
+    for name in ("serving_default", "rank"):
+        assert string_use(version.meta_graph, version.signatures[name]).features.keys() == {
+            entry.name for entry in feed_dataset.spec.raw_inputs
+        }

@@ -39,8 +39,8 @@ COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
     "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
-    "pipelines.predict", "pipelines.validate_data", "export.client", "export.main", "export.predict", "export.serve",
-    "export.verify",
+    "export.client", "export.contract", "export.main", "export.predict", "export.serve", "export.verify",
+    "pipelines.predict", "pipelines.validate_data",
 }  # fmt: skip
 
 
