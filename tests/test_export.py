@@ -159,9 +159,9 @@ def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(publishe
     assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
 
 
-def test_the_version_directory_is_an_integer_and_alone(published):
+def test_the_version_directory_is_an_integer_beside_its_history(published):
     assert published.path.name == "7"
-    assert [child.name for child in published.path.parent.iterdir()] == ["7"]
+    assert sorted(child.name for child in published.path.parent.iterdir()) == ["7", "history.jsonl"]
     assert (published.path / "fingerprint.pb").exists()
 
 

@@ -39,7 +39,7 @@ COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
     "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
-    "pipelines.validate_data", "export.main", "export.predict", "export.verify",
+    "pipelines.validate_data", "export.main", "export.manage", "export.predict", "export.verify",
 }  # fmt: skip
 
 
