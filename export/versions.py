@@ -118,7 +118,8 @@ class ModelVersions:
             shutil.rmtree(path)
 
     def _next_number(self) -> int:
-        used = {*self.published(), *(entry["version"] for entry in self.history()), *self._staged_numbers()}
+        # Staged ones first: one that is published meanwhile is then seen there or here.
+        used = {*self._staged_numbers(), *self.published(), *(entry["version"] for entry in self.history())}
         return max(int(time.time()), max(used, default=0) + 1)
 
     def _staged_numbers(self) -> list[int]:
