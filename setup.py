@@ -54,7 +54,12 @@ setup(
         "pipelines.sources",
         "benchmarks",
     ],
-    package_data={"feature_specs": ["*.yaml"], "clsd_tf": ["*.html"], "pipelines": ["studies/*.yaml"]},
+    package_data={
+        "feature_specs": ["*.yaml"],
+        "clsd_tf": ["*.html"],
+        "export": ["profiles/*.yaml"],
+        "pipelines": ["studies/*.yaml"],
+    },
     install_requires=RUNTIME,
     extras_require={"dev": DEVELOPMENT},
 )

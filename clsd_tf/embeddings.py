@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
-from clsd_tf.model_inputs import MISSING_ID, ModelInputs
+from clsd_tf.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
+
+Quantisation = Literal["float16", "int8"]
+
+
+class SharedRows(NamedTuple):
+    """Values that rows of a batch share: row i has ``values[row_of[i]]``. So one user's features serve many items.
+
+    Attributes:
+      values: [num_users] or [num_users, any].
+      row_of: int64 [batch], in [0, num_users).
+    """
+
+    values: tf.Tensor
+    row_of: tf.Tensor
+
+    def repeated(self) -> tf.Tensor:
+        """The values of each row, [batch, ...]."""
+        return tf.gather(self.values, self.row_of)
+
+
+def per_row(values: tf.Tensor | SharedRows) -> tf.Tensor:
+    """The values of each row, whether rows share them or not."""
+    return values.repeated() if isinstance(values, SharedRows) else values
 
 
 class FieldEmbeddings(tf.keras.layers.Layer):
@@ -28,7 +51,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     Returns:
       ``call`` maps the feature dict to [batch, num_fields, embedding_dim] in the layer's compute dtype (float32 by
-      default), fields in the order of ``inputs``.
+      default), fields in the order of ``inputs``. Features may be ``SharedRows``: those are looked up once per value.
     """
 
     def __init__(self, inputs: ModelInputs, embedding_dim: int, l2: float = 0.0, **kwargs: Any):
@@ -45,6 +68,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         self._offsets = dict(zip(sizes, offsets, strict=False))
         self._num_rows = sum(sizes.values())
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
+        self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
@@ -59,25 +83,82 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         shape = [count, self._embedding_dim]
         return self.add_weight(name=name, shape=shape, initializer=initializer, regularizer=penalty)
 
-    def call(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        fields = self._embed_ids(features) if self._inputs.categorical else []
+    def quantise(self, kind: Quantisation) -> None:
+        """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
+
+        ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in float32:
+        4 bytes more than a byte a number; the error is at most scale / 2.
+
+        Raises:
+          ValueError: the layer has no tables: none of its inputs is categorical.
+        """
+        if not self.has_tables:
+            raise ValueError("quantisation is for tables of categorical inputs. Received: a layer with numbers only")
+        table = tf.convert_to_tensor(self._tables)
+        if kind == "float16":
+            self._quantised = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
+            return
+        scales = tf.reduce_max(tf.abs(table), axis=1, keepdims=True) / 127.0
+        numbers = tf.cast(tf.round(tf.math.divide_no_nan(table, scales)), tf.int8)
+        self._quantised = (
+            tf.Variable(numbers, trainable=False, name="tables_int8"),
+            tf.Variable(scales, trainable=False, name="table_scales"),
+        )
+
+    @property
+    def has_tables(self) -> bool:
+        return bool(self._inputs.categorical)
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the tables as they are looked up."""
+        parts = self._quantised or (self._tables,)
+        return sum(part.dtype.size * part.shape.num_elements() for part in parts if part is not None)
+
+    def _rows(self, ids: tf.Tensor) -> tf.Tensor:
+        """Rows of the tables: ids with offsets, of any shape -> [*ids.shape, embedding_dim]."""
+        if self._quantised is None:
+            return tf.nn.embedding_lookup(self._tables, ids)
+        table, scales = self._quantised
+        rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
+        return rows if scales is None else rows * tf.cast(tf.gather(scales, ids), self.compute_dtype)
+
+    def call(self, features: Mapping[str, tf.Tensor | SharedRows]) -> tf.Tensor:
+        fields = self._embed_categorical(features) if self.has_tables else []
         if self._inputs.numeric:
-            numbers = tf.stack([features[name] for name in self._inputs.numeric], axis=1)
+            numbers = tf.stack([per_row(features[name]) for name in self._inputs.numeric], axis=1)
             # [batch, num_numeric, 1] * [num_numeric, embedding_dim]
             fields.append(numbers[:, :, tf.newaxis] * self._numeric_vectors)
         return tf.concat(fields, axis=1)
 
-    def lookup(self, vocabulary: str, ids: tf.Tensor) -> tf.Tensor:
+    def _embed_categorical(self, features: Mapping[str, tf.Tensor | SharedRows]) -> list[tf.Tensor]:
+        """Embeddings of the categorical inputs, in their order: [batch, any number of fields, embedding_dim] each."""
+        entries = self._inputs.categorical
+        shared = [entry for entry in entries if isinstance(features[entry.name], SharedRows)]
+        own = [entry for entry in entries if entry not in shared]
+        if not shared:
+            return self._embed_ids(features, entries)
+        row_of = features[shared[0].name].row_of
+        values = {entry.name: features[entry.name].values for entry in shared}
+        fields = [tf.gather(tf.concat(self._embed_ids(values, shared), axis=1), row_of)]
+        if own:
+            fields += self._embed_ids(features, own)
+        places = [(*shared, *own).index(entry) for entry in entries]
+        return [tf.gather(tf.concat(fields, axis=1), places, axis=1)]
+
+    def lookup(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
         """Embeddings of single values: ids [..., num_values * ids_per_value] -> [..., num_values, embedding_dim].
 
         With one id per value, ids of any shape -> [*ids.shape, embedding_dim].
         """
-        embedded = tf.nn.embedding_lookup(self._tables, ids + self._offsets[vocabulary])
+        if isinstance(ids, SharedRows):
+            return tf.gather(self.lookup(vocabulary, ids.values), ids.row_of)
+        embedded = self._rows(ids + self._offsets[vocabulary])
         return self._combined(embedded, vocabulary)
 
-    def present(self, vocabulary: str, ids: tf.Tensor) -> tf.Tensor:
+    def present(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
         """Which values are there: ids [..., num_values * ids_per_value] -> bool [..., num_values]."""
-        return ids[..., :: self._input_of[vocabulary].ids_per_value] != MISSING_ID
+        return per_row(ids)[..., :: self._input_of[vocabulary].ids_per_value] != MISSING_ID
 
     def _combined(self, embedded: tf.Tensor, vocabulary: str) -> tf.Tensor:
         """[..., num_values * ids_per_value, embedding_dim] -> [..., num_values, embedding_dim]."""
@@ -90,23 +171,23 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         # Rows start near 0: a product of several would hardly learn, so all but the first are measured from 1.
         return functools.reduce(lambda product, other: product * (1.0 + other), others, first)
 
-    def _embed_ids(self, features: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
-        """Embeddings of the categorical inputs, in their order: [batch, any number of fields, embedding_dim] each."""
+    def _embed_ids(self, features: Mapping[str, tf.Tensor], entries: Sequence[CategoricalInput]) -> list[tf.Tensor]:
+        """Embeddings of these inputs, in their order: [rows, any number of fields, embedding_dim] each; one lookup."""
         columns, starts = [], {}
-        for entry in self._inputs.categorical:
+        for entry in entries:
             starts[entry.name] = sum(column.shape[1] for column in columns)
             ids = features[entry.name] + self._offsets[entry.vocabulary]
             columns.append(ids[:, tf.newaxis] if entry.num_ids is None else ids)
-        embedded = tf.nn.embedding_lookup(self._tables, tf.concat(columns, axis=1))
+        embedded = self._rows(tf.concat(columns, axis=1))
         fields = []
         # Neighbours with single ids stay one slice: fewer pieces to put together again.
-        for is_single, entries in itertools.groupby(self._inputs.categorical, lambda entry: entry.num_ids is None):
-            entries = list(entries)
-            start = starts[entries[0].name]
+        for is_single, group in itertools.groupby(entries, lambda entry: entry.num_ids is None):
+            group = list(group)
+            start = starts[group[0].name]
             if is_single:
-                fields.append(embedded[:, start : start + len(entries)])
+                fields.append(embedded[:, start : start + len(group)])
                 continue
-            for entry in entries:
+            for entry in group:
                 start = starts[entry.name]
                 values = self._combined(embedded[:, start : start + entry.num_ids], entry.vocabulary)
                 if entry.max_values is not None:

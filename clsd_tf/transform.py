@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import tensorflow as tf
 
@@ -115,23 +115,27 @@ class FeatureTransform(tf.Module):
             return HashLookup(feature.resolved_hash)
         return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
 
-    def __call__(self, raw: Tensors) -> dict[str, tf.Tensor]:
+    def __call__(self, raw: Tensors, *, inputs: Collection[str] | None = None) -> dict[str, tf.Tensor]:
         """Transforms a batch.
 
         Args:
           raw: one tensor per ``spec.raw_inputs``: [batch], or [batch, any] padded with "" for histories. Missing is
             "", NaN or MISSING_INT64.
+          inputs: names of raw inputs: only what is made of them is transformed. All by default.
 
         Returns:
           int64 ids [batch] or [batch, num_ids], float32 numbers [batch], and int64 user-group ids [batch].
         """
-        return {name: self._rows(entry, raw) for name, entry in self._entries.items()}
+        return {
+            name: self._rows(entry, raw[raw_name(entry)])
+            for name, entry in self._entries.items()
+            if inputs is None or raw_name(entry) in inputs
+        }
 
-    def _rows(self, entry: Feature | UserGroup, raw: Tensors) -> tf.Tensor:
+    def _rows(self, entry: Feature | UserGroup, values: tf.Tensor) -> tf.Tensor:
         if isinstance(entry, HistoryFeature):
-            values = last_values(raw[entry.name], entry.max_length)
-            return side_by_side(self.column(entry.name, values))
-        return self.column(entry.name, raw[entry.column])
+            return side_by_side(self.column(entry.name, last_values(values, entry.max_length)))
+        return self.column(entry.name, values)
 
     def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
         """Transforms the raw values of one feature or user group, each on its own.
@@ -160,6 +164,11 @@ class FeatureTransform(tf.Module):
                 return self._lookups[feature.of](values)
             case NumericFeature() as feature:
                 return numeric_values(feature, self._statistics.numeric[name], values)
+
+
+def raw_name(entry: Feature | UserGroup) -> str:
+    """The raw input that a feature or user group is made of."""
+    return entry.name if isinstance(entry, HistoryFeature) else entry.column
 
 
 def as_text(values: tf.Tensor) -> tf.Tensor:

@@ -15,6 +15,7 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
+from export.profile import load_profile
 from export.retention import prune
 from export.saved_model import export_servable
 from export.versions import ModelVersions
@@ -27,6 +28,9 @@ _SERVABLE_DIR = flags.DEFINE_string(
 _NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
 _VERSION = flags.DEFINE_integer("version", None, "Version number; the time in seconds by default.")
 _KEEP = flags.DEFINE_integer("keep", None, "How many of the newest versions stay; all by default.", lower_bound=1)
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "What the servable holds: a YAML file, or compact or ranking; by default every signature."
+)
 _SERVING_BASE_PATH = flags.DEFINE_string("serving_base_path", "/models", "Where the server will see --servable_dir.")
 
 
@@ -39,6 +43,7 @@ def main(argv) -> None:
             _NAME.value,
             version=_VERSION.value,
             serving_base_path=_SERVING_BASE_PATH.value,
+            profile=load_profile(_PROFILE.value),
         )
     found = servable.verification
     rows = [(key, f"{value:.1e}") for key, value in found["max_difference"].items()]

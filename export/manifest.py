@@ -55,7 +55,8 @@ def write_manifest(
     model_name: str,
     version: int,
     verification: Mapping[str, Any],
-    profile: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any],
+    quantisation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the manifest: the last file of a version, since it holds the checksums of all others.
 
@@ -74,7 +75,8 @@ def write_manifest(
         "dataset_fingerprint": dataset.fingerprint,
         "raw_inputs": raw_inputs,
         "private_inputs": sorted(user_key | spec.sensitive_columns),
-        "profile": dict(profile or {}),
+        "profile": dict(profile),
+        "quantisation": quantisation,
         "config": work_dir.resolved_config,
         "verification": dict(verification),
         "files": file_entries(directory),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import tensorflow as tf
+from tensorflow.types.experimental import ConcreteFunction
 
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
 from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
+from export.profile import ExportProfile
+from export.ranking import item_input_names, rank_function
 
 CLASSES = ("no_click", "click")
 
@@ -17,22 +20,27 @@ CLASSES = ("no_click", "click")
 class ServingModule(tf.Module):
     """What is saved: the variables and tables that the signatures use, and nothing else of the training model."""
 
-    def __init__(self, transform: FeatureTransform, model: ClsdModel):
+    def __init__(self, transform: FeatureTransform, signatures: Mapping[str, ConcreteFunction]):
         super().__init__()
         self._transform = transform
         # The model itself stays out: a tracked Keras model would be saved with its training functions.
-        gate_variables = model.ad_gate.variables if model.ad_gate is not None else []
-        self._variables = [*model.backbone.variables, *gate_variables]
+        used = {id(variable): variable for function in signatures.values() for variable in function.variables}
+        self._variables = list(used.values())
 
 
-def serving_signatures(spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel) -> dict[str, Callable]:
-    """Signature name -> concrete function.
+def serving_signatures(
+    spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel, profile: ExportProfile
+) -> dict[str, ConcreteFunction]:
+    """Signature name -> concrete function, of those that the profile names.
 
     * ``serving_default``: ``examples``, serialized tf.Examples, string [batch] -> ``ctr``, float32 [batch]
     * ``predict_raw``: one tensor per raw input, [batch] (histories [batch, any]) -> ``ctr``
     * ``classify``: ``inputs``, serialized tf.Examples -> ``classes`` string [batch, 2], ``scores`` float32 [batch, 2]
     * ``regress``: ``inputs`` -> ``outputs``, float32 [batch, 1]
-    * ``debug``: ``examples`` -> ``logit``, ``teacher_score``, ``ad_gate_correction``, float32 [batch]
+    * ``rank``: ``requests``, one user and many items each -> ``item_ids`` and ``ctr``, [batch, num_items], see
+      ``rank_function``
+    * ``debug``: ``examples`` -> ``logit``, ``teacher_score``, ``ad_gate_correction``, float32 [batch], and where the
+      profile asks for them the labels of the user groups, string [batch]
     """
 
     def features_of(examples: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -46,15 +54,37 @@ def serving_signatures(spec: FeatureSpec, transform: FeatureTransform, model: Cl
         classes = tf.tile(tf.constant([CLASSES]), [tf.shape(ctr)[0], 1])
         return {"classes": classes, "scores": tf.stack([1.0 - ctr, ctr], axis=1)}
 
-    def concrete(function: Callable, **specs: tf.TensorSpec):
-        return tf.function(function, autograph=False).get_concrete_function(**specs)
+    def debug(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        return debug_outputs(model, features_of(examples), spec, profile)
 
-    examples = tf.TensorSpec([None], tf.string, "examples")
-    inputs = tf.TensorSpec([None], tf.string, "inputs")
-    return {
-        "serving_default": concrete(lambda examples: {"ctr": ctr_of(features_of(examples))}, examples=examples),
-        "predict_raw": concrete(lambda **raw: {"ctr": ctr_of(transform(raw))}, **raw_tensor_specs(spec.raw_inputs)),
-        "classify": concrete(classify, inputs=inputs),
-        "regress": concrete(lambda inputs: {"outputs": ctr_of(features_of(inputs))[:, tf.newaxis]}, inputs=inputs),
-        "debug": concrete(lambda examples: model.debug_outputs(features_of(examples)), examples=examples),
+    rank = rank_function(spec, transform, model, item_input_names(spec, profile.rank.item_inputs), profile.rank.top_k)
+    raw_specs = raw_tensor_specs(spec.raw_inputs)
+    functions = {
+        "serving_default": (lambda examples: {"ctr": ctr_of(features_of(examples))}, _text("examples")),
+        "predict_raw": (lambda **raw: {"ctr": ctr_of(transform(raw))}, raw_specs),
+        "classify": (classify, _text("inputs")),
+        "regress": (lambda inputs: {"outputs": ctr_of(features_of(inputs))[:, tf.newaxis]}, _text("inputs")),
+        "rank": (rank, _text("requests")),
+        "debug": (debug, _text("examples")),
     }
+    return {
+        name: tf.function(function, autograph=False).get_concrete_function(**specs)
+        for name, (function, specs) in functions.items()
+        if name in profile.signatures
+    }
+
+
+def debug_outputs(
+    model: ClsdModel, features: dict[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
+) -> dict[str, tf.Tensor]:
+    """The model's debug outputs, each [batch]; of user groups the labels, where the profile asks for them."""
+    outputs = model.debug_outputs(features)
+    if profile.debug_user_groups:
+        outputs |= {
+            group.name: tf.gather(tf.constant(group.labels), features[group.name]) for group in spec.user_groups
+        }
+    return outputs
+
+
+def _text(name: str) -> dict[str, tf.TensorSpec]:
+    return {name: tf.TensorSpec([None], tf.string, name)}

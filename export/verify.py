@@ -4,7 +4,8 @@ Run by `python -m export.main` before a version is published:
   python -m export.verify --servable=<version directory> --sample=<verification.parquet>
 
 Every signature must give what the training model gave (column _expected_*), within 1e-6 * max(1, |expected|); single
-rows, unknown ids, missing features and empty histories must answer; every warm-up request must replay.
+rows, unknown ids, missing features and empty histories must answer; `rank` must order items as their own requests
+would; every warm-up request must replay.
 """
 
 import json
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow.parquet
 import tensorflow as tf
 from absl import app, flags
-from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.apis import input_pb2, prediction_log_pb2
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Directory of one version.", required=True)
 _SAMPLE = flags.DEFINE_string("sample", None, "Parquet file with examples and expected outputs.", required=True)
 
 TOLERANCE = 1e-6
 _BATCH_SIZE = 1000
+_NUM_RANKED = 100
 _CLASS_ROWS = ([], [[b"no_click", b"click"]])
 
 
@@ -46,29 +48,82 @@ def verify(servable: pathlib.Path, sample_path: pathlib.Path) -> dict[str, objec
         for name in sample.column_names
         if name.startswith("_expected_")
     }
-    differences = {}
+    differences: dict[str, float] = {}
     for batch in (_BATCH_SIZE, 1):
         # Single rows at the end of the sample: those with unknown, missing and empty values.
         rows = slice(None) if batch > 1 else slice(-min(50, len(examples)), None)
-        outputs = _run(signatures, examples[rows], batch)
-        for key, received in outputs.items():
+        for key, received in _run(signatures, examples[rows], batch).items():
             found = _compare(key, received, expected[key.split("/")[1]][rows])
             differences[key] = max(found, differences.get(key, 0.0))
-    differences["predict_raw/ctr"] = _compare("predict_raw/ctr", _run_raw(signatures, sample), expected["ctr"])
+    if "predict_raw" in signatures:
+        differences["predict_raw/ctr"] = _compare("predict_raw/ctr", _run_raw(signatures, sample), expected["ctr"])
+    if "rank" in signatures:
+        found = _check_ranking(signatures, examples, sample.schema.metadata)
+        differences["rank/ctr"] = max(found, differences["rank/ctr"])
     return {"rows": len(examples), "warmup_records": _replay(signatures, servable), "max_difference": differences}
 
 
 def _run(signatures, examples: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+    """Outputs of the signatures that give an output per Example."""
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(examples), batch_size):
         batch = tf.constant(examples[start : start + batch_size], tf.string)
         found = {"serving_default/ctr": signatures["serving_default"](examples=batch)["ctr"]}
-        found["classify/ctr"] = _click_score(signatures["classify"](inputs=batch))
-        found["regress/ctr"] = signatures["regress"](inputs=batch)["outputs"][:, 0]
-        found |= {f"debug/{name}": value for name, value in signatures["debug"](examples=batch).items()}
+        if "classify" in signatures:
+            found["classify/ctr"] = _click_score(signatures["classify"](inputs=batch))
+        if "regress" in signatures:
+            found["regress/ctr"] = signatures["regress"](inputs=batch)["outputs"][:, 0]
+        if "rank" in signatures:  # A single item, sent with its own user.
+            ranked = signatures["rank"](requests=tf.constant([_rank_request(row, [row]) for row in batch.numpy()]))
+            found["rank/ctr"] = ranked["ctr"][:, 0]
+        if "debug" in signatures:
+            found |= {f"debug/{name}": value for name, value in signatures["debug"](examples=batch).items()}
         for key, value in found.items():
             parts.setdefault(key, []).append(value.numpy())
     return {key: np.concatenate(values) for key, values in parts.items()}
+
+
+def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes]) -> float:
+    """Many items of one user, against serving_default with an Example of each pair; users with and without values."""
+    item_inputs, item_key = set(json.loads(metadata[b"item_inputs"])), metadata[b"item_key"].decode()
+    items = [tf.train.Example.FromString(example) for example in examples[:_NUM_RANKED]]
+    worst = 0.0
+    for user in (examples[0], examples[len(examples) // 2], examples[-1], b""):
+        pairs = [_pair(tf.train.Example.FromString(user), item, item_inputs) for item in items]
+        expected = signatures["serving_default"](examples=tf.constant(pairs))["ctr"].numpy()
+        order = np.argsort(-expected, kind="stable")
+        ranked = signatures["rank"](requests=tf.constant([_rank_request(user, examples[:_NUM_RANKED])]))
+        received, ids = ranked["ctr"].numpy()[0], ranked["item_ids"].numpy()[0]
+        worst = max(worst, _compare("rank/ctr", received, expected[order][: len(received)]))
+        scores_of: dict[object, list[float]] = {}  # Several rows of the sample may show one item.
+        for item, score in zip(items, expected.tolist(), strict=True):
+            scores_of.setdefault(_id_of(item, item_key, is_text=ids.dtype == object), []).append(score)
+        for item_id, score in zip(ids.tolist(), received.tolist(), strict=True):
+            if min(abs(score - own) for own in scores_of.get(item_id, [np.inf])) > TOLERANCE:
+                raise VerificationError("rank must give each item its own score. Received: an item with another's")
+    return worst
+
+
+def _rank_request(user: bytes, items) -> bytes:
+    parse = tf.train.Example.FromString
+    message = input_pb2.ExampleListWithContext(context=parse(user), examples=[parse(item) for item in items])
+    return message.SerializeToString()
+
+
+def _pair(user: tf.train.Example, item: tf.train.Example, item_inputs: set[str]) -> bytes:
+    for name in item_inputs:
+        if name in user.features.feature:
+            del user.features.feature[name]
+        if name in item.features.feature:
+            user.features.feature[name].CopyFrom(item.features.feature[name])
+    return user.SerializeToString()
+
+
+def _id_of(item: tf.train.Example, item_key: str, *, is_text: bool) -> object:
+    """An item's id as ``rank`` gives it: missing is "" or the smallest int64."""
+    feature = item.features.feature[item_key]  # Empty if it was absent.
+    values = feature.bytes_list.value if is_text else feature.int64_list.value
+    return values[0] if values else (b"" if is_text else np.iinfo(np.int64).min)
 
 
 def _click_score(classified) -> tf.Tensor:
@@ -103,6 +158,11 @@ def _raw_tensor(values: list, spec: tf.TensorSpec) -> tf.Tensor:
 
 
 def _compare(what: str, received: np.ndarray, expected: np.ndarray) -> float:
+    if received.dtype == object:  # Labels.
+        wrong = np.flatnonzero(received != expected)
+        if len(wrong):
+            raise VerificationError(f"{what} must be the training model's label. Received: another in row {wrong[0]}")
+        return 0.0
     difference = np.abs(received - expected) / np.maximum(1.0, np.abs(expected))
     worst = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
     if not difference[worst] <= TOLERANCE:

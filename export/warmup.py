@@ -11,38 +11,68 @@ from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, predictio
 
 # tf_serving_warmup_requests: the name and place TF Serving looks for (saved_model_warmup.cc).
 WARMUP_FILE = pathlib.PurePosixPath("assets.extra") / "tf_serving_warmup_requests"
-BATCH_SIZES = (1, 16, 64)
 
 
 def write_warmup_requests(
-    servable: pathlib.Path, model_name: str, examples: Sequence[bytes], raw: Mapping[str, np.ndarray]
+    servable: pathlib.Path,
+    model_name: str,
+    examples: Sequence[bytes],
+    raw: Mapping[str, np.ndarray],
+    *,
+    signatures: Sequence[str],
+    batch_sizes: Sequence[int],
 ) -> int:
-    """Writes PredictionLogs for every batch size and for serving_default, predict_raw, classify and regress.
+    """Writes a PredictionLog for every batch size and for every signature but ``debug``.
 
     Args:
       servable: the version's directory.
       model_name: as the server will know the model.
-      examples: serialized tf.Examples of raw values.
+      examples: serialized tf.Examples of raw values, at least one; repeated where a batch needs more.
       raw: the same rows as named arrays.
+      signatures: the servable's.
+      batch_sizes: rows of a request; of ``rank`` the items of one user.
 
     Returns:
       Number of records; TF Serving takes at most 1000.
     """
     logs = []
-    for batch_size in BATCH_SIZES:
-        rows = examples[:batch_size]
-        logs += [
-            _predict_log(model_name, "serving_default", {"examples": np.array(rows, object)}),
-            _predict_log(model_name, "predict_raw", {name: values[:batch_size] for name, values in raw.items()}),
-            _classify_log(model_name, rows),
-            _regress_log(model_name, rows),
-        ]
+    for batch_size in batch_sizes:
+        places = np.arange(batch_size) % len(examples)
+        rows = [examples[place] for place in places]
+        raw_rows = {name: values[places] for name, values in raw.items()}
+        logs += [_log(model_name, name, rows, raw_rows) for name in signatures if name != "debug"]
     path = servable / WARMUP_FILE
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:
         for log in logs:
             writer.write(log.SerializeToString())
     return len(logs)
+
+
+def _log(
+    model_name: str, signature: str, examples: Sequence[bytes], raw: Mapping[str, np.ndarray]
+) -> prediction_log_pb2.PredictionLog:
+    match signature:
+        case "classify":
+            return _classify_log(model_name, examples)
+        case "regress":
+            return _regress_log(model_name, examples)
+        case "predict_raw":
+            return _predict_log(model_name, signature, raw)
+        case "rank":
+            return _predict_log(model_name, signature, {"requests": _texts([rank_request(examples[0], examples)])})
+    return _predict_log(model_name, signature, {"examples": _texts(examples)})
+
+
+def _texts(values: Sequence[bytes]) -> np.ndarray:
+    return np.array(values, object)
+
+
+def rank_request(user: bytes, items: Sequence[bytes]) -> bytes:
+    """A request of the signature ``rank`` from serialized tf.Examples."""
+    parse = tf.train.Example.FromString
+    message = input_pb2.ExampleListWithContext(context=parse(user), examples=[parse(item) for item in items])
+    return message.SerializeToString()
 
 
 def _model_spec(model_name: str, signature_name: str) -> model_pb2.ModelSpec:

@@ -89,7 +89,7 @@ def test_the_servable_calibrates_and_its_debug_outputs_do_not(feed_dataset, run,
 def test_verification_in_a_fresh_process_covers_every_signature(published, feed_dataset):
     differences = published.verification["max_difference"]
     assert set(differences) == {
-        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr",
+        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr", "rank/ctr",
         "debug/logit", "debug/teacher_score", "debug/ad_gate_correction",
     }  # fmt: skip
     assert max(differences.values()) <= 1e-6
@@ -156,7 +156,17 @@ def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(publishe
     ]
     assert len(logs) == published.verification["warmup_records"] <= 1000
     assert {log.WhichOneof("log_type") for log in logs} == {"predict_log", "classify_log", "regress_log"}
-    assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
+    predictions = [log.predict_log.request for log in logs if log.HasField("predict_log")]
+    assert {request.model_spec.name for request in predictions} == {"feed"}
+    assert {request.model_spec.signature_name for request in predictions} == {"serving_default", "predict_raw", "rank"}
+
+
+def test_warmup_requests_name_no_user(published, sample):
+    content = (published.path / "assets.extra" / "tf_serving_warmup_requests").read_bytes()
+    items = {item_id.encode() for item_id in sample.column("item_id").slice(0, 64).to_pylist()}
+    users = {user_id.encode() for user_id in sample.column("user_id").slice(0, 64).to_pylist()}
+    assert all(item in content for item in items)
+    assert not [user for user in users if user in content]
 
 
 def test_the_version_directory_is_an_integer_beside_its_history(published):

@@ -11,15 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from clsd_tf.embeddings import SharedRows
 from clsd_tf.model_inputs import ModelInputs
 
-Features = Mapping[str, tf.Tensor]
+Features = Mapping[str, tf.Tensor | SharedRows]
 
 
 class Backbone(tf.keras.Model):
     """A feature dict -> logits, float32 [batch].
 
-    A backbone reads the model inputs only: user-group ids, row ids and teacher scores may be in the dict, too.
+    A backbone reads the model inputs only: user-group ids, row ids and teacher scores may be in the dict, too. Where
+    one user's features serve many items, they are ``SharedRows``, which ``FieldEmbeddings`` takes as they are;
+    ``embeddings.per_row`` is for backbones that read features themselves.
 
     Args:
       inputs: what the transform gives.
