@@ -31,7 +31,7 @@ LEVELS = [
     {"training"},
     {"evaluation", "confidence_report", "profile_features"},
     {"report", "study_metrics", "user_errors"},
-    {"study"},
+    {"study", "user_intervals"},
     {"study_tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
