@@ -11,7 +11,6 @@ compared with what the SavedModel gives in this process.
 """
 
 import contextlib
-import json
 import pathlib
 import re
 import shutil
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -29,12 +27,10 @@ import pyarrow.parquet
 import tensorflow as tf
 from absl import flags
 
-from benchmarks.malformed_requests import send_malformed
 from benchmarks.process_tree import resident_mib
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
-from clsd_tf.assembly import predict
-from clsd_tf.assembly import load_model
+from clsd_tf.assembly import load_model, predict
 from clsd_tf.examples import arrow_to_tensors
 from clsd_tf.input_pipeline import read_columns
 from clsd_tf.metrics import auc

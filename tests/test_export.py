@@ -173,9 +173,9 @@ def test_warmup_requests_name_no_user(published, sample):
     assert not [user for user in users if user in content]
 
 
-def test_the_version_directory_is_an_integer_and_alone(published):
+def test_the_version_directory_is_an_integer_beside_its_history(published):
     assert published.path.name == "7"
-    assert [child.name for child in published.path.parent.iterdir()] == ["7"]
+    assert sorted(child.name for child in published.path.parent.iterdir()) == ["7", "history.jsonl"]
     assert (published.path / "fingerprint.pb").exists()
 
 
