@@ -241,9 +241,9 @@ def test_clients_that_go_away_leave_the_server_as_it_was(server, call, caplog, c
 
 
 def test_a_deadline_ends_slow_answers_and_slow_bodies(servable_dir):
-    with LocalServer(servable_dir, rest_timeout_seconds=0.3, num_threads=1) as server:
+    with LocalServer(servable_dir, rest_timeout_seconds=0.1, num_threads=1) as server:
         connection = http.client.HTTPConnection(server.rest_address, timeout=20)
-        connection.request("POST", "/v1/models/tiny:predict", slow_body(400_000))
+        connection.request("POST", "/v1/models/tiny:predict", slow_body(200_000))
         response = connection.getresponse()
         assert response.status == 504
         assert "error" in json.loads(response.read())
