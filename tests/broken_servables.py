@@ -445,6 +445,22 @@ def third_output_of_classify(base):
     edit_graph(base / VERSION, change)
 
 
+@breaks(classify_signature=r"classify has outputs ctr. Allowed: scores, classes or both")
+def classify_without_scores(base):
+    function = concrete(lambda inputs: {"ctr": tf.ones([tf.shape(inputs)[0], 2])}, inputs=strings("inputs"))
+    replace_model(base / VERSION, {"serving_default": function, "classify": function})
+
+
+@breaks(classify_signature=r"another number of scores than of classes: \[2, 3\]", api_answers=r"differ in shape")
+def three_classes_and_two_scores(base):
+    def serve(inputs):
+        num_rows = tf.shape(inputs)[0]
+        return {"scores": tf.ones([num_rows, 2]), "classes": tf.fill([num_rows, 3], "class")}
+
+    function = concrete(serve, inputs=strings("inputs"))
+    replace_model(base / VERSION, {"serving_default": function, "classify": function})
+
+
 @breaks(classify_signature=r"classify has inputs examples. Allowed: inputs alone")
 def classify_of_examples(base):
     function = concrete(lambda examples: {"scores": tf.ones([tf.shape(examples)[0], 2])}, examples=strings("examples"))
