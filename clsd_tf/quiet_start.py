@@ -30,10 +30,11 @@ def _import_tensorflow_quietly() -> None:
             os.close(original)
 
 
-def _drop_beam_import_warning() -> None:
-    """Beam warns of absent Google Cloud packages when it is imported; nothing here uses them."""
-    logging.getLogger().addFilter(lambda record: "apitools" not in record.getMessage())
+def _drop_beam_warnings() -> None:
+    """Beam warns of absent Google Cloud packages when it is imported, and without PyTorch of a module that is there."""
+    noise = ("apitools", "Resource module is not available")
+    logging.getLogger().addFilter(lambda record: not any(words in record.getMessage() for words in noise))
 
 
-_drop_beam_import_warning()
+_drop_beam_warnings()
 _import_tensorflow_quietly()

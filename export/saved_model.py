@@ -17,7 +17,7 @@ import tensorflow as tf
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import load_model
 from clsd_tf.clsd import ClsdModel
-from clsd_tf.examples import arrow_to_tensors
+from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
 from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
 from export.batching_parameters import write_batching_parameters
@@ -27,7 +27,7 @@ from export.models_config import CONFIG_FILE, ModelsConfig, require_room_for
 from export.profile import ExportProfile
 from export.quantisation import quantise_tables
 from export.signatures import ServingModule, serving_signatures
-from export.verification_sample import raw_examples, verification_sample
+from export.verification_sample import verification_sample
 from export.versions import ModelVersions
 from export.warmup import write_warmup_requests
 
@@ -121,7 +121,7 @@ def _write_warmup(
     write_warmup_requests(
         staging,
         name,
-        raw_examples(first, spec),
+        encode_raw_rows(first, spec.raw_inputs),
         raw,
         signatures=profile.signatures,
         batch_sizes=profile.warmup_batch_sizes,

@@ -1,70 +1,46 @@
-"""The embedded way to call a servable: load it here, score batches of raw rows."""
+"""Files of raw rows -> files with their scores."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-import tensorflow as tf
 
 from clsd_tf.artifacts import require_absent
 from clsd_tf.columns import LIST_SEPARATOR, value_to_text
-from clsd_tf.examples import arrow_to_tensors
-from clsd_tf.model_inputs import RawInput
-from clsd_tf.request_files import FORMATS, read_rows, typed_rows
-
-_DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
+from clsd_tf.request_files import FORMATS, read_rows
 
 
-class LocalServable:
-    """A SavedModel with a ``predict_raw`` signature, loaded into this process.
-
-    Args:
-      path: a version directory, or the directory of a model, whose largest version is taken.
-
-    Raises:
-      FileNotFoundError: no version there.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = _version_directory(path)
-        self._loaded = tf.saved_model.load(str(self.path))  # Kept: it owns the variables of the signature.
-        self._predict_raw = self._loaded.signatures["predict_raw"]
-        specs = self._predict_raw.structured_input_signature[1]
-        self.raw_inputs = tuple(
-            RawInput(name, _DTYPES[spec.dtype], is_list=spec.shape.rank == 2) for name, spec in sorted(specs.items())
-        )
+class Scorer(Protocol):
+    """What gives rows their ctr: a servable in this process, or a server behind its client."""
 
     def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]; a null or "" is a missing value.
-
-        Columns are read by the rules of the build: text, numbers and lists become the declared types.
-
-        Raises:
-          ValueError: a raw input has no column, or a value that does not fit its type.
-        """
-        typed = typed_rows(rows, self.raw_inputs)
-        return self._predict_raw(**arrow_to_tensors(typed, self.raw_inputs))["ctr"].numpy()
+        """ctr of each row, float32 [num_rows]."""
 
 
-def _version_directory(path: pathlib.Path) -> pathlib.Path:
-    if (path / "saved_model.pb").is_file():
-        return path
-    versions = [child for child in path.glob("*") if child.name.isdigit() and (child / "saved_model.pb").is_file()]
-    if not versions:
-        raise FileNotFoundError(
-            f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"
-        )
-    return max(versions, key=lambda child: int(child.name))
+def score_file(
+    scorer: Scorer,
+    input_path: pathlib.Path,
+    output_path: pathlib.Path,
+    progress: Callable[[int], None] = lambda num_rows: None,
+) -> int:
+    """Scores a file batch by batch; the output appears when it is whole.
 
+    Args:
+      scorer: gives the scores.
+      input_path: rows.
+      output_path: gets the same rows and the column ctr; must not exist.
+      progress: is told the number of rows scored so far.
 
-def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: pathlib.Path) -> int:
-    """Scores a file batch by batch; the output appears when it is whole. Returns the number of rows.
+    Returns:
+      The number of rows.
 
     Raises:
       ValueError: unknown file ending, unreadable rows, or a missing column. Names rows, never their values.
@@ -76,20 +52,25 @@ def score_file(servable: LocalServable, input_path: pathlib.Path, output_path: p
     if not input_path.is_file():
         raise FileNotFoundError(f"--input must be a file. Received: {input_path}, which does not exist")
     require_absent(output_path)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
     scored, num_rows = [], 0
     for rows in read_rows(input_path):
         if "ctr" in rows.column_names:
             raise ValueError(f"the output adds a column ctr. Received: {input_path}, which has one. Rename it first")
         try:
-            scored.append(rows.append_column("ctr", pa.array(servable.score(rows))))
+            scored.append(rows.append_column("ctr", pa.array(scorer.score(rows))))
         except ValueError as error:
             raise ValueError(f"{input_path}, batch from row {num_rows + 1}: {error}") from error
         num_rows += rows.num_rows
+        progress(num_rows)
     if not scored:
         raise ValueError(f"--input must have rows. Received: {input_path} with none")
     temporary = output_path.with_name(f".{output_path.stem}.incomplete{output_path.suffix}")
-    _write(pa.concat_tables(scored, promote_options="permissive"), temporary)
-    temporary.replace(output_path)
+    try:
+        _write(pa.concat_tables(scored, promote_options="permissive"), temporary)
+        temporary.replace(output_path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return num_rows
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from clsd_tf.artifacts import DatasetDir
 from clsd_tf.clsd import ClsdModel
-from clsd_tf.examples import arrow_to_tensors, encode_examples
+from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
 from clsd_tf.features import FeatureSpec
 from clsd_tf.input_pipeline import batches, read_columns
 from clsd_tf.transform import FeatureTransform
@@ -51,8 +51,11 @@ def verification_sample(
     edge_outputs = outputs(features)
     raw = pa.concat_tables([stored.select(names), edges, edges])
     # A missing value is an absent feature; the edge rows come a second time with features that are there but empty.
-    examples = [_without_empty_features(example) for example in raw_examples(raw.slice(0, len(raw) - len(edges)), spec)]
-    examples += raw_examples(edges, spec)
+    examples = [
+        _without_empty_features(example)
+        for example in encode_raw_rows(raw.slice(0, len(raw) - len(edges)), spec.raw_inputs)
+    ]
+    examples += encode_raw_rows(edges, spec.raw_inputs)
     columns = {name: raw.column(name) for name in names}
     for name, values in expected.items():
         columns[f"_expected_{name}"] = pa.array(np.concatenate([values, *[edge_outputs[name].numpy()] * 2]))
@@ -82,24 +85,6 @@ def _edge_rows(rows: pa.Table, spec: FeatureSpec) -> pa.Table:
     edges += [typical | {entry.name: [] if entry.is_list else None} for entry in spec.raw_inputs]
     edges.append({entry.name: [] if entry.is_list else None for entry in spec.raw_inputs})
     return pa.Table.from_pylist(edges, schema=rows.schema)
-
-
-def raw_examples(rows: pa.Table, spec: FeatureSpec) -> list[bytes]:
-    """Serialized tf.Examples of raw inputs, one per row; a missing value is a feature without a value."""
-    serialized: list[bytes] = []
-    for start in range(0, rows.num_rows, _BATCH_SIZE):
-        batch = rows.slice(start, _BATCH_SIZE)
-        tensors = arrow_to_tensors(batch, spec.raw_inputs)
-        ragged = {}
-        for entry in spec.raw_inputs:
-            values = tensors[entry.name]
-            if entry.is_list:
-                ragged[entry.name] = tf.ragged.boolean_mask(values, values != "")
-            else:
-                present = tf.constant(batch.column(entry.name).is_valid().to_numpy())
-                ragged[entry.name] = tf.ragged.boolean_mask(values[:, tf.newaxis], present[:, tf.newaxis])
-        serialized += encode_examples(ragged).numpy().tolist()
-    return serialized
 
 
 def _without_empty_features(serialized: bytes) -> bytes:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -29,6 +28,7 @@ from clsd_tf.model_inputs import Statistics
 from clsd_tf.sketches import Histogram
 from pipelines import encoding, ingest, joining, outcome, results, sources
 from pipelines.checks import user_id_salt
+from pipelines.dead_letters import kept_dead_letter, merge_dead_letters
 from pipelines.engines import check_beam_arguments, make_pipeline
 from pipelines.fitting import NumericSummary
 from pipelines.outcome import BadInputError
@@ -81,7 +81,10 @@ def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Pa
         beside ``output_dir``, as ``<output_dir>.dead_letter.parquet``.
     """
     output_dir = output_dir.absolute()  # Workers may have another working directory.
-    with staged_directory(output_dir) as staging, _kept_dead_letter(staging, output_dir):
+    with (
+        staged_directory(output_dir) as staging,
+        kept_dead_letter(DatasetLayout(staging).dead_letter, output_dir),
+    ):
         build = _Build(spec, config, staging)
         build.ingest()
         build.join_and_fit()
@@ -98,29 +101,11 @@ def inspect_data(
     Raises:
       As ``build_dataset``; bad rows are kept as ``<spec name>.dead_letter.parquet`` in the current directory.
     """
-    with _kept_dead_letter(scratch_dir, pathlib.Path(spec.name)):
+    with kept_dead_letter(DatasetLayout(scratch_dir).dead_letter, pathlib.Path(spec.name)):
         build = _Build(spec, config, scratch_dir)
         build.ingest()
         build.join_and_fit()
     return build.counts, Statistics.from_json(build.layout.statistics.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _kept_dead_letter(staging: pathlib.Path, output_dir: pathlib.Path) -> Iterator[None]:
-    """When a build fails, saves the bad rows from the staging directory, which is about to be removed."""
-    try:
-        yield
-    except BadInputError as error:
-        found = DatasetLayout(staging).dead_letter
-        if not found.exists():
-            raise
-        kept = output_dir.with_name(f"{output_dir.name}.dead_letter.parquet")
-        for attempt in itertools.count(2):
-            if not kept.exists():
-                break
-            kept = output_dir.with_name(f"{output_dir.name}.dead_letter-{attempt}.parquet")
-        shutil.move(found, kept)
-        raise BadInputError(f"{error}. The bad rows are in {kept}") from error
 
 
 class _Build:
@@ -173,7 +158,7 @@ class _Build:
         with self._pipeline() as pipeline:
             batches, inputs = [], []
             if files:
-                read, found = pipeline | "Read" >> ingest.ReadTables(files, self.spec)
+                read, found = pipeline | "Read" >> ingest.ReadTables(files, dict(self.spec.tables.items()))
                 batches, inputs = [read], [found]
             if tfds_builder:
                 batches.append(pipeline | "ReadTfds" >> ingest.ReadTfds(tfds_builder, self.spec))
@@ -188,7 +173,7 @@ class _Build:
             self._collect("files", rows.files)
             self._collect("counts", checked.counts, ingest.merge_counts)
             self._collect("times", rows.times, ingest.merge_times)
-        ingest.merge_dead_letters(dead_letters, self.layout.dead_letter)
+        merge_dead_letters(dead_letters, self.layout.dead_letter)
         roles = [role for role, _ in self.spec.tables.items()]
         self.counts["tables"] = outcome.table_counts(self._collected("counts", {}), roles)
         outcome.require_good_tables(self.counts["tables"], self.config.max_bad_fraction)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -155,7 +155,7 @@ def profile_table(role: str, path: str, input_dir: str, max_rows: int) -> TableP
             f"--{role} must match at least one file. Received: {path}, relative to {input_dir or '.'}"
         )
     files = [sources.SourceFile(role, index, found) for index, found in enumerate(paths)]
-    table = _declare(path, files[0])
+    table = declare_table(path, files[0])
     chosen = files[:: -(-len(files) // _MAX_FILES)]
     batches = [batch for file in chosen for batch in _first_batches(file, table, -(-max_rows // len(chosen)))]
     unreadable = tuple(f"{batch.file.name}: {batch.unreadable}" for batch in batches if batch.unreadable)
@@ -170,12 +170,32 @@ def profile_table(role: str, path: str, input_dir: str, max_rows: int) -> TableP
     return TableProfile(role, table, tuple(columns), unreadable)
 
 
-def _declare(path: str, file: sources.SourceFile) -> Table:
-    """The table with every column of the file as text."""
-    file_format, delimiter = _format(file)
-    draft = Table(path=path, format=file_format, delimiter=delimiter, columns=(Column(name="any", type="string"),))
+def declare_table(path: str, file: sources.SourceFile, file_format: str | None = None) -> Table:
+    """The table with every column of the file as text.
+
+    Args:
+      path: of the table.
+      file: one of its files.
+      file_format: as in a spec; by default what the name's ending or the first lines say.
+
+    Raises:
+      ValueError: the file cannot be read, or a column occurs twice in it.
+    """
+    found_format, delimiter = _format(file)
+    if file_format not in (None, found_format):
+        found_format, delimiter = file_format, None
+    draft = Table(path=path, format=found_format, delimiter=delimiter, columns=(Column(name="any", type="string"),))
+    return draft.model_copy(update={"columns": declare_columns(file, sources.discover_columns(file, draft))})
+
+
+def declare_columns(file: sources.SourceFile, source_names: Sequence[str]) -> tuple[Column, ...]:
+    """Columns of a file as text, under names that a spec allows.
+
+    Raises:
+      ValueError: a column occurs twice, or there is none.
+    """
     # Without a name there is nothing to declare: the index that pandas writes.
-    found = [source_name for source_name in sources.discover_columns(file, draft) if source_name]
+    found = [source_name for source_name in source_names if source_name]
     repeated = [source_name for source_name in found if found.count(source_name) > 1]
     if repeated or not found:
         received = f"{repeated[0]!r} {found.count(repeated[0])} times" if repeated else "no column with a name"
@@ -183,11 +203,10 @@ def _declare(path: str, file: sources.SourceFile) -> Table:
     names: dict[str, str] = {}
     for source_name in found:
         names[unique_name(spec_name(source_name), names)] = source_name
-    columns = tuple(
+    return tuple(
         Column(name=name, type="string", source_name=None if name == source_name else source_name)
         for name, source_name in names.items()
     )
-    return draft.model_copy(update={"columns": columns})
 
 
 def spec_name(source_name: str) -> str:

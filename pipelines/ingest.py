@@ -10,46 +10,36 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
-import tensorflow as tf
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys
 from clsd_tf.sketches import Histogram
+from clsd_tf.tables import Table
 from pipelines.checks import parse_rows
+from pipelines.dead_letters import write_dead_letter
 from pipelines.engines import Spread
-from pipelines.exchange import ExchangeWriter, temporary_name
+from pipelines.exchange import ExchangeWriter
 from pipelines.joins import USER_HASH, microseconds
-from pipelines.sources import BadRow, RawBatch, SourceFile, plan_file, read_slice, tfds_batches
+from pipelines.sources import RawBatch, SourceFile, plan_file, read_slice, tfds_batches
 
 _COUNTS, _TIMES, _INPUTS = "counts", "times", "inputs"
-_DEAD_LETTER_SCHEMA = pa.schema(
-    [
-        ("table", pa.string()),
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("reason", pa.string()),
-        ("raw", pa.string()),
-        ("lines", pa.int64()),
-    ]
-)
 
 
 class ReadTables(beam.PTransform):
     """Files -> ``batches`` (RawBatch) and ``inputs`` (what the manifest says of a file)."""
 
-    def __init__(self, files: Sequence[SourceFile], spec: FeatureSpec):
+    def __init__(self, files: Sequence[SourceFile], tables: Mapping[str, Table]):
         super().__init__()
         self._files = files
-        self._tables = dict(spec.tables.items())
+        self._tables = dict(tables)
 
     def expand(self, pipeline):
         tables = self._tables
@@ -158,31 +148,6 @@ def _report(counts: Counter) -> None:
     """Counters that a runner shows while the job runs."""
     for name, count in counts.items():
         beam.metrics.Metrics.counter("build_dataset", name.replace("/", "_")).inc(count)
-
-
-def write_dead_letter(bad_rows: Sequence[BadRow], file: SourceFile, directory: str) -> None:
-    """Bad rows of a batch -> one Parquet file, under a name that a second attempt of the same batch writes again."""
-    columns = {
-        "table": [row.role for row in bad_rows],
-        "file": [row.file for row in bad_rows],
-        "row": [row.row for row in bad_rows],
-        "reason": [row.reason for row in bad_rows],
-        "raw": [row.raw for row in bad_rows],
-        "lines": [row.lines for row in bad_rows],
-    }
-    path = f"{directory}/{file.role}-{file.index:06d}-{min(columns['row']):015d}.parquet"
-    temporary = temporary_name(path)
-    pa.parquet.write_table(pa.table(columns, _DEAD_LETTER_SCHEMA), temporary)
-    tf.io.gfile.rename(temporary, path, overwrite=True)
-
-
-def merge_dead_letters(directory: pathlib.Path, path: pathlib.Path) -> None:
-    """All bad rows -> one Parquet file, by table, file and row; no file when there are none."""
-    parts = sorted(directory.glob("*.parquet"))
-    if parts:
-        with pa.parquet.ParquetWriter(path, _DEAD_LETTER_SCHEMA) as writer:
-            for part in parts:
-                writer.write_table(pa.parquet.read_table(part).sort_by("row"))
 
 
 class ExchangeRows(beam.PTransform):

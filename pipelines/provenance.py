@@ -45,7 +45,7 @@ def write_manifest(
         "spec": {"name": spec.name, "fingerprint": spec.fingerprint},
         "inputs": inputs,
         "user_id_salt_check": _salt_check(salt),
-        "code": {"clsd_tf": _version("clsd_tf"), "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}},
+        "code": code_versions(),
         "built_at": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "accounting": counts["accounting"],
@@ -93,6 +93,11 @@ def _split(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Row count, click rate and time range."""
     facts = {name: entry[name] for name in ("rows", "clicks", "first_event", "last_event")}
     return {**facts, "click_rate": entry["clicks"] / entry["rows"]}
+
+
+def code_versions() -> dict[str, str | None]:
+    """What a manifest says of the code that ran: this project's version and commit, and its main libraries."""
+    return {"clsd_tf": _version("clsd_tf"), "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 def _version(package: str) -> str | None:

@@ -19,10 +19,14 @@ from clsd_tf.artifacts import read_json
 from clsd_tf.assembly import load_model, predict
 from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
+from clsd_tf.servable import LocalServable
 from export import saved_model
+from export.contract_rules import check_servable
+from export.contract_rules.graph import string_use
+from export.contract_rules.version import Version
 from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
-from export.scoring import LocalServable, score_file
+from export.scoring import score_file
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +329,23 @@ def test_scoring_ignores_bytes_that_are_not_utf8_in_columns_it_does_not_read(pub
     assert score_file(servable, source, tmp_path / f"scores{suffix}") == 1
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("late", ["csv", "jsonl"])
+def test_a_column_may_look_different_far_down_the_file(published, tmp_path, suffix, late):
+    servable = LocalServable(published.path)
+    names = [entry.name for entry in servable.raw_inputs]
+    source = tmp_path / f"rows.{late}"
+    if late == "csv":  # Batches of Arrow's CSV reader have a megabyte.
+        note = b"x" * 300
+        lines = [b"," * len(names) + note] * 4000 + [b"," * len(names) + b"caf\xe9"]
+        source.write_bytes(b"\n".join([",".join([*names, "note"]).encode(), *lines]) + b"\n")
+    else:
+        row = dict.fromkeys(names)
+        source.write_text("".join(json.dumps({**row, "note": note}) + "\n" for note in [*[5] * 4096, "five"]))
+    num_rows = score_file(servable, source, tmp_path / f"scores{suffix}")
+    assert num_rows == (4001 if late == "csv" else 4097)
+
+
 def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
     empty = tf.train.Example()
     empty.features.feature["age"].int64_list.SetInParent()
@@ -336,3 +357,19 @@ def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
 
 def test_the_servable_names_no_path_of_the_machine_that_built_it(published, feed_dataset):
     assert str(feed_dataset.path).encode() not in (published.path / "saved_model.pb").read_bytes()
+
+
+def test_the_servable_keeps_the_contract_of_tf_serving(published, feed_dataset):
+    results = check_servable(published.path.parent)
+    assert [(result.rule.id, result.finding) for result in results if result.finding.status != "pass"] == []
+    found = {result.rule.id: result.finding.found for result in results}
+    for rule in ("batch_sizes", "unknown_values", "json_answers", "json_requests"):
+        assert found[rule].startswith("classify, debug, predict_raw, rank, regress, serving_default"), rule
+    for rule in ("empty_example", "missing_features"):
+        assert found[rule].startswith("classify, debug, rank, regress, serving_default. Not checked: predict_raw"), rule
+    # Requests with unknown and with missing values were made for every raw input.
+    version = Version(published.path)
+    for name in ("serving_default", "rank"):
+        assert string_use(version.meta_graph, version.signatures[name]).features.keys() == {
+            entry.name for entry in feed_dataset.spec.raw_inputs
+        }

@@ -17,7 +17,7 @@ LEVELS = [
     {"features"},
     {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
     {"transform", "examples", "sketches", "request_files"},
-    {"column_summaries", "small_groups"},
+    {"column_summaries", "servable", "small_groups"},
     {"data_statistics"},
     {"data_checks"},
     {"data_report"},
@@ -39,7 +39,8 @@ COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
     "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
-    "pipelines.validate_data", "export.main", "export.manage", "export.predict", "export.verify",
+    "export.client", "export.contract", "export.main", "export.manage", "export.predict", "export.serve",
+    "export.verify", "pipelines.predict", "pipelines.validate_data",
 }  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from clsd_tf.model_inputs import RawInput
-from clsd_tf.request_files import _ROWS_PER_BATCH, read_rows, typed_rows
+from clsd_tf.request_files import _ROWS_PER_BATCH, convert_rows, read_rows, rows_of, typed_rows
 
 INPUTS = (RawInput("user", "string"), RawInput("age", "int64"), RawInput("recent", "string", is_list=True))
 
@@ -49,6 +51,27 @@ def test_integers_beyond_64_bits_are_texts_and_no_numbers(tmp_path):
     assert str(2**70) not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([5, "x"], ["5", "x"]),
+        ([5, 2**70], ["5", str(2**70)]),
+        ([2**60, 2.5], [str(2**60), "2.5"]),
+        ([5, 2.5], [5.0, 2.5]),
+        ([["a", 1], "b"], ["a|1", "b"]),
+        ([["a", 1], None], [["a", "1"], None]),
+        ([{"b": [1]}, None], ['{"b": [1]}', None]),
+    ],
+)
+@pytest.mark.parametrize("repeats", [1, _ROWS_PER_BATCH])
+def test_a_column_has_one_type_in_the_whole_file(tmp_path, values, expected, repeats):
+    path = write_lines(tmp_path / "rows.jsonl", [{"note": value} for value in values for _ in range(repeats)])
+    batches = list(read_rows(path))
+    assert len({str(batch.schema) for batch in batches}) == 1
+    found = [value for batch in batches for value in batch.column("note").to_pylist()]
+    assert found == [value for value in expected for _ in range(repeats)]
+
+
 @pytest.mark.parametrize("line", [b'{"user": "caf\xe9"}', b'{"user": "\\ud800"}', b"[1]", b"{", b"[" * 100_000])
 def test_lines_that_are_no_json_objects_are_named_by_file_and_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
@@ -63,6 +86,13 @@ def test_lines_that_are_no_json_objects_are_named_by_file_and_line(tmp_path, lin
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     assert typed(tmp_path / name, INPUTS[:1]) == [{"user": "ü"}]
+
+
+def test_rows_are_made_of_objects_as_of_lines(tmp_path):
+    records = [{"user": 7, "recent": ["a", 1]}, {"user": "u", "age": 30}]
+    lines = typed(write_lines(tmp_path / "rows.jsonl", records))
+    assert typed_rows(rows_of(records), INPUTS).to_pylist() == lines
+    assert lines == [{"user": "7", "age": None, "recent": ["a", "1"]}, {"user": "u", "age": 30, "recent": None}]
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -88,6 +118,18 @@ def test_rows_with_another_number_of_values_are_refused_wherever_they_stand(tmp_
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_column_that_stands_in_a_file_twice_is_named(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        path.write_text("user,age,user\nu1,30,u2\n")
+    else:
+        table = pa.table([pa.array(["u1"]), pa.array([30]), pa.array(["u2"])], names=["user", "age", "user"])
+        pa.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"have each column once\. Received: 'user' 2 times\. Rename"):
+        list(read_rows(path))
+
+
 @pytest.mark.parametrize("content", [b"", b"us\xe9r\nu1\n"])
 def test_a_header_that_cannot_be_read_is_named_by_file(tmp_path, content):
     path = tmp_path / "rows.csv"
@@ -95,3 +137,18 @@ def test_a_header_that_cannot_be_read_is_named_by_file(tmp_path, content):
     with pytest.raises(ValueError, match=r"Received: another line 1 in .*rows\.csv\. Save the file as UTF-8") as caught:
         list(read_rows(path))
     assert type(caught.value) is ValueError
+
+
+# --- Rows that do not fit --------------------------------------------------------------------------------------------
+
+
+def test_values_that_do_not_fit_are_told_row_by_row():
+    recent = pa.array([[b"a"], [b"b", b"caf\xe9"], None, []], pa.list_(pa.binary()))
+    rows = pa.table({"user": ["u", "v", "", None], "age": ["1", "x", "", "1.5"], "recent": recent})
+    converted, failures = convert_rows(rows, INPUTS)
+    assert {reason: mask.tolist() for reason, mask in failures.items()} == {
+        "not_int64:age": [False, True, False, True],
+        "invalid_utf8:recent": [False, True, False, False],
+    }
+    assert converted.to_pylist()[0] == {"user": "u", "age": 1, "recent": ["a"]}
+    assert converted.column("recent").to_pylist()[2:] == [None, []]

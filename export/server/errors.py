@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+
 import grpc
+from absl import logging
 
 # HTTP status of each code, as in TF Serving's net_http (`http_server.cc`); but a full queue answers 503, not 429.
 _HTTP_STATUS = {
@@ -15,13 +18,15 @@ _HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.INTERNAL: 500,
 }
+# gRPC sends messages as metadata, which is limited to 8 KiB, and names in requests may have any length.
+_MAX_MESSAGE_CHARACTERS = 1000
 
 
 class RequestError(Exception):
     """A request that cannot be answered, with the code that its client receives."""
 
     def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
+        super().__init__(message[:_MAX_MESSAGE_CHARACTERS])
         self.code = code
 
     @property
@@ -32,3 +37,10 @@ class RequestError(Exception):
 def invalid_argument(message: str) -> RequestError:
     """The error of a malformed request; the message names the field."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def internal_error(error: BaseException) -> RequestError:
+    """The answer to what no request should cause. Logs where it happened, but no message: it may quote the request."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logging.error("%s while answering a request:\n%s", type(error).__name__, where)
+    return RequestError(grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the server; its log says where")

@@ -24,11 +24,26 @@ _KINDS = {"string": "bytes_list", "int64": "int64_list", "float": "float_list"}
 
 def feature_names(file: SourceFile, table: Table) -> list[str]:
     """Names of the features in the first 1,000 examples, sorted."""
-    records = itertools.islice(_dataset(file).as_numpy_iterator(), 1000)
+    return sorted(feature_types(file))
+
+
+def feature_types(file: SourceFile) -> dict[str, str]:
+    """Name -> type of the features in the first 1,000 examples; ``string`` for one that has no value there.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    types: dict[str, str] = {}
+    kinds = {kind: name for name, kind in _KINDS.items()}
     try:
-        return sorted({name for record in records for name in tf.train.Example.FromString(record).features.feature})
+        for record in itertools.islice(_dataset(file).as_numpy_iterator(), 1000):
+            for name, feature in tf.train.Example.FromString(record).features.feature.items():
+                kind = feature.WhichOneof("kind")
+                if kind or name not in types:
+                    types[name] = kinds.get(kind, "string")
     except (tf.errors.OpError, DecodeError) as error:
         raise ValueError(str(error)) from error
+    return types
 
 
 def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:

@@ -1,0 +1,270 @@
+"""Dynamic batching: requests that wait while the models are busy run together, in one call of the signature.
+
+Everything here but `_run` happens in the event loop's thread, so there are no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import grpc
+import numpy as np
+
+from export.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.server.errors import RequestError
+from export.server.metrics import Metrics
+from export.server.servable import LoadedVersion, Signature
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchingOptions:
+    """Limits of one signature's batches; None leaves a number to the version's batching_params.pbtxt.
+
+    Attributes:
+      max_batch_size: rows that run together, >= 1; a larger request runs alone. 1000 by default, as in TF Serving.
+      batch_timeout_seconds: how long rows wait for others, >= 0; 0 by default: only while the models are busy.
+      max_enqueued_batches: batches of max_batch_size that may wait, >= 1; beyond them requests are refused. 10 by
+        default.
+    """
+
+    max_batch_size: int | None = None
+    batch_timeout_seconds: float | None = None
+    max_enqueued_batches: int | None = None
+
+    def or_else(self, others: BatchingOptions) -> BatchingOptions:
+        """These numbers, and those of ``others`` where these are None."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(others, **given)
+
+
+_DEFAULTS = BatchingOptions(1000, 0.0, 10)
+
+
+def version_options(version: pathlib.Path, flags: BatchingOptions) -> BatchingOptions:
+    """The options of a version: flags first, then its batching_params.pbtxt, then the defaults.
+
+    Raises:
+      ValueError: the file is not a BatchingParameters text proto.
+    """
+    file = version / BATCHING_FILE
+    if not file.is_file():
+        return flags.or_else(_DEFAULTS)
+    read = read_batching_parameters(file)
+
+    def number(name: str) -> int | None:
+        return getattr(read, name).value if read.HasField(name) else None
+
+    micros = number("batch_timeout_micros")
+    timeout = None if micros is None else micros / 1e6
+    stored = BatchingOptions(number("max_batch_size"), timeout, number("max_enqueued_batches"))
+    return flags.or_else(stored.or_else(_DEFAULTS))
+
+
+class ModelThreads:
+    """The threads in which models run, given to queues in turn.
+
+    Args:
+      num_threads: calls of signatures that run at the same time, >= 1.
+    """
+
+    def __init__(self, num_threads: int):
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="model")
+        self._free = num_threads
+        self._waiting: collections.deque[Callable[[], bool]] = collections.deque()
+
+    def request_turn(self, start: Callable[[], bool]) -> None:
+        """Calls ``start`` as soon as a thread is free, now or later; it returns whether it called `run`."""
+        self._waiting.append(start)
+        if self._free:
+            self._free -= 1
+            self._next_turn()
+
+    def run(self, work: Callable[[], object], done: Callable[[concurrent.futures.Future], None]) -> None:
+        """Runs ``work`` in the thread of this turn; ``done`` gets its future, in the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def finish(future: concurrent.futures.Future) -> None:
+            self._next_turn()
+            done(future)
+
+        self._pool.submit(work).add_done_callback(lambda future: loop.call_soon_threadsafe(finish, future))
+
+    def _next_turn(self) -> None:
+        while self._waiting:
+            if self._waiting.popleft()():
+                return
+        self._free += 1
+
+    def close(self) -> None:
+        """Waits for what runs."""
+        self._pool.shutdown()
+
+
+@dataclasses.dataclass(eq=False)
+class _Waiting:
+    inputs: Arrays
+    rows: int
+    deadline: float  # In time.monotonic() seconds; inf for none.
+    result: asyncio.Future
+
+
+class SignatureQueue:
+    """The requests of one signature of one version.
+
+    Args:
+      version: that answers.
+      signature: of the version.
+      options: none of them None.
+      threads: shared by all queues of the server.
+      metrics: told of batches and of the queue's length.
+    """
+
+    def __init__(
+        self,
+        version: LoadedVersion,
+        signature: Signature,
+        options: BatchingOptions,
+        threads: ModelThreads,
+        metrics: Metrics,
+    ):
+        self._version = version
+        self._signature = signature
+        self._options = options
+        self._threads = threads
+        self._metrics = metrics
+        self._queued_rows = 0
+        self._turns = 0  # Asked for and not yet taken.
+        # One queue per trailing shapes, since only such rows can be joined. The first is served first.
+        self._queues: collections.OrderedDict[tuple, collections.deque[_Waiting]] = collections.OrderedDict()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request of one row would be refused."""
+        return self._queued_rows >= self._max_queued_rows
+
+    @property
+    def _max_queued_rows(self) -> int:
+        return self._options.max_batch_size * self._options.max_enqueued_batches
+
+    async def run(self, inputs: Arrays, rows: int, deadline: float) -> dict[str, np.ndarray]:
+        """Runs a request, with others when it has to wait.
+
+        Args:
+          inputs: checked arrays.
+          rows: of the request.
+          deadline: in ``time.monotonic()`` seconds, inf for none; a request that waits longer is not run.
+
+        Raises:
+          RequestError: RESOURCE_EXHAUSTED, the queue is full; DEADLINE_EXCEEDED.
+          Exception: what the signature raised for this request.
+        """
+        rows = max(rows, 1)  # A request without rows takes a place, too.
+        if self._queued_rows and self._queued_rows + rows > self._max_queued_rows:
+            raise self.refusal()
+        waiting = _Waiting(inputs, rows, deadline, asyncio.get_running_loop().create_future())
+        self._queues.setdefault(self._joinable(inputs), collections.deque()).append(waiting)
+        self._add_queued(rows)
+        if self._options.batch_timeout_seconds and self._queued_rows < self._options.max_batch_size:
+            asyncio.get_running_loop().call_later(self._options.batch_timeout_seconds, self._ask_for_turn)
+        else:
+            self._ask_for_turn()
+        return await waiting.result
+
+    def refusal(self) -> RequestError:
+        """Counts and words a refusal."""
+        self._metrics.count_refused(self._version.model_name)
+        return RequestError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the queue of model {self._version.model_name!r} is full. Try again later, or raise max_enqueued_batches",
+        )
+
+    def _joinable(self, inputs: Arrays) -> tuple:
+        if not self._signature.is_batchable:
+            return (object(),)  # Equal to nothing else: runs alone.
+        return tuple(array.shape[1:] for _, array in sorted(inputs.items()))
+
+    def _add_queued(self, rows: int) -> None:
+        self._queued_rows += rows
+        self._metrics.set_queued_rows(self._version.model_name, self._signature.name, self._queued_rows)
+
+    def _ask_for_turn(self) -> None:
+        if self._turns < len(self._queues):
+            self._turns += 1
+            self._threads.request_turn(self._take_turn)
+
+    def _take_turn(self) -> bool:
+        self._turns -= 1
+        batch = self._next_batch()
+        if not batch:
+            return False
+        if self._queues:
+            self._ask_for_turn()
+        self._metrics.observe_batch(self._version.model_name, self._signature.name, sum(one.rows for one in batch))
+        self._threads.run(lambda: self._run([one.inputs for one in batch]), lambda future: _deliver(batch, future))
+        return True
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Takes requests from the first queue, up to the largest batch, but none that nobody waits for any more."""
+        batch: list[_Waiting] = []
+        rows = 0
+        now = time.monotonic()
+        while self._queues and not batch:
+            key, queue = self._queues.popitem(last=False)
+            while queue and (not batch or rows + queue[0].rows <= self._options.max_batch_size):
+                waiting = queue.popleft()
+                self._add_queued(-waiting.rows)
+                if waiting.result.done():  # The client went away.
+                    continue
+                if waiting.deadline <= now:
+                    waiting.result.set_exception(_deadline_exceeded())
+                    continue
+                batch.append(waiting)
+                rows += waiting.rows
+            if queue:
+                self._queues[key] = queue  # To the end: other shapes are next.
+        return batch
+
+    def _run(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray] | Exception]:
+        """In a model thread: what each request gets. A request that fails must not fail its neighbours."""
+        try:
+            if len(requests) == 1:
+                return [self._version.run(self._signature.name, requests[0])]
+            return self._run_joined(requests)
+        except Exception as error:  # Whatever it is, it belongs to one request.
+            if len(requests) == 1:
+                return [error]
+            half = len(requests) // 2
+            return self._run(requests[:half]) + self._run(requests[half:])
+
+    def _run_joined(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        joined = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
+        ends = np.cumsum([len(next(iter(request.values()))) for request in requests]).tolist()
+        outputs = self._version.run(self._signature.name, joined)
+        if any(len(array) != ends[-1] for array in outputs.values()):
+            raise ValueError("the signature does not give one output row per input row")
+        starts = [0, *ends[:-1]]
+        return [
+            {name: array[start:end] for name, array in outputs.items()} for start, end in zip(starts, ends, strict=True)
+        ]
+
+
+def _deliver(batch: Sequence[_Waiting], future: concurrent.futures.Future) -> None:
+    for waiting, result in zip(batch, future.result(), strict=True):
+        if waiting.result.done():
+            continue
+        if isinstance(result, Exception):
+            waiting.result.set_exception(result)
+        else:
+            waiting.result.set_result(result)
+
+
+def _deadline_exceeded() -> RequestError:
+    return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed while the request was waiting")
