@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import tensorflow as tf
-from broken_servables import (
-    GALLERY,
+from broken_servables import GALLERY
+from good_servable import (
     UNPARSABLE,
     VERSION,
     concrete,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -32,11 +32,13 @@ def call(version: Version, requests: Requests, inputs: Inputs, what: str) -> Out
         raise CallFailed(f"{what}: {reason_of(error, private=requests.recorded is not None)}") from error
 
 
-def each_signature(version: Version, check: Callable[[Requests], list[str]]) -> Finding:
-    """Applies ``check`` to every signature for which it can make requests; ``check`` returns problems."""
+def each_signature(
+    version: Version, check: Callable[[Requests], list[str]], names: Iterable[str] | None = None
+) -> Finding:
+    """Applies ``check`` to the signatures, all by default, for which it can make requests; it returns problems."""
     _ = version.model
     problems, checked, skipped = [], [], []
-    for name in version.signatures:
+    for name in version.signatures if names is None else names:
         try:
             problems += [f"{name}: {problem}" for problem in check(requests_for(version, name))]
             checked.append(name)
@@ -139,16 +141,12 @@ def api_answers(version: Version) -> Finding:
             continue
     if not methods:
         raise NotApplicable("there are no signatures for Classify or Regress")
-    problems = []
-    for name, method in methods.items():
-        requests = requests_for(version, name)
-        try:
-            outputs = call(version, requests, requests.typical(2), "2 Examples")
-        except CallFailed as failure:
-            problems.append(f"{name}: {failure}")
-        else:
-            problems += [f"{name}: {problem}" for problem in answer_problems(method, outputs, 2)]
-    return judged(problems, listed(methods))
+
+    def check(requests: Requests) -> list[str]:
+        outputs = call(version, requests, requests.typical(2), "2 Examples")
+        return answer_problems(methods[requests.name], outputs, 2)
+
+    return each_signature(version, check, methods)
 
 
 def answer_problems(method: str, outputs: Outputs, num_examples: int) -> list[str]:

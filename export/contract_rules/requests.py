@@ -28,12 +28,14 @@ class Requests:
     """Makes inputs of one signature.
 
     Attributes:
+      name: of the signature.
       signature: what they are for.
       use: what the graph does with strings.
       recorded: inputs of the signature's first warm-up request; None without one.
       examples_input: name of the input that holds serialized Examples (or rank requests); None if none does.
     """
 
+    name: str
     signature: meta_graph_pb2.SignatureDef
     use: StringUse
     recorded: Inputs | None
@@ -130,7 +132,7 @@ def requests_for(version: Version, name: str) -> Requests:
     strings = [key for key, info in signature.inputs.items() if info.dtype == tf.string.as_datatype_enum]
     parses = use.features is not None and len(strings) == 1 and len(signature.inputs[strings[0]].tensor_shape.dim) == 1
     recorded = next((inputs for _, key, inputs in _recorded(version) if key == name and _fits(inputs, signature)), None)
-    return Requests(signature, use, recorded, strings[0] if parses else None)
+    return Requests(name, signature, use, recorded, strings[0] if parses else None)
 
 
 def largest_recorded_batch(version: Version) -> int | None:

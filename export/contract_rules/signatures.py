@@ -140,12 +140,12 @@ def classify_signature(version: Version) -> Finding:
     for name, signature in found.items():
         problems += _input_problems(name, signature)
         outputs = signature.outputs
-        if not 1 <= len(outputs) <= 2 or not outputs.keys() <= {"scores", "classes"}:
-            problems.append(f"{name} has outputs {listed(sorted(outputs)) or 'none'}. Allowed: scores, classes or both")
         expected = {"scores": types_pb2.DT_FLOAT, "classes": types_pb2.DT_STRING}
+        if len(outputs) > 2 or not outputs.keys() & expected.keys():
+            problems.append(f"{name} has outputs {listed(sorted(outputs)) or 'none'}. Allowed: scores, classes or both")
         for key in expected.keys() & outputs.keys():
             problems += _tensor_problems(f"{name}, output {key}", outputs[key], expected[key], ranks=(2,))
-        sizes = {_last_size(info) for info in outputs.values()} - {None}
+        sizes = {_last_size(outputs[key]) for key in expected.keys() & outputs.keys()} - {None}
         if len(sizes) > 1:
             problems.append(f"{name} has another number of scores than of classes: {sorted(sizes)}")
     return judged(problems, listed(found))

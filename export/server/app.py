@@ -136,9 +136,8 @@ class LocalServer:
         )
         self.grpc_address = _address(self._host, grpc_server.port)
         self.rest_address = _address(self._host, http_server.port)
-        await self._follow(
-            grpc_server
-        )  # Before anyone is answered: a client that is early would be told "no such model".
+        # Before anyone is answered: a client that is early would be told "no such model".
+        await self._follow(grpc_server)
         await grpc_server.start()
         serving_http = asyncio.create_task(http_server.serve())
         self._started.set_result(None)

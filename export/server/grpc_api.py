@@ -215,8 +215,7 @@ class GrpcServer:
             raise ValueError(f"the gRPC address must be free. Received: {address}, which is not") from error
 
     async def start(self) -> None:
-        """Takes requests from here on; health says NOT_SERVING until `set_serving`."""
-        await self.set_serving(False)
+        """Takes requests from here on. `set_serving` comes before: health says SERVING by itself."""
         await self._server.start()
 
     async def set_serving(self, is_serving: bool) -> None:
