@@ -28,7 +28,9 @@ import pyarrow.parquet
 import tensorflow as tf
 from absl import flags
 
+from benchmarks.malformed_requests import Target
 from benchmarks.process_tree import resident_mib
+from benchmarks.send_malformed import send_malformed
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import load_model, predict
@@ -40,6 +42,7 @@ from clsd_tf.servable import LocalServable
 from export.client_transport import Endpoint, GrpcTransport
 from export.load_generator import LoadResult, generate_load, percentiles
 from export.ranking import item_input_names
+from export.server.servable import LoadedVersion
 from export.serving_client import ServingClient
 from export.warmup import rank_request
 
@@ -284,11 +287,29 @@ def measure_swap(bench: Bench, address: str, model_dir: pathlib.Path, capacity: 
     failed = sum(count for code, count in load.codes.items() if code != "OK") + send.wrong
     measures.add(
         "a new version while requests run: failed",
-        f"{failed} of {sum(load.codes.values()):,}; serves {served}",
+        f"{failed} of {sum(load.codes.values()):,}; {dict(load.codes)}; serves {served}",
         "0",
         not failed and served == [int(new.name)],
         codes=dict(load.codes),
         latency_ms=percentiles(load.latencies_ms),
+    )
+
+
+def measure_malformed(
+    bench: Bench, grpc_address: str, rest_address: str, process: subprocess.Popen, measures: Measures
+) -> None:
+    loaded = LoadedVersion(bench.servable.path, _MODEL.value)
+    target = Target(_MODEL.value, loaded.signatures, {entry.name: entry.dtype for entry in bench.raw_inputs})
+    problems = send_malformed(target, grpc_address, rest_address, _NUM_MALFORMED.value)
+    with ServingClient(Endpoint(grpc_address, _MODEL.value)) as client:
+        examples = client.encode(bench.sample.slice(0, 1))
+        is_alive = np.abs(client.score_examples(examples) - bench.predict_in_process(examples)).max() <= _TOLERANCE
+    measures.add(
+        "malformed requests not refused with their code and field",
+        f"{len(problems)} of {_NUM_MALFORMED.value:,}; {'; '.join(problems[:3])}",
+        "0, and the server goes on",
+        bool(not problems and is_alive and process.poll() is None),
+        problems=problems,
     )
 
 
@@ -302,7 +323,7 @@ def main(argv) -> None:
         bench = Bench(dataset, model_dir)
         with console.step("score in this process"):
             measure_scoring(bench, dataset, work_dir, measures)
-        with running_server(pathlib.Path(scratch)) as (process, grpc_address, _):
+        with running_server(pathlib.Path(scratch)) as (process, grpc_address, rest_address):
             with ServingClient(Endpoint(grpc_address, _MODEL.value), concurrency=1) as client:
                 with console.step("one row over gRPC"):
                     measure_single_rows(bench, client, measures)
@@ -312,6 +333,8 @@ def main(argv) -> None:
                 capacity = measure_overload(bench, grpc_address, process, measures)
             with console.step("swap versions under load"):
                 measure_swap(bench, grpc_address, model_dir, capacity, measures)
+            with console.step("malformed requests"):
+                measure_malformed(bench, grpc_address, rest_address, process, measures)
     console.print_table("Serving", ["measure", "found", "to reach", "reached"], measures.rows)
     if _OUTPUT.value:
         write_json(pathlib.Path(_OUTPUT.value), measures.numbers)
