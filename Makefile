@@ -1,13 +1,19 @@
-# Three commands: `make demo`, `make test` and `make study`. Each creates .venv and install on first use.
+# Four commands: `make demo`, `make serve`, `make test` and `make study`. Each creates .venv and installs on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test study lint clean-demo
+.PHONY: demo serve test study lint clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipelines.demo --demo_dir=demo
+
+serve: $(INSTALLED) demo/servable/models.config
+	$(BIN)/python -m export.serve --servable_dir=demo/servable
+
+demo/servable/models.config:
+	$(MAKE) demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check .

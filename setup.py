@@ -48,6 +48,7 @@ setup(
         "clsd_tf.backbones",
         "clsd_tf.clsd",
         "export",
+        "export.contract_rules",
         "export.server",
         "feature_specs",
         "pipelines",

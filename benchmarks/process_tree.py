@@ -122,3 +122,12 @@ def _proportional_bytes(pid: int) -> int:
     except OSError:  # It has ended.
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of one process, in MiB; 0 when it has ended."""
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))

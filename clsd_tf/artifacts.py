@@ -56,10 +56,10 @@ def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.with_name(f".{final.name}.incomplete-{secrets.token_hex(4)}")
     with contextlib.ExitStack() as locks:
-        with _locked(final.parent):  # Nobody may find the new directory before it is locked.
+        with locked(final.parent):  # Nobody may find the new directory before it is locked.
             _remove_abandoned(final)
             staging.mkdir()
-            locks.enter_context(_locked(staging))
+            locks.enter_context(locked(staging))
         try:
             yield staging
             _sync(staging)
@@ -70,7 +70,7 @@ def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds a directory's lock, which ends with the process and its children; yields whether it could be had."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -86,7 +86,7 @@ def _locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
 
 def _remove_abandoned(final: pathlib.Path) -> None:
     for path in final.parent.glob(f".{glob.escape(final.name)}.incomplete-*"):
-        with contextlib.suppress(FileNotFoundError), _locked(path, wait=False) as is_abandoned:
+        with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as is_abandoned:
             if is_abandoned:
                 shutil.rmtree(path, ignore_errors=True)
 

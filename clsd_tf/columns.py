@@ -183,6 +183,14 @@ def _float_text(values: pa.Array) -> pa.Array:
     return pc.if_else(is_whole, whole.cast(pa.string()), values.cast(pa.string()))
 
 
+def decimals(values: np.ndarray) -> np.ndarray:
+    """Floats as float64 with the shortest decimals of their own type: float32 0.1 -> 0.1, not 0.10000000149."""
+    if values.dtype == np.float64:
+        return values
+    text = pa.array(values.astype(np.float32).ravel()).cast(pa.string())
+    return text.cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(values.shape)
+
+
 def value_to_text(value: Any) -> str | None:
     """A JSON or NumPy value as text; a list with a separator between its values."""
     if value is None:

@@ -91,7 +91,7 @@ def render_data_report(
       parts: name of each set of rows (``train``, ``served``) -> its statistics.
       contrasts: what is compared with what.
       anomalies: where they are -> the anomalies.
-      facts: ``dataset``, ``spec`` and ``min_group_users``.
+      facts: ``dataset``, ``spec``, ``min_group_users``, and ``left_out``: raw inputs that served requests leave out.
 
     Returns:
       A self-contained HTML page: no scripts, nothing loaded from elsewhere.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,15 +109,16 @@ class DataStatistics:
     columns: Mapping[str, ColumnStatistics]
 
     @classmethod
-    def of(cls, table: pa.Table, spec: FeatureSpec) -> DataStatistics:
+    def of(cls, table: pa.Table, spec: FeatureSpec, left_out: Collection[str] = ()) -> DataStatistics:
         """Statistics of a part.
 
         Args:
           table: a column per ``spec.raw_inputs`` with null for missing; ``user_hash`` (int64, null where the user is
             not known); ``label`` (0 or 1), which may be absent.
           spec: the feature spec.
+          left_out: raw inputs that the table does not have; neither they nor user groups made of them are counted.
         """
-        return _Part(table, spec).statistics()
+        return _Part(table, spec, left_out).statistics()
 
     def merge(self, other: DataStatistics) -> DataStatistics:
         """Statistics of both parts, of one spec. Deterministic, but means may differ by rounding with the order."""
@@ -216,13 +217,15 @@ class _Encoded:
 class _Part:
     """Rows with their user-group ids, which every column is counted by."""
 
-    def __init__(self, table: pa.Table, spec: FeatureSpec):
+    def __init__(self, table: pa.Table, spec: FeatureSpec, left_out: Collection[str]):
         self._spec = spec
+        self._raw_inputs = [entry for entry in spec.raw_inputs if entry.name not in left_out]
+        self._user_groups = [group for group in spec.user_groups if group.column not in left_out]
         self._table = table
         self._has_labels = "label" in table.column_names
         self._labels = table.column("label").to_numpy() if self._has_labels else np.zeros(table.num_rows, np.float32)
         self._encoded: dict[str, _Encoded] = {}
-        self._groups = [(self._group_ids(group), len(group.labels)) for group in spec.user_groups]
+        self._groups = [(self._group_ids(group), len(group.labels)) for group in self._user_groups]
         self._rows = self._count(np.zeros(table.num_rows, np.int64), 1)[0]
 
     def _column(self, name: str) -> _Encoded:
@@ -238,15 +241,14 @@ class _Part:
         return group_ids(group, tensors[group.column]).numpy()[encoded.codes]
 
     def statistics(self) -> DataStatistics:
-        spec = self._spec
-        segments = (ALL_ROWS, *((group.name, label) for group in spec.user_groups for label in group.labels))
+        segments = (ALL_ROWS, *((group.name, label) for group in self._user_groups for label in group.labels))
         return DataStatistics(
             segments,
             self._has_labels,
             self._rows,
             self._sum(self._labels).astype(np.int64),
             self._users(),
-            {entry.name: self._column_statistics(entry) for entry in spec.raw_inputs},
+            {entry.name: self._column_statistics(entry) for entry in self._raw_inputs},
         )
 
     def _count(self, slots: np.ndarray, num_slots: int, rows: np.ndarray | None = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,17 +43,11 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
       ready for JSON. Rows of weight 0 and groups without rows are left out, and groups of fewer than 20 users are part
       of "other"; a metric that is not defined on its rows is None.
     """
-    names = [group.name for group in dataset.inputs.groups]
-    record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
-    columns = input_pipeline.read_columns(dataset, split, [*record_fields, *names])
-    columns["pctr"] = predict(model, dataset, split)
-    columns["uncalibrated"] = expit(predict_logits(model, dataset, split))
-    if dataset.spec.intensity_label is None:
-        columns["intensity_label"] = None
-    columns = _rows(columns, columns["sample_weight"] > 0)
-    if not len(columns["label"]):
-        raise ValueError(f"the rows of a split must not all have sample weight 0. Received: {split}")
-    groups = {group.name: _measure_labels(columns, group) for group in dataset.inputs.groups}
+    columns = scored_rows(model, dataset, split)
+    groups = {
+        group.name: {label: measure(rows) for label, rows in rows_by_label(columns, group)}
+        for group in dataset.inputs.groups
+    }
     return {
         "split": split,
         "dataset_fingerprint": dataset.fingerprint,
@@ -64,9 +59,33 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
     }
 
 
-def _measure_labels(columns: dict[str, np.ndarray | None], group: GroupInput) -> dict[str, dict[str, Any]]:
+def scored_rows(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, np.ndarray | None]:
+    """What ``measure`` needs of a split's rows of weight above 0, ``uncalibrated`` pctr and the ids of user groups.
+
+    Raises:
+      ValueError: every row has weight 0.
+    """
+    names = [group.name for group in dataset.inputs.groups]
+    record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
+    columns = input_pipeline.read_columns(dataset, split, [*record_fields, *names])
+    columns["pctr"] = predict(model, dataset, split)
+    columns["uncalibrated"] = expit(predict_logits(model, dataset, split))
+    if dataset.spec.intensity_label is None:
+        columns["intensity_label"] = None
+    columns = _rows(columns, columns["sample_weight"] > 0)
+    if not len(columns["label"]):
+        raise ValueError(f"the rows of a split must not all have sample weight 0. Received: {split}")
+    return columns
+
+
+def rows_by_label(
+    columns: dict[str, np.ndarray | None], group: GroupInput
+) -> Iterator[tuple[str, dict[str, np.ndarray | None]]]:
+    """(label, its rows) of a user group: those of fewer than 20 users as "other", those without rows not at all."""
     ids, labels = merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
-    return {label: measure(_rows(columns, ids == index)) for index, label in enumerate(labels) if np.any(ids == index)}
+    for index, label in enumerate(labels):
+        if np.any(ids == index):
+            yield label, _rows(columns, ids == index)
 
 
 def _rows(columns: dict[str, np.ndarray | None], mask: np.ndarray) -> dict[str, np.ndarray | None]:

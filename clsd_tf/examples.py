@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow as tf
 
+from clsd_tf.columns import convert_column, decimals
 from clsd_tf.model_inputs import MISSING_INT64, ModelInputs, RawInput, RecordLayout
+from clsd_tf.tables import Column
 
 # What a record holds beside the model inputs; event_time in microseconds since 1970, intensity_value NaN if missing.
 RECORD_NUMBERS = ("label", "intensity_label", "intensity_value", "sample_weight")
@@ -179,6 +181,35 @@ def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]
         entry.name: tf.TensorSpec([None, None] if entry.is_list else [None], _RAW_DTYPES[entry.dtype], entry.name)
         for entry in raw_inputs
     }
+
+
+def tensors_to_arrow(tensors: Mapping[str, np.ndarray], raw_inputs: Sequence[RawInput]) -> pa.Table:
+    """The transform's raw tensors -> columns as ``request_files.typed_rows`` gives them, null for missing values.
+
+    Strings that are no UTF-8 get replacement characters, and so are still no known value; histories lose their padding.
+    Numbers beyond what datasets hold (10^18 and more, infinity) become null.
+
+    Args:
+      tensors: [batch] each, and [batch, any] for histories; may hold more than the raw inputs.
+      raw_inputs: names and dtypes.
+    """
+    return pa.table({entry.name: _tensor_to_column(np.asarray(tensors[entry.name]), entry) for entry in raw_inputs})
+
+
+def _tensor_to_column(values: np.ndarray, entry: RawInput) -> pa.Array:
+    if entry.is_list:
+        rows = [[_text(value) for value in row if value] for row in values.tolist()]
+        return pa.array(rows, pa.list_(pa.string()))
+    if entry.dtype == "string":
+        return pa.array([_text(value) if value else None for value in values.tolist()], pa.string())
+    numbers = decimals(values) if entry.dtype == "float" else values
+    is_missing = np.isnan(numbers) if entry.dtype == "float" else numbers == MISSING_INT64
+    converted, _ = convert_column(pa.array(numbers, mask=is_missing), Column(name=entry.name, type=entry.dtype))
+    return converted
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", errors="replace")
 
 
 def arrow_to_tensors(table: pa.Table, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:

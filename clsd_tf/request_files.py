@@ -21,6 +21,32 @@ from clsd_tf.tables import Column
 _ROWS_PER_BATCH = 4096
 _MAX_EXACT_IN_FLOAT = 2**53
 FORMATS = (".csv", ".jsonl", ".parquet")
+# Key in a Parquet file's metadata: a JSON list of the raw inputs that it has no column of.
+LEFT_OUT = b"clsd_tf.left_out"
+
+
+def row_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file itself, or the files of a directory in the order of their names; hidden ones are not complete.
+
+    Raises:
+      ValueError: a directory without any.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"a directory of rows has files that end in {', '.join(FORMATS)}. Received: {path} with none")
+    return files
+
+
+def left_out_inputs(paths: Iterable[pathlib.Path]) -> frozenset[str]:
+    """Raw inputs that any of the files declares to leave out, as logs of requests do with private ones."""
+    found: set[str] = set()
+    for path in paths:
+        if path.suffix == ".parquet" and path.is_file():
+            metadata = pa.parquet.read_schema(path).metadata or {}
+            found.update(json.loads(metadata.get(LEFT_OUT, b"[]")))
+    return frozenset(found)
 
 
 def read_rows(path: pathlib.Path) -> Iterator[pa.Table]:

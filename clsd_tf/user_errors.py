@@ -51,7 +51,9 @@ def auc_difference_error(
         axis=0,
     )
     difference = np.average(change[clicked], weights=weights[clicked])
-    return _error(np.bincount(np.unique(users, return_inverse=True)[1], weights * (change - difference) / mass))
+    return influence_error(
+        np.bincount(np.unique(users, return_inverse=True)[1], weights * (change - difference) / mass)
+    )
 
 
 def gauc_difference_error(
@@ -72,7 +74,7 @@ def gauc_difference_error(
         return None
     change, impressions = np.mean(change, axis=0)[known], impressions[known]
     difference = np.average(change, weights=impressions)
-    return _error(impressions * (change - difference) / impressions.sum())
+    return influence_error(impressions * (change - difference) / impressions.sum())
 
 
 def difference_errors(columns: Mapping[str, Array], treatment: Array, baseline: Array) -> dict[str, float]:
@@ -113,6 +115,7 @@ def _placements(clicked: Array, scores: Array, weights: Array) -> Array:
     return result
 
 
-def _error(influence: Array) -> float | None:
+def influence_error(influence: Array) -> float | None:
+    """Standard error of what each user moves by ``influence``, [num_users]; None with fewer than two users."""
     count = len(influence)
     return float(np.sqrt(count / (count - 1) * np.sum(influence**2))) if count > 1 else None

@@ -5,7 +5,8 @@ Example:
 
 Writes <servable_dir>/<name>/<version>/ with the transform inside and five signatures, warm-up requests and a
 manifest; checks it in a fresh process against the training model; publishes it by one rename; and adds the model to
-<servable_dir>/models.config. A published version is never rewritten.
+<servable_dir>/models.config. A published version is never rewritten. With --keep, old versions are deleted, as
+`python -m export.manage prune` does.
 """
 
 import pathlib
@@ -15,7 +16,9 @@ from absl import flags
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from export.profile import load_profile
+from export.retention import prune
 from export.saved_model import export_servable
+from export.versions import ModelVersions
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)
@@ -23,7 +26,8 @@ _SERVABLE_DIR = flags.DEFINE_string(
     "servable_dir", None, "Directory that holds one directory per model.", required=True
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
-_VERSION = flags.DEFINE_integer("version", None, "Version number; seconds since 1970 by default.")
+_VERSION = flags.DEFINE_integer("version", None, "Version number; the time in seconds by default.")
+_KEEP = flags.DEFINE_integer("keep", None, "How many of the newest versions stay; all by default.", lower_bound=1)
 _PROFILE = flags.DEFINE_string(
     "profile", None, "What the servable holds: a YAML file, or compact or ranking; by default every signature."
 )
@@ -46,6 +50,9 @@ def main(argv) -> None:
     title = f"Largest difference to the training model, {found['rows']:,} rows"
     console.print_table(title, ["signature/output", "difference"], rows)
     console.console.print(f"{found['warmup_records']} warm-up requests replayed; published {servable.path}")
+    if _KEEP.value is not None:
+        deleted = prune(ModelVersions(pathlib.Path(_SERVABLE_DIR.value), _NAME.value), _KEEP.value).deleted
+        console.console.print(f"deleted old versions: {', '.join(map(str, deleted)) or 'none'}")
 
 
 if __name__ == "__main__":

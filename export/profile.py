@@ -21,14 +21,14 @@ class BatchingProfile(StrictModel):
 
     Attributes:
       max_batch_size: rows of the largest batch.
-      batch_timeout_micros: how long a request may wait for company, in microseconds.
+      batch_timeout_micros: how long a request may wait for company while threads are free, in microseconds.
       max_enqueued_batches: batches that may wait; beyond them requests are refused.
       num_batch_threads: threads that run batches; the server's cores by default.
       allowed_batch_sizes: sizes that batches are padded to, rising, ending with max_batch_size; empty for any.
     """
 
     max_batch_size: _Count = 512
-    batch_timeout_micros: int = pydantic.Field(1000, ge=0)
+    batch_timeout_micros: int = pydantic.Field(0, ge=0)
     max_enqueued_batches: _Count | None = None
     num_batch_threads: _Count | None = None
     allowed_batch_sizes: tuple[_Count, ...] = ()

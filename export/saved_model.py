@@ -8,16 +8,13 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import tensorflow as tf
-from google.protobuf import text_format
-from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import DatasetDir, WorkDir, staged_directory, write_text
+from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import load_model
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
@@ -25,10 +22,12 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
 from export.batching_parameters import write_batching_parameters
 from export.manifest import write_manifest
+from export.models_config import CONFIG_FILE, ModelsConfig, require_room_for
 from export.profile import ExportProfile
 from export.quantisation import quantise_tables
 from export.signatures import ServingModule, serving_signatures
 from export.verification_sample import verification_sample
+from export.versions import ModelVersions
 from export.warmup import write_warmup_requests
 
 
@@ -61,23 +60,23 @@ def export_servable(
       work_dir: a finished run.
       base_dir: holds one directory per model.
       name: the model's name, one path component.
-      version: a new integer > 0; seconds since 1970 by default.
+      version: a number that was never used; by default the time in seconds, or more than any number ever used.
       serving_base_path: where the server will see ``base_dir``, for models.config.
       profile: what the servable holds; the default profile if None.
 
     Raises:
-      FileExistsError: the version is there already; a published number is never rewritten.
+      FileExistsError: the version's number was used already; a published version is never rewritten.
       ExportError: a signature does not agree with the training model.
       QuantisationError: quantisation costs more AUC than the profile allows.
-      ValueError: bad name or version.
+      ValueError: bad name or version, or a models.config to which the model cannot be added.
     """
-    _check_name(name, version)
-    final = base_dir / name / str(version or int(time.time()))
+    versions = ModelVersions(base_dir, name)
+    require_room_for(base_dir / CONFIG_FILE, name, _base_path(serving_base_path, name))
     profile = profile or ExportProfile()
     model = load_model(work_dir, dataset)
     quantisation = _apply_profile(model, dataset, profile)
     transform = FeatureTransform(dataset.spec, dataset.statistics, dataset.layout.vocabularies)
-    with staged_directory(final) as staging, tempfile.TemporaryDirectory() as scratch:
+    with versions.staged(version) as (number, staging), tempfile.TemporaryDirectory() as scratch:
         signatures = serving_signatures(dataset.spec, transform, model, profile)
         tf.saved_model.save(ServingModule(transform, signatures), str(staging), signatures=signatures)
         sample = verification_sample(dataset, transform, model, profile)
@@ -92,20 +91,13 @@ def export_servable(
             dataset,
             work_dir,
             model_name=name,
-            version=int(final.name),
+            version=number,
             verification=verification,
             profile=profile.to_dict(),
             quantisation=quantisation,
         )
-    _add_to_models_config(base_dir / "models.config", name, f"{serving_base_path.rstrip('/')}/{name}")
-    return Servable(final, verification)
-
-
-def _check_name(name: str, version: int | None) -> None:
-    if not name.replace("_", "").replace("-", "").isalnum():
-        raise ValueError(f"a model name has letters, digits, _ and - only. Received: {name!r}")
-    if version is not None and version < 1:
-        raise ValueError(f"a version is an integer of at least 1. Received: {version}")
+    _add_to_models_config(versions, serving_base_path)
+    return Servable(versions.path / str(number), verification)
 
 
 def _apply_profile(model: ClsdModel, dataset: DatasetDir, profile: ExportProfile) -> dict[str, Any] | None:
@@ -145,13 +137,13 @@ def _verify_in_fresh_process(servable: pathlib.Path, sample: pathlib.Path) -> di
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _add_to_models_config(path: pathlib.Path, name: str, base_path: str) -> None:
-    """Adds or updates one model in the text proto that ``--model_config_file`` takes."""
-    config = model_server_config_pb2.ModelServerConfig()
-    if path.exists():
-        text_format.Parse(path.read_text(encoding="utf-8"), config)
-    entries = config.model_config_list.config
-    entry = next((entry for entry in entries if entry.name == name), None) or entries.add(name=name)
-    entry.base_path = base_path
-    entry.model_platform = "tensorflow"
-    write_text(path, text_format.MessageToString(config))
+def _add_to_models_config(versions: ModelVersions, serving_base_path: str) -> None:
+    """Adds the model, or changes its path, in the text proto that ``--model_config_file`` takes."""
+    with versions.exclusive():
+        config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
+        config.set_model(versions.name, _base_path(serving_base_path, versions.name))
+        config.write()
+
+
+def _base_path(serving_base_path: str, name: str) -> str:
+    return f"{serving_base_path.rstrip('/')}/{name}"

@@ -9,6 +9,7 @@ be loaded, or whose warm-up requests fail, leaves the old one serving. Metrics: 
 and SIGTERM stop it after the running requests. It has no TLS and no authentication: leave --host as it is.
 """
 
+import contextlib
 import pathlib
 import signal
 
@@ -17,6 +18,7 @@ from absl import flags, logging
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
+from export.server.request_log import RequestLog
 
 _SERVABLE_DIR = flags.DEFINE_string(
     "servable_dir", None, "Directory that holds models.config and one directory per model.", required=True
@@ -40,10 +42,25 @@ _MAX_ENQUEUED_BATCHES = flags.DEFINE_integer(
     "Batches that may wait; beyond, requests are refused; default: the version's or 10.",
     1,
 )
+_REQUEST_LOG_DIR = flags.DEFINE_string(
+    "request_log_dir", None, "Where a sample of the requests is logged, for validate_data --requests; default: nowhere."
+)
+_REQUEST_LOG_SAMPLE_RATE = flags.DEFINE_float(
+    "request_log_sample_rate", 0.01, "Share of the requests that is logged, above 0.", 0.0, 1.0
+)
 
 
 def main(argv) -> None:
     logging.set_verbosity(logging.INFO)
+    with contextlib.ExitStack() as stack:
+        request_log = None
+        if _REQUEST_LOG_DIR.value:
+            log = RequestLog(pathlib.Path(_REQUEST_LOG_DIR.value), _REQUEST_LOG_SAMPLE_RATE.value)
+            request_log = stack.enter_context(log)
+        _serve(request_log)
+
+
+def _serve(request_log: RequestLog | None) -> None:
     server = LocalServer(
         pathlib.Path(_SERVABLE_DIR.value),
         host=_HOST.value,
@@ -54,6 +71,7 @@ def main(argv) -> None:
         poll_seconds=_POLL_SECONDS.value,
         max_request_bytes=_MAX_REQUEST_BYTES.value,
         grace_seconds=_GRACE_SECONDS.value,
+        request_log=request_log,
     )
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):

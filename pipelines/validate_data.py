@@ -7,13 +7,16 @@ Example:
 
 Compares validation and test rows with training rows; with --baseline_dir training rows with those of another dataset
 (another day); with --requests training rows with served requests: a file of raw inputs (.csv, .jsonl, .parquet) as
-export.predict reads. Writes data_report.json and data_report.html to --report_dir. The spec declares what is expected:
-`expect` of a column, and `drift`. With --fail_on=anomaly the exit status is 1 if there is one.
+export.predict reads, or a directory of such files, as export.serve logs them. Raw inputs that a log declares to leave
+out (the user's key) are named and not compared; any other raw input without a column is an error. Writes
+data_report.json and data_report.html to --report_dir. The spec declares what is expected: `expect` of a column, and
+`drift`. With --fail_on=anomaly the exit status is 1 if there is one.
 """
 
 import functools
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,12 +39,13 @@ from clsd_tf.data_report import (
 from clsd_tf.data_statistics import DataStatistics, read_data_statistics
 from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_keys
-from clsd_tf.request_files import read_rows, typed_rows
+from clsd_tf.model_inputs import RawInput
+from clsd_tf.request_files import left_out_inputs, read_rows, row_files, typed_rows
 from clsd_tf.small_groups import MIN_GROUP_USERS
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to check.", required=True)
 _BASELINE_DIR = flags.DEFINE_string("baseline_dir", None, "Dataset directory of another day, to compare with.")
-_REQUESTS = flags.DEFINE_string("requests", None, "Served requests: .csv, .jsonl or .parquet of raw inputs.")
+_REQUESTS = flags.DEFINE_string("requests", None, "Served requests: a file or a directory of .csv, .jsonl or .parquet.")
 _SPEC = flags.DEFINE_string("spec", None, "Spec whose expectations and limits to use instead of the dataset's own.")
 _REPORT_DIR = flags.DEFINE_string(
     "report_dir", None, "Where the report goes; the dataset's name + _report if not given."
@@ -59,18 +63,31 @@ def read_statistics(dataset: DatasetDir) -> dict[str, DataStatistics]:
 
 
 def statistics_of_requests(path: pathlib.Path, spec: FeatureSpec) -> DataStatistics:
-    """Statistics of a file of served requests; without clicks, and with users where the user key is a raw input."""
-    parts, num_rows = [], 0
-    for rows in read_rows(path):
-        try:
-            typed = typed_rows(rows, spec.raw_inputs)
-        except ValueError as error:
-            raise ValueError(f"{path}, batch from row {num_rows + 1}: {error}") from error
-        parts.append(DataStatistics.of(_with_users(typed, spec), spec))
-        num_rows += rows.num_rows
+    """Statistics of served requests, a file or a directory; without clicks, and with users where their key is there.
+
+    Raw inputs that a file declares to leave out have none.
+    """
+    files = row_files(path)
+    left_out = left_out_inputs(files)
+    raw_inputs = [entry for entry in spec.raw_inputs if entry.name not in left_out]
+    parts = [
+        DataStatistics.of(_with_users(rows, spec), spec, left_out)
+        for file in files
+        for rows in _typed_batches(file, raw_inputs)
+    ]
     if not parts:
         raise ValueError(f"--requests must have rows. Received: {path} with none")
     return functools.reduce(DataStatistics.merge, parts)
+
+
+def _typed_batches(file: pathlib.Path, raw_inputs: Sequence[RawInput]) -> Iterator[pa.Table]:
+    num_rows = 0
+    for rows in read_rows(file):
+        try:
+            yield typed_rows(rows, raw_inputs)
+        except ValueError as error:
+            raise ValueError(f"{file}, batch from row {num_rows + 1}: {error}") from error
+        num_rows += rows.num_rows
 
 
 def _with_users(rows: pa.Table, spec: FeatureSpec) -> pa.Table:
@@ -96,19 +113,24 @@ def main(argv) -> None:
     dataset = DatasetDir(_DATASET_DIR.value)
     spec = feature_specs.get_spec(_SPEC.value) if _SPEC.value else dataset.spec
     report_dir = pathlib.Path(_REPORT_DIR.value or f"{dataset.path}_report")
+    left_out: list[str] = []
     with console.step("check data"):
         parts = read_statistics(dataset)
         if _REQUESTS.value:
             parts[SERVED] = statistics_of_requests(pathlib.Path(_REQUESTS.value), dataset.spec)
+            left_out = [name for name in parts["train"].columns if name not in parts[SERVED].columns]
         baseline = read_statistics(DatasetDir(_BASELINE_DIR.value)) if _BASELINE_DIR.value else None
         contrasts = compare_all(parts, baseline, spec)
-    anomalies = {name: find_anomalies(part, spec.expectations) for name, part in parts.items()}
+    expectations = {SERVED: {name: value for name, value in spec.expectations.items() if name not in left_out}}
+    anomalies = {name: find_anomalies(part, expectations.get(name, spec.expectations)) for name, part in parts.items()}
     anomalies |= {entry.title: list(entry.anomalies) for entry in contrasts}
-    facts = {"dataset": str(dataset.path), "spec": spec.name, "min_group_users": MIN_GROUP_USERS}
+    facts = {"dataset": str(dataset.path), "spec": spec.name, "min_group_users": MIN_GROUP_USERS, "left_out": left_out}
     report_dir.mkdir(parents=True, exist_ok=True)
     write_json(report_dir / "data_report.json", _json_report(facts, parts, contrasts, anomalies))
     write_text(report_dir / "data_report.html", render_data_report(parts, contrasts, anomalies, facts))
     _print(parts, contrasts, anomalies)
+    if left_out:
+        console.console.print(f"served requests leave out {', '.join(left_out)}: not compared", soft_wrap=True)
     console.console.print(f"{report_dir}/data_report.json and {report_dir}/data_report.html", soft_wrap=True)
     if _FAIL_ON.value == "anomaly" and any(anomalies.values()):
         sys.exit(1)

@@ -16,7 +16,7 @@ from backbone_inputs import (
 )
 
 from clsd_tf.backbones import build_backbone
-from clsd_tf.embeddings import FieldEmbeddings
+from clsd_tf.embeddings import FieldEmbeddings, SharedRows
 from clsd_tf.model_inputs import ModelInputs
 
 # Backbones, their structures that an argument selects, and the model of the package docstring.
@@ -169,3 +169,12 @@ def test_inputs_may_be_only_categorical_or_only_numeric(name):
             build_backbone(name, only_numeric, **ARGUMENTS)
     else:
         assert build_backbone(name, only_numeric, **ARGUMENTS)(FEATURES).shape == [7]
+
+
+@every_backbone
+def test_features_that_rows_share_score_as_if_each_row_had_its_own(name):
+    backbone = built(name)
+    row_of = tf.constant([0, 0, 2, 1, 1, 2, 0], tf.int64)
+    shared = {feature: SharedRows(FEATURES[feature][:3], row_of) for feature in ("city", "recent_items", "age")}
+    repeated = {feature: values.repeated() for feature, values in shared.items()}
+    np.testing.assert_allclose(backbone(FEATURES | shared), backbone(FEATURES | repeated), rtol=1e-5, atol=1e-6)

@@ -1,11 +1,13 @@
 """Field embeddings: which rows they look up, and what padding and histories become."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from backbone_inputs import FEATURES, INPUTS
 
-from clsd_tf.embeddings import FieldEmbeddings
+from clsd_tf.embeddings import FieldEmbeddings, SharedRows
 
 
 @pytest.fixture
@@ -85,3 +87,58 @@ def test_field_embeddings_survive_get_config_and_from_config(embeddings):
 def test_embedding_dim_of_0_is_refused():
     with pytest.raises(ValueError, match=r"embedding_dim must be at least 1. Received: 0"):
         FieldEmbeddings(INPUTS, 0)
+
+
+def _gathers(function, *arguments):
+    """Rows that each lookup in the tables of a traced function reads, from its static shapes."""
+    graph = function.get_concrete_function(*arguments).graph
+    found = [operation for operation in graph.get_operations() if operation.type == "ResourceGather"]
+    return [operation.inputs[1].shape.as_list() for operation in found]
+
+
+def test_shared_features_are_looked_up_once_per_value(embeddings):
+    row_of = tf.constant([0, 0, 1, 1, 1, 0, 0], tf.int64)
+    shared = {name: SharedRows(FEATURES[name][:2], row_of) for name in ("city", "recent_items")}
+    mixed = FEATURES | shared
+    np.testing.assert_array_equal(
+        embeddings(mixed), embeddings(FEATURES | {name: values.repeated() for name, values in shared.items()})
+    )
+    # Two users with a city and three recent items; seven rows with an item and two tags.
+    assert sorted(_gathers(tf.function(embeddings), mixed)) == [[2, 4], [7, 3]]
+
+
+def test_float16_tables_are_the_rounded_ones(embeddings):
+    before = embeddings(FEATURES).numpy()
+    table = _table(embeddings, "item").astype(np.float16).astype(np.float32)
+    embeddings.quantise("float16")
+    received = embeddings(FEATURES).numpy()
+    np.testing.assert_array_equal(received[:, 0], table[FEATURES["item"]])
+    assert 0 < np.abs(received - before).max() < 2e-3
+    assert embeddings.table_bytes == 16 * 2 * 2
+
+
+def test_int8_tables_are_within_half_a_step_of_the_row(embeddings):
+    table = _table(embeddings, "item")
+    before = embeddings(FEATURES).numpy()
+    embeddings.quantise("int8")
+    received = embeddings.lookup("item", tf.range(7, dtype=tf.int64)).numpy()
+    steps = np.abs(table).max(axis=1, keepdims=True) / 127
+    assert (np.abs(received - table) <= steps / 2 + 1e-7).all()
+    np.testing.assert_allclose(received / steps, np.round(table / steps), atol=1e-4)
+    # A byte a number and a float32 a row.
+    assert embeddings.table_bytes == 16 * (2 + 4)
+    np.testing.assert_allclose(embeddings(FEATURES).numpy(), before, atol=steps.max())
+
+
+def test_a_row_of_zeros_stays_one(embeddings):
+    weights = [np.zeros_like(weight) for weight in embeddings.get_weights()]
+    embeddings.set_weights(weights)
+    embeddings.quantise("int8")
+    assert np.all(embeddings(FEATURES).numpy() == 0.0)
+
+
+def test_a_layer_of_numbers_cannot_be_quantised():
+    layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=()), 2)
+    layer(FEATURES)
+    with pytest.raises(ValueError, match="Received: a layer with numbers only"):
+        layer.quantise("int8")

@@ -21,6 +21,9 @@ from clsd_tf.calibration import Calibration
 from clsd_tf.input_pipeline import read_columns
 from clsd_tf.servable import LocalServable
 from export import saved_model
+from export.contract_rules import check_servable
+from export.contract_rules.graph import string_use
+from export.contract_rules.version import Version
 from export.manifest import check_files
 from export.saved_model import ExportError, export_servable
 from export.scoring import score_file
@@ -90,7 +93,7 @@ def test_the_servable_calibrates_and_its_debug_outputs_do_not(feed_dataset, run,
 def test_verification_in_a_fresh_process_covers_every_signature(published, feed_dataset):
     differences = published.verification["max_difference"]
     assert set(differences) == {
-        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr",
+        "serving_default/ctr", "predict_raw/ctr", "classify/ctr", "regress/ctr", "rank/ctr",
         "debug/logit", "debug/teacher_score", "debug/ad_gate_correction",
     }  # fmt: skip
     assert max(differences.values()) <= 1e-6
@@ -157,12 +160,22 @@ def test_warmup_requests_are_uncompressed_prediction_logs_of_every_kind(publishe
     ]
     assert len(logs) == published.verification["warmup_records"] <= 1000
     assert {log.WhichOneof("log_type") for log in logs} == {"predict_log", "classify_log", "regress_log"}
-    assert {log.predict_log.request.model_spec.name for log in logs if log.HasField("predict_log")} == {"feed"}
+    predictions = [log.predict_log.request for log in logs if log.HasField("predict_log")]
+    assert {request.model_spec.name for request in predictions} == {"feed"}
+    assert {request.model_spec.signature_name for request in predictions} == {"serving_default", "predict_raw", "rank"}
 
 
-def test_the_version_directory_is_an_integer_and_alone(published):
+def test_warmup_requests_name_no_user(published, sample):
+    content = (published.path / "assets.extra" / "tf_serving_warmup_requests").read_bytes()
+    items = {item_id.encode() for item_id in sample.column("item_id").slice(0, 64).to_pylist()}
+    users = {user_id.encode() for user_id in sample.column("user_id").slice(0, 64).to_pylist()}
+    assert all(item in content for item in items)
+    assert not [user for user in users if user in content]
+
+
+def test_the_version_directory_is_an_integer_beside_its_history(published):
     assert published.path.name == "7"
-    assert [child.name for child in published.path.parent.iterdir()] == ["7"]
+    assert sorted(child.name for child in published.path.parent.iterdir()) == ["7", "history.jsonl"]
     assert (published.path / "fingerprint.pb").exists()
 
 
@@ -344,3 +357,19 @@ def test_a_feature_that_is_there_but_empty_is_a_missing_one(signatures):
 
 def test_the_servable_names_no_path_of_the_machine_that_built_it(published, feed_dataset):
     assert str(feed_dataset.path).encode() not in (published.path / "saved_model.pb").read_bytes()
+
+
+def test_the_servable_keeps_the_contract_of_tf_serving(published, feed_dataset):
+    results = check_servable(published.path.parent)
+    assert [(result.rule.id, result.finding) for result in results if result.finding.status != "pass"] == []
+    found = {result.rule.id: result.finding.found for result in results}
+    for rule in ("batch_sizes", "unknown_values", "json_answers", "json_requests"):
+        assert found[rule].startswith("classify, debug, predict_raw, rank, regress, serving_default"), rule
+    for rule in ("empty_example", "missing_features"):
+        assert found[rule].startswith("classify, debug, rank, regress, serving_default. Not checked: predict_raw"), rule
+    # Requests with unknown and with missing values were made for every raw input.
+    version = Version(published.path)
+    for name in ("serving_default", "rank"):
+        assert string_use(version.meta_graph, version.signatures[name]).features.keys() == {
+            entry.name for entry in feed_dataset.spec.raw_inputs
+        }

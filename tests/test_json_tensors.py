@@ -169,11 +169,11 @@ def test_other_values_are_refused_by_input_place_and_kind(dtype, value, received
         assert "JSON parse error" in refusal(f'{{"inputs": [{value}]}}', x=dtype)
         return
     columns = refusal(f'{{"inputs": {{"x": [[{good}, {good}], [{good}, {value}]], "y": 1}}}}', x=dtype, y=tf.int64)
-    assert columns.startswith("input x: inputs.x[1][1] must be")
+    assert columns.startswith("input 'x': inputs.x[1][1] must be")
     assert f"Received: {received}" in columns
     rows = f'{{"instances": [{{"x": [{good}, {good}], "y": 1}}, {{"x": [{good}, {value}], "y": 1}}]}}'
-    assert refusal(rows, x=dtype, y=tf.int64).startswith("input x: instances[1].x[1] must be")
-    assert refusal(f'{{"instances": [[{good}], [{value}]]}}', x=dtype).startswith("input x: instances[1][0] must be")
+    assert refusal(rows, x=dtype, y=tf.int64).startswith("input 'x': instances[1].x[1] must be")
+    assert refusal(f'{{"instances": [[{good}], [{value}]]}}', x=dtype).startswith("input 'x': instances[1][0] must be")
 
 
 # --- Requests: shapes and names ---------------------------------------------------------------------------------------
@@ -182,15 +182,15 @@ def test_other_values_are_refused_by_input_place_and_kind(dtype, value, received
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ('{"inputs": [[1, 2], [3]]}', "input x: inputs[1] must be an array of 2 values.* Received: 1 values"),
-        ('{"inputs": [[1], 2]}', "input x: inputs[1] must be an array of 1 values.* Received: an integer"),
-        ('{"inputs": [1, [2]]}', "input x: inputs[1] must be an integer.* Received: an array"),
-        ('{"inputs": [[[1], [2]], [[3], [4, 5]]]}', "input x: inputs[1][1] must be an array of 1 values"),
-        ('{"instances": [[1, 2], [3]]}', "input x: instances[1] must be"),
-        ('{"instances": [{"x": [1]}, {"x": [1, 2]}]}', "input x: instances[1].x must be"),
-        ('{"instances": [{"x": 1}, {"x": [1]}]}', "input x: instances[1].x must be"),
+        ('{"inputs": [[1, 2], [3]]}', "input 'x': inputs[1] must be an array of 2 values.* Received: 1 values"),
+        ('{"inputs": [[1], 2]}', "input 'x': inputs[1] must be an array of 1 values.* Received: an integer"),
+        ('{"inputs": [1, [2]]}', "input 'x': inputs[1] must be an integer.* Received: an array"),
+        ('{"inputs": [[[1], [2]], [[3], [4, 5]]]}', "input 'x': inputs[1][1] must be an array of 1 values"),
+        ('{"instances": [[1, 2], [3]]}', "input 'x': instances[1] must be"),
+        ('{"instances": [{"x": [1]}, {"x": [1, 2]}]}', "input 'x': instances[1].x must be"),
+        ('{"instances": [{"x": 1}, {"x": [1]}]}', "input 'x': instances[1].x must be"),
         ('{"instances": [{"x": 1}, 2]}', "instances[1] must be an object.* Received: an integer"),
-        ('{"instances": [1, {"x": 2}]}', "input x: instances[1] must be an integer.* Received: an object"),
+        ('{"instances": [1, {"x": 2}]}', "input 'x': instances[1] must be an integer.* Received: an object"),
         ('{"instances": [{"x": 1}, {}]}', "instances[1] must have the signature's inputs x. Received: no x"),
         ('{"instances": [{"x": 1}, {"y": 1}]}', "instances[1] must have .* Received: no x"),
         ('{"instances": [{"x": 1, "y": 2}]}', "instances[0] must have .* Received: unknown 'y'"),
@@ -203,7 +203,7 @@ def test_other_values_are_refused_by_input_place_and_kind(dtype, value, received
         ('{"instance": [1]}', "a predict request must have instances or inputs. Received: neither"),
         ('{"signature_name": 5, "inputs": 1}', "signature_name must be a string. Received: an integer"),
         ("[1]", "the body must be a JSON object. Received: an array"),
-        ('{"inputs": ' + "[" * 40 + "1" + "]" * 40 + "}", "input x: inputs must be nested at most 32 arrays deep"),
+        ('{"inputs": ' + "[" * 40 + "1" + "]" * 40 + "}", "input 'x': inputs must be nested at most 32 arrays deep"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name_and_place(body, message):

@@ -31,7 +31,7 @@ LEVELS = [
     {"training"},
     {"evaluation", "confidence_report", "profile_features"},
     {"report", "study_metrics", "user_errors"},
-    {"study"},
+    {"study", "user_intervals"},
     {"study_tables"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -39,8 +39,8 @@ COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
     "pipelines.rank_profile_features", "pipelines.simulate_feed", "pipelines.study", "pipelines.train",
-    "pipelines.predict", "pipelines.validate_data", "export.client", "export.main", "export.predict", "export.serve",
-    "export.verify",
+    "export.client", "export.contract", "export.main", "export.manage", "export.predict", "export.serve",
+    "export.verify", "pipelines.predict", "pipelines.validate_data",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -359,6 +360,19 @@ def test_health_is_not_serving_while_no_model_is_loaded(tmp_path, servable_dir):
         assert health.Check(request).status == NOT_SERVING
         shutil.copytree(servable_dir / "tiny", tmp_path / "tiny")
         wait_until(lambda: health.Check(request).status == SERVING)
+
+
+def test_a_watcher_of_health_hears_of_the_end_and_does_not_delay_it(servable_dir):
+    server = LocalServer(servable_dir, grace_seconds=60.0)
+    server.start()
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        server.request_stop()
+        assert next(watch).status == NOT_SERVING
+        start = time.monotonic()
+        server.join()
+        assert time.monotonic() - start < 5.0
 
 
 def test_stopping_finishes_what_runs_and_takes_nothing_new(servable_dir):

@@ -22,7 +22,7 @@ from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import FeedConfig, simulate_feed
 from pipelines.validate_data import statistics_of_requests
 
-FACTS = {"dataset": "<b>d</b>", "spec": "s", "min_group_users": 20}
+FACTS = {"dataset": "<b>d</b>", "spec": "s", "min_group_users": 20, "left_out": ["user_id"]}
 
 
 def validate(dataset, *arguments):
@@ -97,6 +97,7 @@ def test_page_shows_every_part_and_no_user_and_escapes_what_it_shows(feed_datase
     page = render_data_report(statistics, [entry], {entry.title: entry.anomalies}, FACTS)
     assert page.count("<svg") == 3  # Distributions and two user groups.
     assert "train: 3,200 rows" in page
+    assert "The served requests leave out user_id." in page
     assert "&lt;b&gt;d&lt;/b&gt;" in page
     assert "<b>d</b>" not in page
     assert "<script" not in page

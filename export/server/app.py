@@ -20,6 +20,7 @@ from export.server.grpc_api import GrpcServer
 from export.server.metrics import Metrics
 from export.server.models_config import read_wanted_models
 from export.server.registry import Registry
+from export.server.request_log import RequestLog
 from export.server.rest_api import rest_app
 
 
@@ -36,9 +37,12 @@ class LocalServer:
       poll_seconds: how often the directory is looked at.
       max_request_bytes: larger requests are refused.
       grace_seconds: how long requests may take to finish when the server stops.
+      rest_timeout_seconds: for a request over REST, its body included; gRPC's clients give their own.
+      request_log: gets answered requests; closed by the caller, after the server.
 
     Attributes:
       grpc_address, rest_address: host:port, once started.
+      registry: of the versions that are served.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class LocalServer:
         poll_seconds: float = 1.0,
         max_request_bytes: int = 16 << 20,
         grace_seconds: float = 10.0,
+        rest_timeout_seconds: float = 30.0,
+        request_log: RequestLog | None = None,
     ):
         self._servable_dir = servable_dir
         self._host = host
@@ -60,17 +66,19 @@ class LocalServer:
         self._poll_seconds = poll_seconds
         self._max_request_bytes = max_request_bytes
         self._grace_seconds = grace_seconds
+        self._rest_timeout_seconds = rest_timeout_seconds
         self._metrics = Metrics()
         self._threads = ModelThreads(num_threads or os.cpu_count() or 1)
         options = batching or BatchingOptions()
-        self._registry: Registry[ServedVersion] = Registry(
+        self.registry: Registry[ServedVersion] = Registry(
             servable_dir, lambda path, name: ServedVersion(path, name, options, self._threads, self._metrics)
         )
-        self._core = PredictionCore(self._registry)
+        self._core = PredictionCore(self.registry, request_log)
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_requested = asyncio.Event()
+        self._failure: Exception | None = None
         self.grpc_address = self.rest_address = ""
 
     def __enter__(self) -> LocalServer:
@@ -98,31 +106,38 @@ class LocalServer:
             self._loop.call_soon_threadsafe(self._stop_requested.set)
 
     def join(self) -> None:
-        """Waits until the server has stopped."""
+        """Waits until the server has stopped.
+
+        Raises:
+          Exception: what ended the server, unless it was asked to stop.
+        """
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
         except Exception as error:
             if self._started.done():
-                raise
-            self._started.set_exception(error)
-        finally:
-            self._threads.close()
+                self._failure = error
+            else:
+                self._started.set_exception(error)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         grpc_port, rest_port = self._ports
         grpc_server = GrpcServer(self._core, self._metrics, _address(self._host, grpc_port), self._max_request_bytes)
         http_server = _HttpServer(
-            rest_app(self._core, self._metrics, self._max_request_bytes), self._host, rest_port, self._grace_seconds
+            rest_app(self._core, self._metrics, self._max_request_bytes, self._rest_timeout_seconds),
+            self._host,
+            rest_port,
+            self._grace_seconds,
         )
         self.grpc_address = _address(self._host, grpc_server.port)
         self.rest_address = _address(self._host, http_server.port)
-        await self._follow(
-            grpc_server
-        )  # Before anyone is answered: a client that is early would be told "no such model".
+        # Before anyone is answered: a client that is early would be told "no such model".
+        await self._follow(grpc_server)
         await grpc_server.start()
         serving_http = asyncio.create_task(http_server.serve())
         self._started.set_result(None)
@@ -133,13 +148,14 @@ class LocalServer:
             await self._follow(grpc_server)
         http_server.should_exit = True
         await asyncio.gather(grpc_server.stop(self._grace_seconds), serving_http)
+        await asyncio.to_thread(self._threads.close)  # What runs still tells this loop that it ended.
 
     async def _follow(self, grpc_server: GrpcServer) -> None:
         try:
-            await asyncio.to_thread(self._registry.follow)
+            await asyncio.to_thread(self.registry.follow)
         except Exception:  # Say, a directory that went away while it was read. The next poll tells.
             logging.exception("the servable directory could not be followed")
-        versions = self._registry.versions()
+        versions = self.registry.versions()
         self._metrics.set_served(versions)
         await grpc_server.set_serving(bool(versions))
 

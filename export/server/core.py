@@ -27,6 +27,7 @@ from export.server.checks import (
 from export.server.errors import RequestError, internal_error, invalid_argument
 from export.server.metrics import Metrics
 from export.server.registry import Registry
+from export.server.request_log import RequestLog
 from export.server.servable import LoadedVersion, Signature
 from export.server.warmup_replay import replay_warmup_requests
 
@@ -69,7 +70,7 @@ class PredictionCore:
       request_log: gets every answered request; None for no log.
     """
 
-    def __init__(self, registry: Registry[ServedVersion], request_log=None):
+    def __init__(self, registry: Registry[ServedVersion], request_log: RequestLog | None = None):
         self._registry = registry
         self.request_log = request_log
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Awaitable
@@ -31,6 +32,7 @@ from export.server.servable import Signature
 from export.server.tensors import examples_of, to_array, to_proto
 
 _SERVICES = ("", "tensorflow.serving.PredictionService")  # What health checks may ask for.
+_WATCHERS_HEAR_SECONDS = 0.1
 
 
 async def _answered(
@@ -155,6 +157,30 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return self._core.status(request.model_spec)
 
 
+class _HealthServicer(health_aio.HealthServicer):
+    """Health checks whose watchers do not keep the server from stopping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watchers: set[asyncio.Task] = set()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context) -> None:  # noqa: N802
+        watcher = asyncio.create_task(super().Watch(request, context))
+        self._watchers.add(watcher)
+        try:
+            await asyncio.wait({watcher})  # Returns also when it was cancelled: only a return ends the call.
+        finally:
+            watcher.cancel()
+            self._watchers.discard(watcher)
+
+    async def shut_down(self) -> None:
+        """Tells NOT_SERVING, also to the watchers, and ends their calls."""
+        await self.enter_graceful_shutdown()
+        await asyncio.sleep(_WATCHERS_HEAR_SECONDS)
+        for watcher in self._watchers:
+            watcher.cancel()
+
+
 class GrpcServer:
     """The gRPC server; made, started and stopped in one event loop.
 
@@ -177,7 +203,7 @@ class GrpcServer:
             ("grpc.so_reuseport", 0),  # Else a second server would silently share the port.
         ]
         self._server = grpc.aio.server(options=options)
-        self._health = health_aio.HealthServicer()
+        self._health = _HealthServicer()
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
             PredictionServicer(core, metrics, max_request_bytes), self._server
         )
@@ -189,8 +215,7 @@ class GrpcServer:
             raise ValueError(f"the gRPC address must be free. Received: {address}, which is not") from error
 
     async def start(self) -> None:
-        """Takes requests from here on; health says NOT_SERVING until `set_serving`."""
-        await self.set_serving(False)
+        """Takes requests from here on. `set_serving` comes before: health says SERVING by itself."""
         await self._server.start()
 
     async def set_serving(self, is_serving: bool) -> None:
@@ -201,8 +226,7 @@ class GrpcServer:
 
     async def stop(self, grace_seconds: float) -> None:
         """Takes no more requests, and waits for those that run; after the grace they are cancelled."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_seconds)
+        await asyncio.gather(self._health.shut_down(), self._server.stop(grace_seconds))
 
 
 def _check_has_model_spec(request: Message) -> None:

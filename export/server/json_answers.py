@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-import pyarrow as pa
 
+from clsd_tf.columns import decimals
 from export.server.errors import RequestError, invalid_argument
 from export.server.json_tensors import object_array
 
@@ -38,9 +38,13 @@ def predict_answer(outputs: Mapping[str, np.ndarray], in_rows: bool) -> bytes:
 def classify_answer(outputs: Mapping[str, np.ndarray]) -> bytes:
     """``results``: of each example its classes as [label, score]; "" and 0.0 for what the signature does not give."""
     shape = next(iter(outputs.values())).shape
-    labels = _to_json("classes", outputs["classes"]) if "classes" in outputs else np.full(shape, "").tolist()
-    scores = _to_json("scores", outputs["scores"]) if "scores" in outputs else np.zeros(shape).tolist()
-    return dump({"results": [list(zip(*row, strict=True)) for row in zip(labels, scores, strict=True)]})
+    labels = outputs.get("classes", np.full(shape, b"", object)).tolist()
+    scores = _to_json("scores", outputs.get("scores", np.zeros(shape, np.float32)))
+    return dump({"results": [list(map(_class, *row)) for row in zip(labels, scores, strict=True)]})
+
+
+def _class(label: bytes, score: float) -> tuple[str, float]:
+    return label.decode("utf-8", "replace"), score
 
 
 def regress_answer(outputs: Mapping[str, np.ndarray]) -> bytes:
@@ -62,14 +66,6 @@ def _to_json(name: str, values: np.ndarray) -> Any:
     if kind == "O":
         return _texts(name, values).tolist()
     raise RequestError(grpc.StatusCode.UNIMPLEMENTED, f"output {name}: JSON has no values of its type. Use gRPC")
-
-
-def decimals(values: np.ndarray) -> np.ndarray:
-    """Floats as float64 whose shortest decimals are those of the floats: float32 0.1 -> 0.1, not 0.10000000149."""
-    if values.dtype == np.float64:
-        return values
-    text = pa.array(values.astype(np.float32).ravel()).cast(pa.string())
-    return text.cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(values.shape)
 
 
 def _texts(name: str, values: np.ndarray) -> np.ndarray:

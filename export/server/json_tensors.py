@@ -109,7 +109,7 @@ class _Source:
     def error(self, indices: Sequence[int], rule: str, received: str) -> RequestError:
         first, others = indices[: self.key == "instances"], indices[self.key == "instances" :]
         place = f"{self.key}{_subscripts(first)}{self.member}{_subscripts(others)}"
-        return invalid_argument(f"input {self.name}: {place} {rule}. Received: {received}")
+        return invalid_argument(f"input {self.name!r}: {place} {rule}. Received: {received}")
 
 
 def _subscripts(indices: Sequence[int]) -> str:

@@ -52,8 +52,8 @@ def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel]:
     file = servable_dir / CONFIG_FILE
     if file.is_file():
         return _read_config(file)
-    directories = sorted(child for child in servable_dir.iterdir() if child.is_dir())
-    return [WantedModel(child.name, child, VersionPolicy(), {}) for child in directories if _versions_on_disk(child)]
+    children = sorted(child for child in servable_dir.iterdir() if not child.name.startswith("."))
+    return [WantedModel(child.name, child, VersionPolicy(), {}) for child in children if _versions_on_disk(child)]
 
 
 def _versions_on_disk(path: pathlib.Path) -> dict[int, pathlib.Path]:

@@ -45,16 +45,14 @@ _PLACES = (
 )
 
 
-def rest_app(
-    core: PredictionCore, metrics: Metrics, max_request_bytes: int, timeout_seconds: float = 30.0
-) -> Starlette:
+def rest_app(core: PredictionCore, metrics: Metrics, max_request_bytes: int, timeout_seconds: float) -> Starlette:
     """The ASGI application.
 
     Args:
       core: answers the requests.
       metrics: counts them, and is shown at /metrics and TF Serving's /monitoring/prometheus/metrics.
       max_request_bytes: longest body; longer ones are refused while they arrive.
-      timeout_seconds: for a request, its body included; TF Serving's default.
+      timeout_seconds: for a request, its body included.
     """
     api = _RestApi(core, metrics, max_request_bytes, timeout_seconds)
 
@@ -96,12 +94,15 @@ class _RestApi:
         async def counted(request: Request) -> Response:
             started, code = time.perf_counter(), grpc.StatusCode.INTERNAL
             try:
-                body = await answer(_model_spec(request), request)
+                body = await asyncio.wait_for(answer(_model_spec(request), request), self._timeout_seconds)
                 code = grpc.StatusCode.OK
                 return Response(body, media_type="application/json")
             except RequestError as error:
                 code = error.code
                 return _error(error.http_status, str(error))
+            except asyncio.TimeoutError:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+                return _error(504, f"a request must be sent and answered within {self._timeout_seconds:g} seconds")
             except HTTPException:  # The body is too long.
                 code = grpc.StatusCode.RESOURCE_EXHAUSTED
                 raise
@@ -120,27 +121,20 @@ class _RestApi:
         return counted
 
     async def predict(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        body, remaining_seconds = await self._body(request)
-        content = PredictRequest.parse(body)
+        content = PredictRequest.parse(await self._body(request))
         spec.signature_name = content.signature_name
-        answer = await self._core.predict(spec, content.tensors, timeout_seconds=remaining_seconds)
+        answer = await self._core.predict(spec, content.tensors)
         return predict_answer(answer.outputs, content.in_rows)
 
     async def classify(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        examples, remaining_seconds = await self._examples(spec, request)
-        answer = await self._core.classify(spec, examples, timeout_seconds=remaining_seconds)
-        return classify_answer(answer.outputs)
+        content = ExamplesRequest.parse(await self._body(request))
+        spec.signature_name = content.signature_name
+        return classify_answer((await self._core.classify(spec, content.examples)).outputs)
 
     async def regress(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        examples, remaining_seconds = await self._examples(spec, request)
-        answer = await self._core.regress(spec, examples, timeout_seconds=remaining_seconds)
-        return regress_answer(answer.outputs)
-
-    async def _examples(self, spec: model_pb2.ModelSpec, request: Request) -> tuple[list[bytes], float]:
-        body, remaining_seconds = await self._body(request)
-        content = ExamplesRequest.parse(body)
+        content = ExamplesRequest.parse(await self._body(request))
         spec.signature_name = content.signature_name
-        return content.examples, remaining_seconds
+        return regress_answer((await self._core.regress(spec, content.examples)).outputs)
 
     async def metadata(self, spec: model_pb2.ModelSpec, _: Request) -> bytes:
         response = self._core.metadata(spec)
@@ -151,18 +145,7 @@ class _RestApi:
     async def status(self, spec: model_pb2.ModelSpec, _: Request) -> bytes:
         return dump(_to_dict(self._core.status(spec)))
 
-    async def _body(self, request: Request) -> tuple[bytes, float]:
-        """(the request's body, seconds that are left for the answer)."""
-        started = time.perf_counter()
-        try:
-            body = await asyncio.wait_for(self._read(request), self._timeout_seconds)
-        except asyncio.TimeoutError:  # noqa: UP041 - Another class until Python 3.11.
-            raise RequestError(
-                grpc.StatusCode.DEADLINE_EXCEEDED, f"the body must arrive within {self._timeout_seconds:g} seconds"
-            ) from None
-        return body, max(self._timeout_seconds - (time.perf_counter() - started), 0.0)
-
-    async def _read(self, request: Request) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         self._require_length(int(request.headers.get("content-length", 0)))
         chunks, size = [], 0
         async for chunk in request.stream():

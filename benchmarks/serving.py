@@ -1,0 +1,321 @@
+"""The local server against the numbers it has to reach: latency, ranking, throughput, load, a swap, malformed requests.
+
+Example:
+  python -m benchmarks.serving --dataset_dir=demo/dataset --work_dir=demo/clsd --servable_dir=demo/servable \
+      --model=movielens_100k
+
+Starts `python -m export.serve` in a process of its own and calls it from this one over loopback, so client and server
+share the machine's cores. Ratios are of numbers measured in this run. Load is 64 clients that send requests of
+--rows_per_request rows at twice the rate that the server was found to answer, each at its set time; every answer is
+compared with what the SavedModel gives in this process.
+"""
+
+import contextlib
+import functools
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import tensorflow as tf
+from absl import flags
+
+from benchmarks.process_tree import resident_mib
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
+from clsd_tf.assembly import load_model, predict
+from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
+from clsd_tf.input_pipeline import read_columns
+from clsd_tf.metrics import auc
+from clsd_tf.request_files import typed_rows
+from clsd_tf.servable import LocalServable
+from export.client_transport import Endpoint, GrpcTransport
+from export.load_generator import LoadResult, generate_load, percentiles
+from export.ranking import item_input_names
+from export.serving_client import ServingClient
+from export.warmup import rank_request
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset of the run.", required=True)
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "The run that was exported.", required=True)
+_SERVABLE_DIR = flags.DEFINE_string("servable_dir", None, "Where it was exported to.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Its name.", required=True)
+_LOAD_SECONDS = flags.DEFINE_float("load_seconds", 60.0, "How long the server is overloaded.", 1.0)
+_ROWS_PER_REQUEST = flags.DEFINE_integer("rows_per_request", 100, "Rows of a request under load.", 1)
+_NUM_MALFORMED = flags.DEFINE_integer("num_malformed", 5000, "Malformed requests of both protocols together.", 1)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
+
+_CLIENTS = 64
+_RANKED_ITEMS = 1000
+_SCORED_ROWS = 4096
+_TOLERANCE = 1e-5  # Batches of other sizes round otherwise.
+
+
+class Measures:
+    """The rows of the table: what was measured, against what it had to reach."""
+
+    def __init__(self):
+        self.rows: list[tuple[str, str, str, str]] = []
+        self.numbers: dict[str, object] = {}
+
+    def add(self, name: str, text: str, target: str, is_met: bool, **numbers: object) -> None:
+        self.rows.append((name, text, target, "yes" if is_met else "NO"))
+        self.numbers[name] = {"target": target, "met": is_met, **numbers}
+
+
+@contextlib.contextmanager
+def running_server(servable_dir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, str, str]]:
+    """A server process, its gRPC address and its REST address."""
+    command = [sys.executable, "-m", "export.serve", f"--servable_dir={servable_dir}", "--grpc_port=0", "--rest_port=0"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            for line in process.stdout:
+                if found := re.search(r"gRPC (\S+)\s+REST http://(\S+)", line):
+                    break
+            else:
+                log.seek(0)
+                raise RuntimeError(f"the server did not start:\n{log.read()[-2000:]}")
+            yield process, found[1], found[2]
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def latencies_ms(call: Callable[[], object], count: int) -> np.ndarray:
+    """Of ``count`` calls one after the other, after a tenth of them to warm up."""
+    for _ in range(count // 10):
+        call()
+    found = np.empty(count)
+    for index in range(count):
+        start = time.perf_counter()
+        call()
+        found[index] = 1000 * (time.perf_counter() - start)
+    return found
+
+
+class Bench:
+    """What all measurements need: the servable in this process, requests, and the answers that are right."""
+
+    def __init__(self, dataset: DatasetDir, model_dir: pathlib.Path):
+        self.servable = LocalServable(model_dir)
+        self.signatures = tf.saved_model.load(str(self.servable.path)).signatures
+        self.sample = pyarrow.parquet.read_table(dataset.layout.serving_sample)
+        self.raw_inputs = dataset.spec.raw_inputs
+        self.item_inputs = item_input_names(dataset.spec)
+
+    def predict_in_process(self, examples: Sequence[bytes]) -> np.ndarray:
+        return self.signatures["serving_default"](examples=tf.constant(examples))["ctr"].numpy()
+
+
+def measure_single_rows(bench: Bench, client: ServingClient, measures: Measures) -> None:
+    example = client.encode(bench.sample.slice(0, 1))
+    tensor = tf.constant(example)
+    in_process = percentiles(latencies_ms(lambda: bench.signatures["serving_default"](examples=tensor), 1000))
+    served = percentiles(latencies_ms(lambda: client.score_examples(example), 3000))
+    ratio = served["p99"] / in_process["p50"]
+    measures.add(
+        "one row over gRPC: p99 / p50 in process",
+        f"{ratio:.1f} ({served['p99']:.2f} / {in_process['p50']:.2f} ms, p50 {served['p50']:.2f} ms)",
+        "< 5",
+        ratio < 5,
+        served_ms=served,
+        in_process_ms=in_process,
+    )
+
+
+def measure_ranking(bench: Bench, client: ServingClient, measures: Measures) -> None:
+    """The same user and items as one `rank` request and as an Example for each pair."""
+    typed = typed_rows(bench.sample.slice(0, _RANKED_ITEMS), bench.raw_inputs)
+    of_items = [entry for entry in bench.raw_inputs if entry.name in bench.item_inputs]
+    of_user = [entry for entry in bench.raw_inputs if entry not in of_items]
+    first_user = typed.take(pa.array([0] * len(typed)))
+    pairs = pa.table(
+        {
+            **{entry.name: first_user.column(entry.name) for entry in of_user},
+            **{entry.name: typed.column(entry.name) for entry in of_items},
+        }
+    )
+    examples = encode_raw_rows(pairs, bench.raw_inputs)
+    request = rank_request(encode_raw_rows(typed.slice(0, 1), of_user)[0], encode_raw_rows(typed, of_items))
+    transport = GrpcTransport(client.endpoint)
+    call = functools.partial(transport.predict, "rank", "requests", [request], ["item_ids", "ctr"])
+    scores = np.sort(bench.predict_in_process(examples))[::-1]
+    np.testing.assert_allclose(call()["ctr"][0], scores, rtol=0, atol=_TOLERANCE)
+    ranked, full = [], []
+    for _ in range(5):  # In turn, against drift.
+        ranked.append(latencies_ms(call, 40))
+        full.append(latencies_ms(lambda: client.score_examples(examples), 40))
+    ranked_ms, full_ms = np.median(ranked), np.median(full)
+    measures.add(
+        f"rank, {_RANKED_ITEMS} items: items/s over those of full Examples",
+        f"{full_ms / ranked_ms:.1f} ({_RANKED_ITEMS / ranked_ms * 1000:,.0f} / {_RANKED_ITEMS / full_ms * 1000:,.0f})",
+        ">= 3",
+        bool(full_ms / ranked_ms >= 3),
+        rank_ms=ranked_ms,
+        full_ms=full_ms,
+    )
+
+
+def measure_scoring(bench: Bench, dataset: DatasetDir, work_dir: WorkDir, measures: Measures) -> None:
+    rows = bench.sample.take(pa.array(np.arange(_SCORED_ROWS) % len(bench.sample)))
+    tensors = arrow_to_tensors(typed_rows(rows, bench.servable.raw_inputs), bench.servable.raw_inputs)
+    milliseconds = np.median(latencies_ms(lambda: bench.signatures["predict_raw"](**tensors), 50))
+    rate = _SCORED_ROWS / milliseconds * 1000
+    name = f"rows/s in process, batch {_SCORED_ROWS}, float32"
+    measures.add(name, f"{rate:,.0f}", ">= 200,000", bool(rate >= 200_000), rows_per_second=rate)
+    stored = read_columns(dataset, "test", ["row_id", "label", "sample_weight"])
+    places = np.argsort(stored["row_id"])[
+        np.searchsorted(np.sort(stored["row_id"]), bench.sample.column("row_id").to_numpy())
+    ]
+    trained = predict(load_model(work_dir, dataset), dataset, "test")[places]
+    labels, weights = stored["label"][places], stored["sample_weight"][places]
+    difference = abs(auc(labels, bench.servable.score(bench.sample), weights) - auc(labels, trained, weights))
+    measures.add(
+        "AUC of these scores, difference to the training model", f"{difference:.6f}", "<= 0.0005", difference <= 0.0005
+    )
+
+
+class Checked:
+    """A sender that compares every answer with the right one."""
+
+    def __init__(self, bench: Bench, client: ServingClient, num_requests: int = 50):
+        size = _ROWS_PER_REQUEST.value
+        self._client = client
+        self.requests = []
+        for index in range(num_requests):
+            rows = bench.sample.take(pa.array((np.arange(size) + index * size) % len(bench.sample)))
+            examples = client.encode(rows)
+            self.requests.append((examples, bench.predict_in_process(examples)))
+        self.wrong = 0
+
+    def __call__(self, request: tuple[list[bytes], np.ndarray]) -> None:
+        examples, expected = request
+        received = self._client.score_examples(examples)
+        if received.shape != expected.shape or np.abs(received - expected).max() > _TOLERANCE:
+            self.wrong += 1
+
+
+def measure_overload(bench: Bench, address: str, process: subprocess.Popen, measures: Measures) -> float:
+    """Returns the capacity, in requests a second."""
+    endpoint = Endpoint(address, _MODEL.value, timeout_seconds=10.0, max_attempts=1)
+    with ServingClient(endpoint, concurrency=_CLIENTS) as client:
+        send = Checked(bench, client)
+        # The capacity: the clients send as soon as they have an answer.
+        capacity = generate_load(send, send.requests, concurrency=8, duration_seconds=5.0).requests_per_second
+        before = resident_mib(process.pid)
+        with _peak_memory(process.pid) as peak:
+            load = generate_load(
+                send,
+                send.requests,
+                concurrency=_CLIENTS,
+                duration_seconds=_LOAD_SECONDS.value,
+                rate_per_second=2 * capacity,
+            )
+        start = time.monotonic()
+        client.score_examples(send.requests[0][0])
+        recovery_seconds = time.monotonic() - start
+    _add_overload(measures, load, capacity, send.wrong)
+    grown = peak[0] - before
+    measures.add("server's memory under it", f"{peak[0]:.0f} MiB, {grown:+.0f}", "bounded", grown < 500, mib=peak[0])
+    measures.add(
+        "an answer after it", f"{recovery_seconds:.3f} s", "< 1 s", recovery_seconds < 1 and process.poll() is None
+    )
+    return capacity
+
+
+def _add_overload(measures: Measures, load: LoadResult, capacity: float, wrong: int) -> None:
+    others = {code for code in load.codes if code not in ("OK", "RESOURCE_EXHAUSTED")}
+    sent = sum(load.codes.values()) / load.seconds
+    refused = load.codes["RESOURCE_EXHAUSTED"] / sum(load.codes.values())
+    measures.add(
+        f"{_CLIENTS} clients, {_LOAD_SECONDS.value:.0f} s at {sent / capacity:.1f} x the capacity",
+        f"{wrong} wrong; {dict(load.codes)}; {load.requests_per_second:,.0f} of {capacity:,.0f} requests/s",
+        "no wrong answer; excess refused as RESOURCE_EXHAUSTED",
+        not wrong and not others and refused > 0,
+        capacity_per_second=capacity,
+        sent_per_second=sent,
+        **load.to_dict(),
+    )
+
+
+@contextlib.contextmanager
+def _peak_memory(pid: int) -> Iterator[list[float]]:
+    peak, stop = [resident_mib(pid)], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            peak[0] = max(peak[0], resident_mib(pid))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield peak
+    stop.set()
+    thread.join()
+
+
+def measure_swap(bench: Bench, address: str, model_dir: pathlib.Path, capacity: float, measures: Measures) -> None:
+    """A new version appears while requests run at half the capacity."""
+    old = bench.servable.path
+    new = model_dir / str(int(old.name) + 1)
+    with ServingClient(Endpoint(address, _MODEL.value, max_attempts=1), concurrency=_CLIENTS) as client:
+        send = Checked(bench, client)
+
+        def publish() -> None:
+            time.sleep(5)
+            staging = model_dir / f".{new.name}.incomplete"
+            shutil.copytree(old, staging)
+            staging.rename(new)
+
+        publisher = threading.Thread(target=publish)
+        publisher.start()
+        load = generate_load(
+            send, send.requests, concurrency=_CLIENTS, duration_seconds=20.0, rate_per_second=capacity / 2
+        )
+        publisher.join()
+        served = [status.version for status in client.status() if status.state == "AVAILABLE"]
+    failed = sum(count for code, count in load.codes.items() if code != "OK") + send.wrong
+    measures.add(
+        "a new version while requests run: failed",
+        f"{failed} of {sum(load.codes.values()):,}; serves {served}",
+        "0",
+        not failed and served == [int(new.name)],
+        codes=dict(load.codes),
+        latency_ms=percentiles(load.latencies_ms),
+    )
+
+
+def main(argv) -> None:
+    dataset, work_dir = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value)
+    measures = Measures()
+    with tempfile.TemporaryDirectory() as scratch:
+        model_dir = pathlib.Path(scratch) / _MODEL.value
+        source = LocalServable(pathlib.Path(_SERVABLE_DIR.value) / _MODEL.value).path
+        shutil.copytree(source, model_dir / source.name)
+        bench = Bench(dataset, model_dir)
+        with console.step("score in this process"):
+            measure_scoring(bench, dataset, work_dir, measures)
+        with running_server(pathlib.Path(scratch)) as (process, grpc_address, _):
+            with ServingClient(Endpoint(grpc_address, _MODEL.value), concurrency=1) as client:
+                with console.step("one row over gRPC"):
+                    measure_single_rows(bench, client, measures)
+                with console.step("rank"):
+                    measure_ranking(bench, client, measures)
+            with console.step("overload"):
+                capacity = measure_overload(bench, grpc_address, process, measures)
+            with console.step("swap versions under load"):
+                measure_swap(bench, grpc_address, model_dir, capacity, measures)
+    console.print_table("Serving", ["measure", "found", "to reach", "reached"], measures.rows)
+    if _OUTPUT.value:
+        write_json(pathlib.Path(_OUTPUT.value), measures.numbers)
+
+
+if __name__ == "__main__":
+    console.run(main)

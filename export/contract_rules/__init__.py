@@ -1,0 +1,100 @@
+"""The rules of TF Serving and of good servables, applied to any SavedModel directory.
+
+A rule is one function with ``@version_rule`` or ``@base_rule`` in one of the modules named below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import get_args
+
+from export.contract_rules import batching, behaviour, files, json_round_trip, layout, signatures, warmup
+from export.contract_rules.rules import Finding, NotApplicable, Rule, Status, reason_of
+from export.contract_rules.version import SAVED_MODEL, Base, Version, version_number
+
+# In the order in which rules are applied and shown.
+_MODULES = (layout, files, signatures, behaviour, json_round_trip, warmup, batching)
+RULES = tuple(entry for module in _MODULES for entry in vars(module).values() if isinstance(entry, Rule))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A rule and its finding; ``version`` is a directory's name, None for the base directory."""
+
+    version: str | None
+    rule: Rule
+    finding: Finding
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {
+            "version": self.version,
+            "rule": self.rule.id,
+            "title": self.rule.title,
+            "status": self.finding.status,
+            "found": self.finding.found,
+            "why": self.rule.why,
+        }
+
+
+def check_servable(path: pathlib.Path, batching_file: pathlib.Path | None = None) -> list[Result]:
+    """Applies every rule to a model's base directory and to each of its versions, or to one version.
+
+    The model is loaded and run in this process. Nothing is written, and no value of a recorded request is told.
+
+    Args:
+      path: base directory, or directory of one version.
+      batching_file: TF Serving's --batching_parameters_file; by default each version's own.
+
+    Raises:
+      FileNotFoundError: no directory there.
+    """
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        raise FileNotFoundError(f"a servable is a readable directory. Received: {path}, which is none")
+    path = path.resolve()
+    if is_version(path):
+        return check_version(path, batching_file)
+    base = Base(path)
+    results = [Result(None, rule, _applied(rule, base)) for rule in RULES if rule.subject == "base"]
+    for version in sorted(base.versions, key=lambda name: (int(name), name)):
+        if base.versions[version].is_dir():
+            results += check_version(base.versions[version], batching_file)
+    return results
+
+
+def is_version(path: pathlib.Path) -> bool:
+    """Whether a directory is one version: it holds a SavedModel, or its name is a number and its children's are not."""
+    children = list(path.iterdir())
+    holds_versions = any(version_number(child.name) is not None for child in children)
+    return any(child.name == SAVED_MODEL for child in children) or (
+        version_number(path.name) is not None and not holds_versions
+    )
+
+
+def check_version(path: pathlib.Path, batching_file: pathlib.Path | None = None) -> list[Result]:
+    """Applies the rules of versions to one directory."""
+    version = Version(path, batching_file)
+    try:
+        return [Result(path.name, rule, _applied(rule, version)) for rule in RULES if rule.subject == "version"]
+    finally:
+        version.close()
+
+
+def _applied(rule: Rule, subject: Base | Version) -> Finding:
+    try:
+        return rule.check(subject)
+    except NotApplicable as reason:
+        return Finding("not applicable", str(reason))
+    except Exception as error:  # Hostile files: whatever TensorFlow makes of them is a failure of the servable.
+        return Finding("fail", f"could not be checked: {reason_of(error, private=True)}")
+
+
+def failures(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if result.finding.status == "fail"]
+
+
+def summary(results: Sequence[Result]) -> dict[str, int]:
+    """Status -> number of rules."""
+    return {status: sum(result.finding.status == status for result in results) for status in get_args(Status)}

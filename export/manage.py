@@ -1,0 +1,109 @@
+"""Lists, promotes, rolls back and deletes the versions of a servable.
+
+Example:
+  python -m export.manage list --servable_dir=demo/servable --name=movielens --check
+  python -m export.manage promote --servable_dir=demo/servable --name=movielens --label=canary
+  python -m export.manage promote --servable_dir=demo/servable --name=movielens --label=stable --version=1764115200
+  python -m export.manage rollback --servable_dir=demo/servable --name=movielens --label=stable
+  python -m export.manage prune --servable_dir=demo/servable --name=movielens --keep=3
+
+`promote` gives a label to a version (the newest by default) whose files are as its manifest says; `rollback` gives it
+back to the version that it named before. From the first label on, models.config lists the versions that the server
+loads, and new exports wait for their promotion. `prune` deletes old versions, but none that is loaded, labelled, the
+goal of a rollback, or younger than ten minutes.
+
+Start TF Serving with --model_config_file_poll_wait_seconds=60 --allow_version_labels_for_unavailable_models. Requests
+without a label go to the largest loaded version, a canary too; clients that want stable must say so. To end a canary,
+promote the stable version to the label canary.
+"""
+
+import pathlib
+
+from absl import flags
+
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from export.promotion import Promotion, PromotionError, promote, rollback
+from export.retention import list_versions, prune
+from export.versions import ModelVersions
+
+_SERVABLE_DIR = flags.DEFINE_string(
+    "servable_dir", None, "Directory that holds one directory per model.", required=True
+)
+_NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
+_LABEL = flags.DEFINE_string("label", None, "promote, rollback: the label, say stable or canary.")
+_VERSION = flags.DEFINE_integer("version", None, "promote: the version; the newest by default.")
+_KEEP = flags.DEFINE_integer("keep", None, "prune: how many of the newest versions stay in any case.")
+_CHECK = flags.DEFINE_bool("check", False, "list: read all files and compare them with the manifests.")
+
+
+def _list(versions: ModelVersions) -> None:
+    states = list_versions(versions, check=_CHECK.value)
+    rows = [
+        [
+            str(state.version),
+            state.created or "-",
+            f"{state.num_bytes / 1e6:.1f}",
+            " ".join(state.labels) or "-",
+            "yes" if state.is_loaded else "-",
+            "-" if state.max_difference is None else f"{state.max_difference:.1e}",
+            "not checked" if state.problems is None else "; ".join(state.problems) or "as in the manifest",
+        ]
+        for state in states
+    ]
+    headings = ["version", "created", "MB", "labels", "loaded", "verified within", "files"]
+    console.print_table(f"Versions of {versions.name}", headings, rows)
+    damaged = [str(state.version) for state in states if state.problems]
+    if damaged:
+        raise PromotionError(f"files must be as their manifests say. Received: others in {', '.join(damaged)}")
+
+
+def _promote(versions: ModelVersions) -> None:
+    _report(versions, promote(versions, _required("label", _LABEL.value), _VERSION.value))
+
+
+def _rollback(versions: ModelVersions) -> None:
+    _report(versions, rollback(versions, _required("label", _LABEL.value)))
+
+
+def _prune(versions: ModelVersions) -> None:
+    pruned = prune(versions, _required("keep", _KEEP.value))
+    console.console.print(f"deleted: {', '.join(map(str, pruned.deleted)) or 'nothing'}", soft_wrap=True)
+    for version, reason in pruned.kept.items():
+        console.console.print(f"kept: {version}, {reason}", soft_wrap=True)
+
+
+def _report(versions: ModelVersions, done: Promotion) -> None:
+    if done.is_waiting:
+        console.warn(
+            f"{done.label} still names {done.previous}: a server refuses to move a label to a version that it has not "
+            f"loaded. It now loads {done.version}; once /v1/models/{versions.name} calls it AVAILABLE, say this again"
+        )
+    elif done.previous == done.version:
+        console.console.print(f"{done.label} named {done.version} already")
+    else:
+        was = "new label" if done.previous is None else f"before: {done.previous}"
+        console.console.print(f"{done.label} names {done.version} ({was})")
+    loaded = ", ".join(map(str, done.loaded))
+    console.console.print(f"loaded: {loaded}; requests without a label go to {done.loaded[-1]}", soft_wrap=True)
+
+
+def _required(name: str, value):
+    if value is None:
+        raise ValueError(f"--{name} is required here. Received: none")
+    return value
+
+
+_ACTIONS = {"list": _list, "promote": _promote, "rollback": _rollback, "prune": _prune}
+
+
+def main(argv) -> None:
+    action = argv[1] if len(argv) == 2 else None
+    if action not in _ACTIONS:
+        raise ValueError(
+            f"say one thing to do. Received: {' '.join(argv[1:]) or 'nothing'}. Allowed: {', '.join(_ACTIONS)}"
+        )
+    _ACTIONS[action](ModelVersions(pathlib.Path(_SERVABLE_DIR.value), _NAME.value))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,458 @@
+"""Versions of a servable: numbers that several processes choose, labels in models.config, rollback, deletion."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from google.protobuf import text_format
+from tensorflow_serving.config import model_server_config_pb2
+
+from clsd_tf.artifacts import write_json
+from export.manifest import MANIFEST_FILE, file_entries
+from export.models_config import ModelsConfig, require_room_for
+from export.promotion import PromotionError, promote, rollback, version_before
+from export.retention import list_versions, prune
+from export.versions import ModelVersions
+
+ROOT = pathlib.Path(__file__).parent.parent
+_OTHER_MODEL = """
+  config {
+    name: "other"
+    base_path: "/srv/other"
+    model_platform: "tensorflow"
+    model_version_policy { all {} }
+    version_labels { key: "x" value: 9 }
+    logging_config { sampling_config { sampling_rate: 0.5 } }
+  }
+"""
+
+
+@pytest.fixture
+def feed(tmp_path):
+    """A model in models.config beside another one; without versions."""
+    entry = 'config { name: "feed" base_path: "/models/feed" model_platform: "tensorflow" }'
+    (tmp_path / "models.config").write_text(f"# Ours.\nmodel_config_list {{ {_OTHER_MODEL} {entry} }}\n")
+    return ModelVersions(tmp_path, "feed")
+
+
+def publish(versions, *numbers):
+    """Versions of one small file and a manifest, an hour old."""
+    for number in numbers:
+        with versions.staged(number) as (_, staging):
+            (staging / "saved_model.pb").write_bytes(b"graph %d" % number)
+            (staging / "assets.extra").mkdir()
+            verification = {"max_difference": {"a": 1e-8, "b": 3e-8}}
+            manifest = {"model_name": versions.name, "version": number, "files": file_entries(staging)}
+            write_json(staging / MANIFEST_FILE, {**manifest, "created": "then", "verification": verification})
+        hour_ago = time.time() - 3600
+        os.utime(versions.path / str(number), (hour_ago, hour_ago))
+
+
+def entries(versions):
+    text = (versions.servable_dir / "models.config").read_text()
+    config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    return {entry.name: entry for entry in config.model_config_list.config}
+
+
+def served(versions):
+    """(loaded versions, labels) of the entry."""
+    entry = entries(versions)["feed"]
+    return list(entry.model_version_policy.specific.versions), dict(entry.version_labels)
+
+
+# Numbers.
+
+
+def test_numbers_are_seconds_that_only_rise(feed, monkeypatch):
+    with feed.staged() as (first, _):
+        assert abs(first - time.time()) < 5
+    monkeypatch.setattr(time, "time", lambda: 1000.0)  # The clock was set back.
+    with feed.staged() as (second, _):
+        assert second == first + 1
+    publish(feed, first + 50)
+    with feed.staged() as (third, _):
+        assert third == first + 51
+    assert list(feed.published()) == [first, second, first + 50, third]
+
+
+def test_the_numbers_of_deleted_staged_and_hand_made_versions_are_used(feed):
+    later = int(time.time()) + 1000
+    publish(feed, 7, later)
+    with feed.exclusive():
+        feed.delete(later)
+    with feed.staged() as (number, _):
+        assert number == later + 1
+        with feed.staged() as (other, _):
+            assert other == later + 2
+    (feed.path / f"00{later + 9}").mkdir()
+    with feed.staged() as (number, _):
+        assert number == later + 10
+
+
+def test_an_explicit_number_is_used_once(feed):
+    publish(feed, 7, 8)
+    with feed.exclusive():
+        feed.delete(8)
+    with pytest.raises(FileExistsError, match=r"must not exist yet\. Received: .*feed/7"):
+        publish(feed, 7)
+    with pytest.raises(FileExistsError, match=r"never again after its deletion. Received: 8 of feed"):
+        publish(feed, 8)
+    with feed.staged(9), pytest.raises(FileExistsError, match="Received: 9 of feed, which another one is writing"):
+        publish(feed, 9)
+    for wrong in (0, -1, 2**63):
+        with pytest.raises(ValueError, match=r"Received: "), feed.staged(wrong):
+            pass
+
+
+def test_a_failed_export_uses_no_explicit_number_and_leaves_nothing(feed):
+    def fail():
+        with feed.staged(7) as (_, staging):
+            (staging / "half").write_bytes(b"")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert list(feed.path.iterdir()) == []
+    publish(feed, 7)
+    assert list(feed.published()) == [7]
+
+
+_PUBLISH = """
+import pathlib, sys
+from export.versions import ModelVersions
+versions = ModelVersions(pathlib.Path(sys.argv[1]), "feed")
+sys.stdin.readline()
+for _ in range(10):
+    with versions.staged() as (number, staging):
+        (staging / "saved_model.pb").write_text(f"{sys.argv[2]} {number}")
+    print(number)
+"""
+
+
+def test_processes_that_publish_at_once_get_different_numbers(feed):
+    """Every process waits for a line, so that all start together."""
+    command = [sys.executable, "-c", _PUBLISH, str(feed.servable_dir)]
+    processes = [
+        subprocess.Popen([*command, str(writer)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for writer in range(4)
+    ]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    written = {
+        int(number): writer for writer, process in enumerate(processes) for number in process.communicate()[0].split()
+    }
+    assert len(written) == 40
+    assert sorted(written) == list(feed.published())
+    for number, path in feed.published().items():
+        assert (path / "saved_model.pb").read_text() == f"{written[number]} {number}"
+    assert sorted(entry["version"] for entry in feed.history()) == sorted(written)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".", "..", "-", "a b", "é", "a\n"])
+def test_a_name_is_one_component_of_paths_and_urls(tmp_path, name):
+    with pytest.raises(ValueError, match="letters, digits"):
+        ModelVersions(tmp_path, name)
+
+
+# Labels.
+
+
+def test_the_first_label_pins_the_versions_and_leaves_other_models_alone(feed):
+    publish(feed, 1, 2)
+    other = entries(feed)["other"]
+    done = promote(feed, "stable")
+    assert (done.version, done.previous, done.is_waiting, done.loaded) == (2, None, False, (2,))
+    assert served(feed) == ([2], {"stable": 2})
+    assert entries(feed)["other"] == other
+    assert entries(feed)["feed"].base_path == "/models/feed"
+    assert (feed.servable_dir / "models.config").read_text().startswith("# Ours.\n")
+
+
+def test_a_label_moves_only_to_a_version_that_the_server_was_told_to_load_before(feed):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    waiting = promote(feed, "stable", 2)
+    assert waiting.is_waiting
+    assert served(feed) == ([1, 2], {"stable": 1})
+    moved = promote(feed, "stable", 2)
+    assert not moved.is_waiting
+    assert served(feed) == ([1, 2], {"stable": 2})  # 1 stays loaded for a rollback.
+
+
+def test_a_canary_becomes_stable_and_is_rolled_back_in_one_step_each(feed):
+    publish(feed, 1, 2, 3)
+    promote(feed, "stable", 1)
+    assert promote(feed, "canary", 2).loaded == (1, 2)
+    assert served(feed) == ([1, 2], {"stable": 1, "canary": 2})
+    assert not promote(feed, "stable", 2).is_waiting
+    back = rollback(feed, "stable")
+    assert (back.version, back.previous, back.is_waiting) == (1, 2, False)
+    assert served(feed) == ([1, 2], {"stable": 1, "canary": 2})
+
+
+def test_a_version_that_was_rolled_back_or_whose_canary_ended_is_no_longer_loaded(feed):
+    # Else it would stay the largest loaded version, which gets the requests without a label.
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    promote(feed, "canary", 2)
+    promote(feed, "canary", 1)
+    assert served(feed) == ([1], {"stable": 1, "canary": 1})
+    promote(feed, "stable", 2)
+    promote(feed, "stable", 2)
+    rollback(feed, "stable")
+    assert served(feed) == ([1], {"stable": 1, "canary": 1})
+
+
+def test_rollbacks_go_back_step_by_step_and_then_stop(feed):
+    publish(feed, 1, 2, 3, 4)
+    for version in (1, 2, 3):
+        while promote(feed, "stable", version).is_waiting:
+            pass
+    assert served(feed) == ([2, 3], {"stable": 3})  # One step back is always loaded.
+    assert rollback(feed, "stable").version == 2
+    assert served(feed) == ([1, 2], {"stable": 2})
+    assert rollback(feed, "stable").version == 1
+    assert served(feed) == ([1], {"stable": 1})
+    with pytest.raises(PromotionError, match="Received: stable, which named 1 only"):
+        rollback(feed, "stable")
+    while promote(feed, "stable", 4).is_waiting:
+        pass
+    while (back := rollback(feed, "stable")).is_waiting:
+        pass
+    assert back.version == 1
+    assert [(entry["action"], entry["previous"], entry["version"]) for entry in feed.history() if "label" in entry] == [
+        ("promote", None, 1), ("promote", 1, 2), ("promote", 2, 3), ("rollback", 3, 2), ("rollback", 2, 1),
+        ("promote", 1, 4), ("rollback", 4, 1),
+    ]  # fmt: skip
+
+
+def moves(*steps):
+    names = ("action", "previous", "version")
+    return [{"label": "stable", **dict(zip(names, step, strict=True))} for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("history", "current", "expected"),
+    [
+        ([], 1, None),
+        (moves(("promote", None, 1)), 1, None),
+        (moves(("promote", None, 1), ("promote", 1, 2), ("promote", 2, 1)), 1, 2),
+        (moves(("promote", None, 1), ("promote", 1, 2)), 3, 2),  # Killed before the history of 3 was written.
+        (moves(("promote", None, 1), ("promote", 1, 2)), 1, None),  # The same, of a rollback.
+        (moves(("promote", None, 1), ("promote", 5, 6)), 6, 5),  # 5 was written by hand.
+        ([{"label": "canary", "action": "promote", "previous": None, "version": 8}], 1, None),
+        ([{"action": "publish", "version": 8}], 1, None),
+    ],
+)
+def test_what_a_label_named_before(history, current, expected):
+    assert version_before(history, "stable", current) == expected
+
+
+def test_a_promotion_again_changes_nothing(feed):
+    publish(feed, 1)
+    promote(feed, "stable")
+    before = (feed.servable_dir / "models.config").read_bytes(), feed.history()
+    assert promote(feed, "stable").previous == 1
+    assert ((feed.servable_dir / "models.config").read_bytes(), feed.history()) == before
+
+
+def damage(path):
+    (path / "saved_model.pb").write_bytes(b"graph ?")
+
+
+def remove_manifest(path):
+    (path / MANIFEST_FILE).unlink()
+
+
+def other_model(path):
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    write_json(path / MANIFEST_FILE, {**manifest, "model_name": "else"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage, "saved_model.pb has another SHA-256"),
+        (remove_manifest, "no manifest"),
+        (other_model, "the manifest is that of else 2"),
+    ],
+)
+def test_a_version_that_is_not_as_its_manifest_says_gets_no_label(feed, change, message):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    before = (feed.servable_dir / "models.config").read_bytes()
+    change(feed.path / "2")
+    with pytest.raises(PromotionError, match=message):
+        promote(feed, "stable", 2)
+    with pytest.raises(PromotionError, match=message):
+        promote(feed, "canary", 2)
+    assert (feed.servable_dir / "models.config").read_bytes() == before
+
+
+def test_a_rollback_to_a_damaged_version_is_refused(feed):
+    publish(feed, 1, 2)
+    for version in (1, 2, 2):
+        promote(feed, "stable", version)
+    damage(feed.path / "1")
+    with pytest.raises(PromotionError, match="another SHA-256"):
+        rollback(feed, "stable")
+    assert served(feed)[1] == {"stable": 2}
+
+
+def test_promotions_that_make_no_sense_are_refused(feed):
+    with pytest.raises(PromotionError, match=r"Received: None of feed. Allowed: none, export one first"):
+        promote(feed, "stable")
+    publish(feed, 1)
+    with pytest.raises(PromotionError, match=r"Received: 5 of feed. Allowed: 1"):
+        promote(feed, "stable", 5)
+    for label in ("", "a-b", "a b", "é"):
+        with pytest.raises(ValueError, match="letters, digits and _ only"):
+            promote(feed, label)
+    with pytest.raises(ValueError, match="Allowed: none, since nothing was promoted"):
+        rollback(feed, "stable")
+    stranger = ModelVersions(feed.servable_dir, "stranger")
+    publish(stranger, 1)
+    with pytest.raises(ValueError, match="Received: 0 for 'stranger'"):
+        promote(stranger, "stable")
+
+
+# models.config.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig as text"),
+        ("custom_model_config { type_url: 'x/google.protobuf.Empty' }", "Received: custom_model_config"),
+        ("model_config_list { config { name: 'feed' } config { name: 'feed' } }", "Received: 2 for 'feed'"),
+        ("model_config_list { config { name: 'other' } # why\n }", "comments in the middle"),
+    ],
+)
+def test_a_config_that_would_lose_something_is_refused_before_any_work(tmp_path, text, message):
+    path = tmp_path / "models.config"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        require_room_for(path, "feed", "/models/feed")
+    assert path.read_text() == text
+
+
+def test_comments_above_and_number_signs_in_text_are_kept(tmp_path):
+    path = tmp_path / "models.config"
+    path.write_text('# One.\n\n  # Two.\nmodel_config_list { config { name: \'a#b\' base_path: "/x#\\"#y" } }\n')
+    config = ModelsConfig(path)
+    config.set_model("feed", "/models/feed")
+    config.write()
+    assert path.read_text().startswith("# One.\n\n  # Two.\nmodel_config_list {")
+    assert ModelsConfig(path).entry("a#b").base_path == '/x#"#y'
+
+
+def test_a_config_that_is_not_changed_is_not_written(tmp_path):
+    path = tmp_path / "models.config"
+    path.write_text("model_config_list{config{name:'feed',base_path:'/m/feed',model_platform:'tensorflow'}} # end")
+    config = ModelsConfig(path)
+    config.set_model("feed", "/m/feed")
+    assert config.text() is None
+
+
+# Deletion.
+
+
+def test_old_versions_go_except_those_that_are_needed(feed):
+    publish(feed, 1, 2, 3, 4, 5, 6, 7)
+    for version in (2, 3, 3):
+        promote(feed, "stable", version)
+    pruned = prune(feed, 2)
+    assert pruned.deleted == (1, 4, 5)
+    assert dict(pruned.kept) == {2: "in models.config", 3: "in models.config"}
+    assert list(feed.published()) == [2, 3, 6, 7]
+    assert [entry["version"] for entry in feed.history() if entry["action"] == "delete"] == [1, 4, 5]
+
+
+def test_the_goal_of_a_rollback_stays_though_it_is_not_loaded(feed):
+    publish(feed, 1, 2, 3)
+    promote(feed, "canary", 2)
+    promote(feed, "canary", 1)
+    promote(feed, "canary", 1)
+    assert served(feed) == ([1], {"canary": 1})
+    assert dict(prune(feed, 1).kept) == {1: "in models.config", 2: "a rollback leads to it"}
+
+
+def test_young_versions_and_the_newest_stay(feed):
+    publish(feed, 1, 2, 3)
+    os.utime(feed.path / "2")
+    pruned = prune(feed, 1)
+    assert (pruned.deleted, dict(pruned.kept)) == ((1,), {2: "younger than 10 minutes"})
+    assert list(feed.published()) == [2, 3]
+    with pytest.raises(ValueError, match=r"keep at least 1. Received: 0"):
+        prune(feed, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"), [("", []), ("latest { num_versions: 3 }", [2, 3]), ("all {}", [1, 2, 3]),
+                         ("specific { versions: 1 }", [1])]
+)  # fmt: skip
+def test_versions_that_any_entry_loads_stay(feed, policy, kept):
+    publish(feed, 1, 2, 3, 4)
+    twin = f'config {{ name: "twin" base_path: "/models/feed/" model_version_policy {{ {policy} }} }}'
+    (feed.servable_dir / "models.config").write_text(f"model_config_list {{ {twin} }}")
+    prune(feed, 1)
+    assert list(feed.published()) == [*kept, 4]
+
+
+def test_what_a_killed_deletion_left_is_removed_and_its_number_stays_used(feed):
+    publish(feed, 1, 2)
+    (feed.path / "2").rename(feed.path / ".2.deleted-00ff")
+    assert list(feed.published()) == [1]
+    prune(feed, 1)
+    assert sorted(child.name for child in feed.path.iterdir()) == ["1", "history.jsonl"]
+    with pytest.raises(FileExistsError, match="used once"):
+        publish(feed, 2)
+
+
+# The list and the command.
+
+
+def test_the_list_says_what_is_loaded_labelled_and_damaged(feed):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    damage(feed.path / "2")
+    newest, oldest = list_versions(feed, check=True)
+    assert (oldest.version, oldest.labels, oldest.is_loaded, oldest.problems) == (1, ("stable",), True, ())
+    assert (newest.version, newest.labels, newest.is_loaded) == (2, (), False)
+    assert newest.problems == ("saved_model.pb has another SHA-256 than the manifest says",)
+    assert (newest.created, newest.max_difference) == ("then", 3e-8)
+    assert {state.problems for state in list_versions(feed)} == {None}
+
+
+def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
+    versions = ModelVersions(tmp_path, "old")
+    (tmp_path / "old" / "3").mkdir(parents=True)
+    (state,) = list_versions(versions, check=True)
+    assert (state.created, state.num_bytes, state.is_loaded, state.problems) == (None, 0, False, ("no manifest",))
+
+
+def run(versions, *arguments):
+    command = [sys.executable, "-m", "export.manage", *arguments]
+    where = [f"--servable_dir={versions.servable_dir}", "--name=feed"]
+    return subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_says_when_a_label_has_to_wait(feed):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    done = run(feed, "promote", "--label=stable")
+    assert done.returncode == 0
+    assert "stable still names 1" in done.stdout
+    assert "requests without a label go to 2" in done.stdout
+
+
+def test_the_command_refuses_in_one_line(feed):
+    done = run(feed, "dance")
+    assert done.returncode == 1
+    assert "Received: dance. Allowed: list, promote, rollback, prune" in done.stderr
+    assert "Traceback" not in done.stderr
