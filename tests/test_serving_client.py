@@ -321,9 +321,9 @@ def test_equal_scores_have_no_rank_correlation(server):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_load_counts_every_answer(server, protocol):
     with client_of(server, protocol, max_attempts=1) as client, client_of(server, protocol, version=9) as wrong:
-        examples = client.encode(ROWS)
-        good = generate_load(client.score_examples, [examples, examples[:1]], concurrency=2, duration_seconds=0.3)
-        bad = generate_load(wrong.score_examples, [examples], concurrency=2, duration_seconds=0.1)
+        requests = client.requests(ROWS)
+        good = generate_load(client.score_examples, requests, concurrency=2, duration_seconds=0.3)
+        bad = generate_load(wrong.score_examples, requests, concurrency=2, duration_seconds=0.1)
     assert set(good.codes) == {"OK"}
     assert good.codes["OK"] == len(good.latencies_ms) > 5
     assert good.requests_per_second == pytest.approx(good.codes["OK"] / good.seconds)
