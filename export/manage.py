@@ -9,7 +9,8 @@ Example:
 
 `promote` gives a label to a version (the newest by default) whose files are as its manifest says; `rollback` gives it
 back to the version that it named before. From the first label on, models.config lists the versions that the server
-loads, and new exports wait for their promotion. `prune` deletes old versions, but none that is loaded, labelled, the
+loads, and new exports wait for their promotion. A label moves to loaded versions only: with --server the command waits
+for it, without it says when to ask again. `prune` deletes old versions, but none that is loaded, labelled, the
 goal of a rollback, or younger than ten minutes.
 
 Start TF Serving with --model_config_file_poll_wait_seconds=60 --allow_version_labels_for_unavailable_models. Requests
@@ -18,12 +19,14 @@ promote the stable version to the label canary.
 """
 
 import pathlib
+from collections.abc import Callable
 
 from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from export.promotion import Promotion, PromotionError, promote, rollback
 from export.retention import list_versions, prune
+from export.server_status import wait_until_available
 from export.versions import ModelVersions
 
 _SERVABLE_DIR = flags.DEFINE_string(
@@ -32,6 +35,9 @@ _SERVABLE_DIR = flags.DEFINE_string(
 _NAME = flags.DEFINE_string("name", None, "Name of the model.", required=True)
 _LABEL = flags.DEFINE_string("label", None, "promote, rollback: the label, say stable or canary.")
 _VERSION = flags.DEFINE_integer("version", None, "promote: the version; the newest by default.")
+_SERVER = flags.DEFINE_string(
+    "server", None, "promote, rollback: REST address of a server, say http://localhost:8501, to wait for where needed."
+)
 _KEEP = flags.DEFINE_integer("keep", None, "prune: how many of the newest versions stay in any case.")
 _CHECK = flags.DEFINE_bool("check", False, "list: read all files and compare them with the manifests.")
 
@@ -58,11 +64,22 @@ def _list(versions: ModelVersions) -> None:
 
 
 def _promote(versions: ModelVersions) -> None:
-    _report(versions, promote(versions, _required("label", _LABEL.value), _VERSION.value))
+    label = _required("label", _LABEL.value)
+    _move(versions, lambda: promote(versions, label, _VERSION.value))
 
 
 def _rollback(versions: ModelVersions) -> None:
-    _report(versions, rollback(versions, _required("label", _LABEL.value)))
+    label = _required("label", _LABEL.value)
+    _move(versions, lambda: rollback(versions, label))
+
+
+def _move(versions: ModelVersions, move: Callable[[], Promotion]) -> None:
+    done = move()
+    if done.is_waiting and _SERVER.value is not None:
+        with console.step(f"wait until {_SERVER.value} has loaded {done.version}"):
+            wait_until_available(_SERVER.value, versions.name, done.version)
+        done = move()
+    _report(versions, done)
 
 
 def _prune(versions: ModelVersions) -> None:
@@ -76,7 +93,8 @@ def _report(versions: ModelVersions, done: Promotion) -> None:
     if done.is_waiting:
         console.warn(
             f"{done.label} still names {done.previous}: a server refuses to move a label to a version that it has not "
-            f"loaded. It now loads {done.version}; once /v1/models/{versions.name} calls it AVAILABLE, say this again"
+            f"loaded. It now loads {done.version}; once /v1/models/{versions.name} calls it AVAILABLE, say this again; "
+            "not before, or the server refuses the file. With --server this command waits by itself"
         )
     elif done.previous == done.version:
         console.console.print(f"{done.label} named {done.version} already")

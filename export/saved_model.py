@@ -22,6 +22,7 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
 from export.batching_parameters import write_batching_parameters
 from export.manifest import write_manifest
+from export.model_card import write_model_card
 from export.models_config import CONFIG_FILE, ModelsConfig, require_room_for
 from export.profile import ExportProfile
 from export.quantisation import quantise_tables
@@ -86,16 +87,15 @@ def export_servable(
         sample_path = pathlib.Path(scratch) / "verification.parquet"
         pyarrow.parquet.write_table(sample, sample_path)
         verification = _verify_in_fresh_process(staging, sample_path)
-        write_manifest(
-            staging,
-            dataset,
-            work_dir,
-            model_name=name,
-            version=number,
-            verification=verification,
-            profile=profile.to_dict(),
-            quantisation=quantisation,
-        )
+        facts = {
+            "model_name": name,
+            "version": number,
+            "verification": verification,
+            "profile": profile.to_dict(),
+            "quantisation": quantisation,
+        }
+        write_model_card(staging, model, dataset, work_dir, **facts)
+        write_manifest(staging, dataset, work_dir, **facts)
     _add_to_models_config(versions, serving_base_path)
     return Servable(versions.path / str(number), verification)
 

@@ -186,7 +186,8 @@ def test_the_manifest_names_inputs_private_ones_and_every_file(feed_dataset, pub
     assert {"name": "recent_items", "dtype": "string", "is_list": True} in manifest["raw_inputs"]
     assert {"name": "age", "dtype": "int64", "is_list": False} in manifest["raw_inputs"]
     assert manifest["private_inputs"] == ["user_id"]
-    assert {"saved_model.pb", "assets.extra/tf_serving_warmup_requests"} < set(manifest["files"])
+    extra = ("tf_serving_warmup_requests", "model_card.md", "model_card.json")
+    assert {"saved_model.pb", *(f"assets.extra/{name}" for name in extra)} < set(manifest["files"])
     assert check_files(published.path, manifest) == []
 
 

@@ -1,11 +1,15 @@
 """Versions of a servable: numbers that several processes choose, labels in models.config, rollback, deletion."""
 
+import http.server
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import threading
 import time
+from typing import ClassVar
 
 import pytest
 from google.protobuf import text_format
@@ -16,6 +20,7 @@ from export.manifest import MANIFEST_FILE, file_entries
 from export.models_config import ModelsConfig, require_room_for
 from export.promotion import PromotionError, promote, rollback, version_before
 from export.retention import list_versions, prune
+from export.server_status import ServerStatusError, wait_until_available
 from export.versions import ModelVersions
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -123,6 +128,7 @@ def test_a_failed_export_uses_no_explicit_number_and_leaves_nothing(feed):
 
 _PUBLISH = """
 import pathlib, sys
+from export.server_status import ServerStatusError, wait_until_available
 from export.versions import ModelVersions
 versions = ModelVersions(pathlib.Path(sys.argv[1]), "feed")
 sys.stdin.readline()
@@ -449,6 +455,55 @@ def test_the_command_says_when_a_label_has_to_wait(feed):
     assert done.returncode == 0
     assert "stable still names 1" in done.stdout
     assert "requests without a label go to 2" in done.stdout
+
+
+class Status(http.server.BaseHTTPRequestHandler):
+    """A server that reads models.config late: 404, then LOADING, then AVAILABLE."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        state = ["", "LOADING", "AVAILABLE"][min(len(self.asked), 3) - 1]
+        self.send_response(200 if state else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"model_version_status": [{"version": "2", "state": state}]}).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def status_server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
+        Status.asked.clear()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_command_waits_for_a_server_before_the_label_moves(feed, status_server):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    done = run(feed, "promote", "--label=stable", f"--server={status_server}")
+    assert done.returncode == 0, done.stderr
+    assert Status.asked == ["/v1/models/feed/versions/2"] * 3
+    assert served(feed) == ([1, 2], {"stable": 2})
+    assert "stable names 2 (before: 1)" in done.stdout
+
+
+def test_a_server_that_does_not_load_or_answer_ends_the_wait(status_server):
+    Status.asked.clear()
+    with pytest.raises(ServerStatusError, match="Received: HTTP status 404 from"):
+        wait_until_available(status_server, "feed", 2, timeout_seconds=-1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(ServerStatusError, match=r"Received: no status \(URLError\)"):
+            wait_until_available(f"http://127.0.0.1:{closed.getsockname()[1]}", "feed", 2, timeout_seconds=0)
+    with pytest.raises(ValueError, match="Received: 'file:///etc'"):
+        wait_until_available("file:///etc", "feed", 2)
 
 
 def test_the_command_refuses_in_one_line(feed):

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 
 import grpc
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from tensorflow_serving.apis import (
@@ -157,6 +157,27 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return self._core.status(request.model_spec)
 
 
+class _BrokenMessages(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message of their method; gRPC itself answers UNKNOWN, as if the server had failed."""
+
+    async def intercept_service(self, continuation, handler_call_details):
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def answer(content: bytes, context):
+            try:
+                request = handler.request_deserializer(content)
+            except DecodeError:
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "the request must be a message of its method. Received: other bytes",
+                )
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+
 class _HealthServicer(health_aio.HealthServicer):
     """Health checks whose watchers do not keep the server from stopping."""
 
@@ -202,7 +223,7 @@ class GrpcServer:
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.so_reuseport", 0),  # Else a second server would silently share the port.
         ]
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(interceptors=[_BrokenMessages()], options=options)
         self._health = _HealthServicer()
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
             PredictionServicer(core, metrics, max_request_bytes), self._server

@@ -83,7 +83,10 @@ class LoadedVersion:
         """
         specs = self.signatures[signature_name].inputs
         tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
-        outputs = self._functions[signature_name](**tensors)
+        try:
+            outputs = self._functions[signature_name](**tensors)
+        except UnicodeDecodeError:  # TensorFlow's message quotes bytes of the request.
+            raise tf.errors.InvalidArgumentError(None, None, "a value that is no text") from None
         return {name: _to_array(value) for name, value in outputs.items()}
 
 

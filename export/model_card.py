@@ -1,0 +1,237 @@
+"""assets.extra/model_card.json and model_card.md: what a version is, how good it is, and what it is not for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+
+from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json, write_text
+from clsd_tf.clsd import ClsdModel
+from clsd_tf.evaluation import measure, rows_by_label, scored_rows
+from clsd_tf.train_config import TrainConfig, parse_config
+from clsd_tf.user_intervals import user_intervals
+from export.card_text import render_card
+
+CARD_JSON = pathlib.PurePosixPath("assets.extra") / "model_card.json"
+CARD_MARKDOWN = pathlib.PurePosixPath("assets.extra") / "model_card.md"
+_SPLIT = "test"
+_SCORES = {"before": "uncalibrated", "after": "pctr"}  # Of the calibration -> columns.
+_LIBRARIES = ("clsd_tf", "tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class Measured(_Part):
+    """A metric, None where it is not defined, and its 95 % interval over users, None where there is none."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+
+
+class Slice(_Part):
+    """What was measured on some rows; metrics as in ``clsd_tf.evaluation``."""
+
+    rows: int
+    users: int
+    clicks: int
+    ece: float
+    metrics: dict[str, Measured]
+
+
+class SplitFacts(_Part):
+    """A split of the dataset; times are ISO, UTC."""
+
+    rows: int
+    clicks: int
+    click_rate: float
+    first_event: str
+    last_event: str
+
+
+class InputFile(_Part):
+    """A raw file that the dataset was built from; ``file`` is its name without directories."""
+
+    table: str
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Data(_Part):
+    """What the model was trained and measured on."""
+
+    feature_spec: str
+    description: str
+    spec_fingerprint: str
+    dataset_fingerprint: str
+    built_at: str
+    label: str
+    intensity_label: str | None
+    splits: dict[str, SplitFacts]
+    inputs: list[InputFile]
+
+
+class Calibration(_Part):
+    """How ``ctr`` was calibrated, and ``pcoc``, ``ece`` and ``log_loss`` without and with it on the measured split."""
+
+    method: str
+    user_group: str | None
+    before: dict[str, float | None]
+    after: dict[str, float | None]
+
+
+class Training(_Part):
+    """How to train the model again: a command with placeholders for directories, and the whole config."""
+
+    command: str
+    config: dict[str, Any]
+
+
+class Export(_Part):
+    """How the version was made: profile, what quantisation cost (None without it), and what verification found."""
+
+    profile: dict[str, Any]
+    quantisation: dict[str, Any] | None
+    verification: dict[str, Any]
+
+
+class ModelCard(_Part):
+    """model_card.json.
+
+    Attributes:
+      split: that ``overall``, ``groups`` and ``calibration`` were measured on, with the model as it is served.
+      groups: user group -> label -> slice; labels of fewer than 20 users are part of "other".
+      libraries: name -> version, at the time of export.
+    """
+
+    model_name: str
+    version: int
+    data: Data
+    split: str
+    overall: Slice
+    groups: dict[str, dict[str, Slice]]
+    calibration: Calibration
+    training: Training
+    export: Export
+    libraries: dict[str, str | None]
+
+
+def write_model_card(
+    directory: pathlib.Path,
+    model: ClsdModel,
+    dataset: DatasetDir,
+    work_dir: WorkDir,
+    *,
+    model_name: str,
+    version: int,
+    profile: Mapping[str, Any],
+    quantisation: Mapping[str, Any] | None,
+    verification: Mapping[str, Any],
+) -> ModelCard:
+    """Measures the model on the test split and writes both files; the same model and data give the same bytes.
+
+    Args:
+      directory: of the version that is being written.
+      model: as it is served, so quantised and without calibration where the profile says so.
+      dataset: of the run.
+      work_dir: of the run.
+      model_name: of the version.
+      version: its number.
+      profile: that it was exported by.
+      quantisation: what that cost, None without it.
+      verification: what the check of the written version found.
+    """
+    columns = scored_rows(model, dataset, _SPLIT)
+    config = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).to_dict()
+    card = ModelCard(
+        model_name=model_name,
+        version=version,
+        data=_data(dataset),
+        split=_SPLIT,
+        overall=_slice(columns),
+        groups={
+            group.name: {label: _slice(rows) for label, rows in rows_by_label(columns, group)}
+            for group in dataset.inputs.groups
+        },
+        calibration=_calibration(model, columns),
+        training=Training(command=training_command(config), config=config),
+        export=Export(
+            profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
+        ),
+        libraries={"python": platform.python_version(), **{name: _library_version(name) for name in _LIBRARIES}},
+    )
+    (directory / CARD_JSON).parent.mkdir(exist_ok=True)
+    write_json(directory / CARD_JSON, card.model_dump(mode="json"))
+    write_text(directory / CARD_MARKDOWN, render_card(card))
+    return card
+
+
+def _slice(columns: dict[str, Any]) -> Slice:
+    measured = measure(columns)
+    intervals = user_intervals(columns, measured)
+    return Slice(
+        rows=measured["rows"],
+        users=len(set(columns["user_hash"].tolist())),
+        clicks=measured["clicks"],
+        ece=measured["ece"],
+        metrics={name: Measured(value=measured[name], interval=interval) for name, interval in intervals.items()},
+    )
+
+
+def _calibration(model: ClsdModel, columns: dict[str, Any]) -> Calibration:
+    fitted = model.calibration.calibration if model.calibration is not None else None
+    found = {when: measure({**columns, "pctr": columns[scores]}) for when, scores in _SCORES.items()}
+    facts = {when: {name: entry[name] for name in ("pcoc", "ece", "log_loss")} for when, entry in found.items()}
+    group = fitted.group if fitted else None
+    return Calibration(method=fitted.method if fitted else "none", user_group=group and group.name, **facts)
+
+
+def _data(dataset: DatasetDir) -> Data:
+    built = read_json(dataset.layout.manifest)
+    spec = dataset.spec
+    return Data(
+        feature_spec=spec.name,
+        description=spec.description,
+        spec_fingerprint=spec.fingerprint,
+        dataset_fingerprint=dataset.fingerprint,
+        built_at=built["built_at"],
+        label=spec.label,
+        intensity_label=spec.intensity_label,
+        splits=built["splits"],
+        inputs=[{**entry, "file": entry["file"].replace("\\", "/").rsplit("/", 1)[-1]} for entry in built["inputs"]],
+    )
+
+
+def training_command(config: Mapping[str, Any]) -> str:
+    """The command that trains with a resolved config: what differs from the defaults, as --set.
+
+    Directories stand as DATASET_DIR and WORK_DIR: where they were says nothing to others.
+    """
+    changes = [f"--set {shlex.quote(f'{key}={value}')}" for key, value in _changes(config, TrainConfig().to_dict())]
+    return " ".join(["python -m pipelines.train --dataset_dir=DATASET_DIR --work_dir=WORK_DIR", *changes])
+
+
+def _changes(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, JSON) of each setting that is not the default; JSON is YAML, which --set reads."""
+    for key, value in config.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _changes(value, default, f"{prefix}{key}.")
+        elif key not in defaults or value != default:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _library_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # clsd_tf itself, run from its sources.
+        return None
