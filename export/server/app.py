@@ -167,8 +167,6 @@ class _HttpServer(uvicorn.Server):
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
-            # asyncio sets this on sockets that it makes itself; without it answers wait 40 ms for the client's ACK.
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise ValueError(f"the REST address must be free. Received: {_address(host, port)}: {error}") from error
         # Connections inherit it. asyncio sets it on sockets that name TCP, which those of create_server do not: without
