@@ -6,7 +6,8 @@ example at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ _LISTS = {
     tf.string: ("bytes_list", "BytesList"),
 }
 _RAW_DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
-_ROWS_PER_BATCH = 1000  # A history is padded to the longest of a batch on the way.
+_ROWS_PER_BATCH = 4096  # A history is padded to the longest of a batch on the way.
 _MISSING = {"string": "", "int64": MISSING_INT64, "float": float("nan")}
 
 
@@ -159,19 +160,29 @@ def encode_raw_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> list[byte
       rows: one typed column per raw input; ``list<string>`` for histories.
       raw_inputs: names and dtypes.
     """
+    encode = _raw_encoder(tuple(raw_inputs))
     serialized: list[bytes] = []
     for start in range(0, rows.num_rows, _ROWS_PER_BATCH):
-        batch = rows.slice(start, _ROWS_PER_BATCH)
-        serialized += encode_examples({entry.name: _ragged(batch, entry) for entry in raw_inputs}).numpy().tolist()
+        tensors = arrow_to_tensors(rows.slice(start, _ROWS_PER_BATCH), raw_inputs)
+        serialized += encode(**tensors).numpy().tolist()
     return serialized
 
 
-def _ragged(rows: pa.Table, entry: RawInput) -> tf.RaggedTensor:
+@functools.lru_cache(maxsize=64)
+def _raw_encoder(raw_inputs: tuple[RawInput, ...]) -> Callable[..., tf.Tensor]:
+    """Raw tensors -> serialized tf.Examples, as one graph: op by op, a request of few rows takes 40 ms."""
+
+    def encode(**raw: tf.Tensor) -> tf.Tensor:
+        return encode_examples({entry.name: _without_missing(raw[entry.name], entry) for entry in raw_inputs})
+
+    return tf.function(encode, autograph=False).get_concrete_function(**raw_tensor_specs(raw_inputs))
+
+
+def _without_missing(values: tf.Tensor, entry: RawInput) -> tf.RaggedTensor:
     """The values of each row that are not missing, [batch, any]."""
-    values = _column_to_tensor(rows.column(entry.name), entry)
+    present = tf.logical_not(tf.math.is_nan(values)) if entry.dtype == "float" else values != _MISSING[entry.dtype]
     if entry.is_list:
-        return tf.ragged.boolean_mask(values, values != "")
-    present = tf.constant(rows.column(entry.name).is_valid().to_numpy())
+        return tf.ragged.boolean_mask(values, present)
     return tf.ragged.boolean_mask(values[:, tf.newaxis], present[:, tf.newaxis])
 
 

@@ -141,11 +141,9 @@ def _compare() -> None:
 
 def _load() -> None:
     with _client(version=_VERSION.value, label=_LABEL.value, max_attempts=1) as client:
-        examples = [example for rows in read_rows(_path(_INPUT)) for example in client.encode(rows)]
-        if not examples:
+        requests = [request for rows in read_rows(_path(_INPUT)) for request in client.requests(rows)]
+        if not requests:
             raise ValueError(f"--input must have rows. Received: {_INPUT.value} with none")
-        size = _BATCH_SIZE.value
-        requests = [examples[start : start + size] for start in range(0, len(examples), size)]
         with console.step(f"load {client.endpoint.address} for {_DURATION.value:g} seconds"):
             result = generate_load(
                 client.score_examples,

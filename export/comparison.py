@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,9 @@ def compare(
     num_rows = 0
     for rows in tables:
         for side, client in enumerate(clients):
-            for batch in _batches(client.encode(rows), client.batch_size):
+            for request in client.requests(rows):
                 start = time.monotonic()
-                scores[side].append(client.score_examples(batch))
+                scores[side].append(client.score_examples(request))
                 latencies[side].append(1000 * (time.monotonic() - start))
         num_rows += rows.num_rows
         progress(num_rows)
@@ -71,7 +71,3 @@ def compare(
     return Comparison(
         tuple(np.concatenate(side) for side in scores), tuple(np.array(side, np.float64) for side in latencies)
     )
-
-
-def _batches(examples: Sequence[bytes], batch_size: int) -> list[Sequence[bytes]]:
-    return [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]

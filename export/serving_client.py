@@ -93,17 +93,13 @@ class ServingClient:
         Raises:
           ValueError: a raw input has no column, or a value that does not fit its type.
         """
-        typed = typed_rows(rows, self.raw_inputs)
-        slices = [typed.slice(start, self.batch_size) for start in range(0, typed.num_rows, self.batch_size)]
-        scores = self._senders.map(lambda batch: self.score_examples(self._encoded(batch)), slices)
+        scores = self._senders.map(self.score_examples, self.requests(rows))
         return np.concatenate([np.zeros(0, np.float32), *scores])
 
-    def encode(self, rows: pa.Table) -> list[bytes]:
-        """Rows as serialized tf.Examples; raises as ``score`` does."""
-        return self._encoded(typed_rows(rows, self.raw_inputs))
-
-    def _encoded(self, typed: pa.Table) -> list[bytes]:
-        return encode_raw_rows(typed, self.raw_inputs)
+    def requests(self, rows: pa.Table) -> list[list[bytes]]:
+        """Rows as serialized tf.Examples, ``batch_size`` a request; raises as ``score`` does."""
+        examples = encode_raw_rows(typed_rows(rows, self.raw_inputs), self.raw_inputs)
+        return [examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size)]
 
     def score_examples(self, examples: Sequence[bytes]) -> np.ndarray:
         """ctr of each serialized tf.Example, float32 [num_examples], by one request."""

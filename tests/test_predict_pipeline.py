@@ -139,10 +139,10 @@ def test_every_format_gets_the_scores_of_the_servable_in_the_order_of_the_rows(s
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A folder with three files of JSON lines, 1,000 rows each."""
+    """A folder with three files of JSON lines, 1,200 rows each."""
     folder = tmp_path_factory.mktemp("many")
     for index in range(3):
-        write(folder / f"part-{index}.jsonl", rows(1000, start=1000 * index))
+        write(folder / f"part-{index}.jsonl", rows(1200, start=1200 * index))
     return folder
 
 
@@ -160,9 +160,9 @@ def test_the_order_holds_within_and_between_files(servable, many, tmp_path, monk
 def assert_scored_in_order(servable, output):
     """Checks the scores of the rows of ``many``."""
     found = scored(output)
-    assert found["note"].to_pylist() == [f"row {k}" for k in range(3000)]
-    np.testing.assert_allclose(found["ctr"], expected(servable, rows(3000)), rtol=1e-6, atol=1e-6)
-    assert pa.dataset.dataset(output / "scores").count_rows() == 3000
+    assert found["note"].to_pylist() == [f"row {k}" for k in range(3600)]
+    np.testing.assert_allclose(found["ctr"], expected(servable, rows(3600)), rtol=1e-6, atol=1e-6)
+    assert pa.dataset.dataset(output / "scores").count_rows() == 3600
 
 
 def test_the_command_scores_in_processes_as_well(servable, many, tmp_path):
@@ -171,7 +171,7 @@ def test_the_command_scores_in_processes_as_well(servable, many, tmp_path):
         f"--input={many}/part-*.jsonl", "--direct_num_workers=2", "--direct_running_mode=multi_processing",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, check=True)
-    assert "3,000 rows read = 3,000 scored + 0 bad; scores in" in done.stdout
+    assert "3,600 rows read = 3,600 scored + 0 bad; scores in" in done.stdout
     assert_scored_in_order(servable, tmp_path / "out")
 
 

@@ -127,6 +127,18 @@ def test_a_file_is_scored_as_by_a_servable_here(server, servable_dir, tmp_path):
 # --- Ranking ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_items_carry_their_id_even_if_the_model_reads_it_for_nothing_else(server, protocol):
+    user = {"user": "u1", "age": 30, "recent": None}
+    items = [{"item_id": 5, "price": 1.5}, {"item_id": 6, "price": None}, {"item_id": 10**17, "price": 8}]
+    with client_of(server, protocol) as client:
+        ranked = client.rank(user, items)
+        assert [item for item, _ in ranked] == [10**17, 5, 6]
+        np.testing.assert_allclose([ctr for _, ctr in ranked], [0.8, 0.67, 0.64], rtol=1e-6)  # 0.02 * (32 + price).
+        with pytest.raises(ValueError, match="needs its id, under the name that the model knows"):
+            client.rank(user, [{"id": 5, "price": 1.5}])
+
+
 @pytest.fixture(scope="module")
 def exported(feed_dataset, clsd_run, tmp_path_factory):
     """A servable directory with a real model, feed."""
@@ -309,9 +321,9 @@ def test_equal_scores_have_no_rank_correlation(server):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_load_counts_every_answer(server, protocol):
     with client_of(server, protocol, max_attempts=1) as client, client_of(server, protocol, version=9) as wrong:
-        examples = client.encode(ROWS)
-        good = generate_load(client.score_examples, [examples, examples[:1]], concurrency=2, duration_seconds=0.3)
-        bad = generate_load(wrong.score_examples, [examples], concurrency=2, duration_seconds=0.1)
+        requests = client.requests(ROWS)
+        good = generate_load(client.score_examples, requests, concurrency=2, duration_seconds=0.3)
+        bad = generate_load(wrong.score_examples, requests, concurrency=2, duration_seconds=0.1)
     assert set(good.codes) == {"OK"}
     assert good.codes["OK"] == len(good.latencies_ms) > 5
     assert good.requests_per_second == pytest.approx(good.codes["OK"] / good.seconds)
