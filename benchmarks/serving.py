@@ -114,12 +114,15 @@ class Bench:
         self.raw_inputs = dataset.spec.raw_inputs
         self.item_inputs = item_input_names(dataset.spec)
 
+    def encode(self, rows: pa.Table) -> list[bytes]:
+        return encode_raw_rows(typed_rows(rows, self.raw_inputs), self.raw_inputs)
+
     def predict_in_process(self, examples: Sequence[bytes]) -> np.ndarray:
         return self.signatures["serving_default"](examples=tf.constant(examples))["ctr"].numpy()
 
 
 def measure_single_rows(bench: Bench, client: ServingClient, measures: Measures) -> None:
-    example = client.encode(bench.sample.slice(0, 1))
+    example = bench.encode(bench.sample.slice(0, 1))
     tensor = tf.constant(example)
     in_process = percentiles(latencies_ms(lambda: bench.signatures["serving_default"](examples=tensor), 1000))
     served = percentiles(latencies_ms(lambda: client.score_examples(example), 3000))
@@ -195,7 +198,7 @@ class Checked:
         self.requests = []
         for index in range(num_requests):
             rows = bench.sample.take(pa.array((np.arange(size) + index * size) % len(bench.sample)))
-            examples = client.encode(rows)
+            examples = bench.encode(rows)
             self.requests.append((examples, bench.predict_in_process(examples)))
         self.wrong = 0
 
@@ -302,7 +305,7 @@ def measure_malformed(
     target = Target(_MODEL.value, loaded.signatures, {entry.name: entry.dtype for entry in bench.raw_inputs})
     problems = send_malformed(target, grpc_address, rest_address, _NUM_MALFORMED.value)
     with ServingClient(Endpoint(grpc_address, _MODEL.value)) as client:
-        examples = client.encode(bench.sample.slice(0, 1))
+        examples = bench.encode(bench.sample.slice(0, 1))
         is_alive = np.abs(client.score_examples(examples) - bench.predict_in_process(examples)).max() <= _TOLERANCE
     measures.add(
         "malformed requests not refused with their code and field",
