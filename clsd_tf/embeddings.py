@@ -176,9 +176,10 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         columns, starts = [], {}
         for entry in entries:
             starts[entry.name] = sum(column.shape[1] for column in columns)
-            ids = features[entry.name] + self._offsets[entry.vocabulary]
+            ids = features[entry.name]
             columns.append(ids[:, tf.newaxis] if entry.num_ids is None else ids)
-        embedded = self._rows(tf.concat(columns, axis=1))
+        offsets = [self._offsets[entry.vocabulary] for entry in entries for _ in range(entry.num_ids or 1)]
+        embedded = self._rows(tf.concat(columns, axis=1) + tf.constant(offsets, tf.int64))
         fields = []
         # Neighbours with single ids stay one slice: fewer pieces to put together again.
         for is_single, group in itertools.groupby(entries, lambda entry: entry.num_ids is None):

@@ -180,14 +180,23 @@ def as_text(values: tf.Tensor) -> tf.Tensor:
 
 def first_values(values: tf.RaggedTensor, max_values: int) -> tf.Tensor:
     """Ragged strings -> [batch, max_values], empty strings dropped, padded with ""."""
-    values = tf.ragged.boolean_mask(values, values != "")
-    return values[:, :max_values].to_tensor(default_value="", shape=[None, max_values])
+    places = tf.where(values.values != "")[:, 0]
+    rows = tf.gather(values.value_rowids(), places)
+    return _padded(tf.gather(values.values, places), rows, values.nrows(), max_values)
 
 
 def last_values(values: tf.Tensor, max_length: int) -> tf.Tensor:
     """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
-    values = tf.ragged.boolean_mask(values, values != "")
-    return values[:, -max_length:].to_tensor(default_value="", shape=[None, max_length])
+    is_value = values != ""
+    from_the_end = tf.cumsum(tf.cast(is_value, tf.int32), axis=1, reverse=True)
+    places = tf.where(is_value & (from_the_end <= max_length))
+    return _padded(tf.gather_nd(values, places), places[:, 0], tf.shape(values, tf.int64)[0], max_length)
+
+
+def _padded(values: tf.Tensor, rows: tf.Tensor, num_rows: tf.Tensor, width: int) -> tf.Tensor:
+    """Strings and the rows that they belong to, ascending -> [num_rows, width], cut off or padded with ""."""
+    ragged = tf.RaggedTensor.from_value_rowids(values, tf.cast(rows, tf.int64), num_rows, validate=False)
+    return ragged.to_tensor("", shape=[None, width])
 
 
 def side_by_side(ids: tf.Tensor) -> tf.Tensor:
