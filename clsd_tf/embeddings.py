@@ -140,11 +140,16 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             return self._embed_ids(features, entries)
         row_of = features[shared[0].name].row_of
         values = {entry.name: features[entry.name].values for entry in shared}
-        fields = [tf.gather(tf.concat(self._embed_ids(values, shared), axis=1), row_of)]
-        if own:
-            fields += self._embed_ids(features, own)
-        places = [(*shared, *own).index(entry) for entry in entries]
-        return [tf.gather(tf.concat(fields, axis=1), places, axis=1)]
+        of_users = tf.concat(self._embed_ids(values, shared), axis=1)
+        of_rows = tf.concat(self._embed_ids(features, own), axis=1) if own else None
+        fields, starts = [], {True: 0, False: 0}
+        # Neighbours of one kind stay one slice, so that what the users share is copied for each row only once.
+        for is_shared, group in itertools.groupby(entries, lambda entry: entry in shared):
+            start = starts[is_shared]
+            starts[is_shared] += len(list(group))
+            part = (of_users if is_shared else of_rows)[:, start : starts[is_shared]]
+            fields.append(tf.gather(part, row_of) if is_shared else part)
+        return fields
 
     def lookup(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
         """Embeddings of single values: ids [..., num_values * ids_per_value] -> [..., num_values, embedding_dim].
