@@ -51,7 +51,7 @@ _WORK_DIR = flags.DEFINE_string("work_dir", None, "The run that was exported.", 
 _SERVABLE_DIR = flags.DEFINE_string("servable_dir", None, "Where it was exported to.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "Its name.", required=True)
 _LOAD_SECONDS = flags.DEFINE_float("load_seconds", 60.0, "How long the server is overloaded.", 1.0)
-_ROWS_PER_REQUEST = flags.DEFINE_integer("rows_per_request", 100, "Rows of a request under load.", 1)
+_ROWS_PER_REQUEST = flags.DEFINE_integer("rows_per_request", 500, "Rows of a request under load.", 1)
 _NUM_MALFORMED = flags.DEFINE_integer("num_malformed", 5000, "Malformed requests of both protocols together.", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
 
@@ -215,7 +215,7 @@ def measure_overload(bench: Bench, address: str, process: subprocess.Popen, meas
     with ServingClient(endpoint, concurrency=_CLIENTS) as client:
         send = Checked(bench, client)
         # The capacity: the clients send as soon as they have an answer.
-        capacity = generate_load(send, send.requests, concurrency=8, duration_seconds=5.0).requests_per_second
+        capacity = generate_load(send, send.requests, concurrency=_CLIENTS // 2, duration_seconds=5.0).requests_per_second
         before = resident_mib(process.pid)
         with _peak_memory(process.pid) as peak:
             load = generate_load(
