@@ -215,7 +215,9 @@ def measure_overload(bench: Bench, address: str, process: subprocess.Popen, meas
     with ServingClient(endpoint, concurrency=_CLIENTS) as client:
         send = Checked(bench, client)
         # The capacity: the clients send as soon as they have an answer.
-        capacity = generate_load(send, send.requests, concurrency=_CLIENTS // 2, duration_seconds=5.0).requests_per_second
+        capacity = generate_load(
+            send, send.requests, concurrency=_CLIENTS // 2, duration_seconds=5.0
+        ).requests_per_second
         before = resident_mib(process.pid)
         with _peak_memory(process.pid) as peak:
             load = generate_load(

@@ -33,7 +33,7 @@ class LocalServable:
     """
 
     def __init__(self, path: pathlib.Path):
-        self.path = _version_directory(path)
+        self.path = version_directory(path)
         self._loaded = tf.saved_model.load(str(self.path))  # Kept: it owns the variables of the signature.
         signatures = self._loaded.signatures
         if "predict_raw" not in signatures:
@@ -85,7 +85,12 @@ def _sha256(file: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _version_directory(path: pathlib.Path) -> pathlib.Path:
+def version_directory(path: pathlib.Path) -> pathlib.Path:
+    """A version directory as it is; of a model's directory the largest version.
+
+    Raises:
+      FileNotFoundError: no version there.
+    """
     if (path / "saved_model.pb").is_file():
         return path
     versions = [child for child in path.glob("*") if child.name.isdigit() and (child / "saved_model.pb").is_file()]

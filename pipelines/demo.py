@@ -18,6 +18,7 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, read_json
+from clsd_tf.servable import version_directory
 from clsd_tf.study_tables import CONSOLE_METRICS, compare, overall, summary_table
 
 _DEMO_DIR = flags.DEFINE_string("demo_dir", "demo", "Directory for everything the demo writes.")
@@ -84,6 +85,13 @@ def run_job(demo: pathlib.Path) -> str:
         f"--servable_dir={servables}",
         f"--name={spec}",
     )
+    run_step(
+        "Check it against the rules of TF Serving",
+        demo / "contract.json",
+        "export.contract",
+        str(servables / spec),
+        f"--json={demo / 'contract.json'}",
+    )
     scores = demo / "scores.csv"
     run_step(
         "Query the servable",
@@ -111,7 +119,7 @@ def _run_studies(demo: pathlib.Path, dataset: pathlib.Path, random_dataset: path
 
 def print_summary(demo: pathlib.Path, spec: str) -> None:
     console.console.rule("[bold]Summary", align="left")
-    version = max((demo / "servable" / spec).iterdir(), key=lambda path: path.name)
+    version = version_directory(demo / "servable" / spec)
     verified = read_json(version / "assets.extra" / "manifest.json")["verification"]
     worst = max(verified["max_difference"].values())
     results = pyarrow.parquet.read_table(demo / "study" / "results.parquet").to_pylist()
@@ -127,7 +135,8 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
         ("runs, TensorBoard", f"{demo / 'study'} (tensorboard --logdir {demo / 'study'})"),
         ("study", f"{demo / 'study' / 'report.html'}, tables.md and results.parquet"),
         ("report of one run", str(demo / _SERVED / "report.html")),
-        ("servable", str(version)),
+        ("servable", f"{version} (make serve)"),
+        ("model card", str(version / "assets.extra" / "model_card.md")),
         ("scores", str(demo / "scores.csv")),
     ]
     console.print_table("Where everything lies", ["artefact", "path"], artefacts)

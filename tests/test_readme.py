@@ -7,9 +7,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+import tensorflow as tf
+import urllib3
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import feature_specs
+from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
+from export.server.app import LocalServer
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,18 +46,51 @@ def test_the_rest_request_names_exactly_the_raw_inputs():
         assert all(isinstance(entry, expected) for entry in values)
 
 
-def test_the_grpc_request_is_a_valid_request():
+class _AnyRow(tf.Module):
+    """A stand-in for the demo's model: its inputs, and for every row a ctr of .25."""
+
+    def __init__(self, raw_inputs):
+        super().__init__()
+
+        def by_example(examples):
+            return {"ctr": 0.25 * tf.ones_like(tf.cast(parse_raw_examples(examples, raw_inputs)["age"], tf.float32))}
+
+        def by_tensor(**raw):
+            return {"ctr": 0.25 * tf.ones_like(tf.cast(raw["age"], tf.float32))}
+
+        examples = tf.TensorSpec([None], tf.string, "examples")
+        self.functions = {
+            "serving_default": tf.function(by_example, autograph=False).get_concrete_function(examples=examples),
+            "predict_raw": tf.function(by_tensor, autograph=False).get_concrete_function(
+                **raw_tensor_specs(raw_inputs)
+            ),
+        }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    servable_dir = tmp_path_factory.mktemp("servables")
+    model = _AnyRow(feature_specs.get_spec("movielens_100k").raw_inputs)
+    tf.saved_model.save(model, str(servable_dir / "movielens_100k" / "1"), signatures=model.functions)
+    with LocalServer(servable_dir) as running:
+        yield running
+
+
+def test_the_curl_line_is_answered(server):
+    (address, body) = re.search(r"curl -X POST http://localhost:8501(\S+) -d '(\{.*?\})'\n", README, re.DOTALL).groups()
+    answer = urllib3.request("POST", f"http://{server.rest_address}{address}", body=body.encode())
+    assert (answer.status, answer.json()) == (200, {"predictions": [0.25]})
+
+
+def test_the_grpc_script_is_answered(server):
     (script,) = [block for block in blocks("python") if "PredictionServiceStub" in block]
-    built = (
-        script[: script.index("with grpc")]
-        + "print(request.model_spec.name, len(request.inputs['examples'].string_val))"
-    )
-    done = subprocess.run([sys.executable, "-c", built], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["movielens_100k", "1"], done.stderr
+    script = script.replace("localhost:8500", server.grpc_address)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "float_val: 0.25" in done.stdout, done.stderr
 
 
 def test_every_command_and_flag_in_the_documentation_exists():
-    text = README + (ROOT / "BUILD.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "BUILD.md", "docs/serving.md"))
     commands = re.findall(r"python -m ((?:pipelines|export)\.\w+)([^\n`]*)", text)
     assert len(commands) >= 9
     options = argparse.ArgumentParser(conflict_handler="resolve")
