@@ -11,7 +11,7 @@ import pytest
 from feed_servables import RAW_INPUTS, save_feed_model
 from tiny_servables import example, save_tiny
 
-from benchmarks.serving_load import Checked, Probe, peak_memory, overload, swap
+from benchmarks.serving_load import Checked, Probe, overload, peak_memory, swap
 from clsd_tf.examples import encode_raw_rows
 from export.client_transport import Endpoint, ServingError
 from export.server.app import LocalServer
