@@ -134,26 +134,38 @@ def _apart(packed: tf.Tensor, widths: Mapping[str, int | None]) -> dict[str, tf.
     }
 
 
-def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
+def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor | tf.RaggedTensor]:
     """Parses serving requests: serialized tf.Examples of raw values, [batch] -> the transform's raw tensors.
 
-    A feature that is absent or empty takes its missing value; of several values of a scalar the first counts. A
-    history is padded with "" to the longest in the batch.
+    A feature that is absent or empty takes its missing value; of several values of a scalar the first counts.
+    Histories are ragged, [batch, any]: padded to the longest, one request could take the memory of thousands.
     """
+    if not raw_inputs:
+        return {}
     # Ragged throughout: a fixed-length feature without a value fails the request, and with it its whole batch.
-    spec = {entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype]) for entry in raw_inputs}
+    spec = {
+        entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype], row_splits_dtype=tf.int64) for entry in raw_inputs
+    }
     parsed = tf.io.parse_example(serialized, spec)
-    return {entry.name: _dense(parsed[entry.name], entry) for entry in raw_inputs}
+    return {
+        entry.name: parsed[entry.name] if entry.is_list else _first_or_missing(parsed[entry.name], entry)
+        for entry in raw_inputs
+    }
 
 
-def _dense(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
-    if entry.is_list:
-        return values.to_tensor("")
+def _first_or_missing(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
     # Slicing and padding the ragged tensor would say the same in three times as many ops.
     starts, ends = values.row_splits[:-1], values.row_splits[1:]
     missing = tf.constant([_MISSING[entry.dtype]], _RAW_DTYPES[entry.dtype])
     or_missing = tf.concat([values.values, missing], axis=0)
-    return tf.gather(or_missing, tf.where(starts < ends, starts, tf.size(values.values)))
+    return tf.gather(or_missing, tf.where(starts < ends, starts, tf.size(values.values, tf.int64)))
+
+
+def is_missing(values: tf.Tensor) -> tf.Tensor:
+    """Which raw values of a scalar input are not known, bool in the shape of ``values``."""
+    if values.dtype == tf.string:
+        return values == ""
+    return values == MISSING_INT64 if values.dtype == tf.int64 else tf.math.is_nan(values)
 
 
 def encode_raw_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> list[bytes]:

@@ -147,10 +147,10 @@ class ServingClient:
         of_items = _items_inputs(rows, self.raw_inputs, of_user)
         context = encode_raw_rows(typed_rows(rows_of([user]), of_user), of_user) if of_user else [b""]
         request = input_pb2.ExampleListWithContext(context=tf.train.Example.FromString(context[0]))
-        for example in encode_raw_rows(typed_rows(rows, of_items), of_items):
-            # No name stands in both; messages one after the other are read as one.
-            request.examples.add().MergeFromString(context[0] + example)
-        return request.SerializeToString()
+        # No name stands in both, and messages one after the other are read as one.
+        examples = [context[0] + example for example in encode_raw_rows(typed_rows(rows, of_items), of_items)]
+        # On the wire a list of bytes is what a list of messages is: nothing is parsed here.
+        return request.SerializeToString() + tf.train.BytesList(value=examples).SerializeToString()
 
     def _predict(self, signature: str, name: str, values: Sequence[bytes], *outputs: str) -> dict[str, Any]:
         """The named outputs, each with an entry per value."""
