@@ -431,8 +431,15 @@ def test_the_list_says_what_is_loaded_labelled_and_damaged(feed):
     assert (oldest.version, oldest.labels, oldest.is_loaded, oldest.problems) == (1, ("stable",), True, ())
     assert (newest.version, newest.labels, newest.is_loaded) == (2, (), False)
     assert newest.problems == ("saved_model.pb has another SHA-256 than the manifest says",)
-    assert (newest.created, newest.max_difference) == ("then", 3e-8)
+    assert (newest.created, newest.max_difference, newest.auc) == ("then", 3e-8, None)
     assert {state.problems for state in list_versions(feed)} == {None}
+
+
+def test_the_list_gives_the_auc_of_cards_that_can_be_read(feed):
+    publish(feed, 1, 2)
+    (feed.path / "1" / "assets.extra" / "model_card.json").write_text("{")
+    write_json(feed.path / "2" / "assets.extra" / "model_card.json", {"overall": {"metrics": {"auc": {"value": 0.71}}}})
+    assert [state.auc for state in list_versions(feed)] == [0.71, None]
 
 
 def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
@@ -440,6 +447,7 @@ def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
     (tmp_path / "old" / "3").mkdir(parents=True)
     (state,) = list_versions(versions, check=True)
     assert (state.created, state.num_bytes, state.is_loaded, state.problems) == (None, 0, False, ("no manifest",))
+    assert (state.max_difference, state.auc) == (None, None)
 
 
 def run(versions, *arguments):
