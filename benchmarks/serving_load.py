@@ -85,13 +85,14 @@ def overload(
       endpoint: with one attempt for each request.
       requests: are sent over and over.
       pid: of the server's process.
-      num_clients: that send at the same time; half of them while the capacity is measured.
+      num_clients: that send at the same time; an eighth of them while the capacity is measured, since they must fit
+        into the queue: clients that are refused send again at once, and that costs the server a part of its capacity.
       seconds: of overload.
       capacity_seconds: for which the capacity is measured.
     """
     with ServingClient(endpoint) as client, ServingClient(endpoint) as single:
         send = Checked(client)
-        free = generate_load(send, requests, concurrency=num_clients // 2, duration_seconds=capacity_seconds)
+        free = generate_load(send, requests, concurrency=num_clients // 8, duration_seconds=capacity_seconds)
         capacity = free.requests_per_second
         before = resident_mib(pid)
         with Probe(lambda: single.score_examples(requests[0][0][:1])) as probe, peak_memory(pid) as peak:

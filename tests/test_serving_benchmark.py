@@ -38,7 +38,7 @@ def test_an_overloaded_server_refuses_answers_rightly_and_recovers(slow_server):
     row = pa.table({"age": [30], "price": [0.5], "recent": [["a"]], "user": ["slow"]})
     requests = [(encode_raw_rows(row, RAW_INPUTS), np.array([0.02 * 35.5], np.float32))]
     endpoint = Endpoint(slow_server.grpc_address, "feed", max_attempts=1)
-    found = overload(endpoint, requests, os.getpid(), num_clients=8, seconds=1.0, capacity_seconds=0.5)
+    found = overload(endpoint, requests, os.getpid(), num_clients=16, seconds=1.0, capacity_seconds=0.5)
     assert found.wrong == 0
     assert set(found.load.codes) == {"OK", "RESOURCE_EXHAUSTED"}
     assert found.sent_per_second == sum(found.load.codes.values()) / 1.0
