@@ -24,6 +24,8 @@ from benchmarks.malformed_requests import (
     wrong_kind,
 )
 
+_MANY_KEYS = 50_000
+
 
 def rest_request(choose: random.Random, target: Target) -> Malformed:
     """A request over REST."""
@@ -146,7 +148,12 @@ def _rest_rows(choose: random.Random, target: Target) -> Malformed:
 
 def _twice(choose: random.Random, target: Target) -> Malformed:
     name = input_of(choose, target)
-    text = json.dumps(_raw_body(choose, target)).replace(f'"{name}":', f'"{name}": 1, "{name}":')
+    text = json.dumps(_raw_body(choose, target))
+    if choose.random() < 0.1:  # A late key of many: the search for it must not compare each with each.
+        others = "".join(f'"{number}": 0, ' for number in range(_MANY_KEYS))
+        text = f'{{{others}"{name}": 0, "{name}": 0}}'
+    else:
+        text = text.replace(f'"{name}":', f'"{name}": 1, "{name}":')
     return _rest("twice", target, text.encode(), name)
 
 

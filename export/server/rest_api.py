@@ -127,12 +127,12 @@ class _RestApi:
         return predict_answer(answer.outputs, content.in_rows)
 
     async def classify(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        content = ExamplesRequest.parse(await self._body(request))
+        content = ExamplesRequest.parse(await self._body(request), self._max_request_bytes)
         spec.signature_name = content.signature_name
         return classify_answer((await self._core.classify(spec, content.examples)).outputs)
 
     async def regress(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        content = ExamplesRequest.parse(await self._body(request))
+        content = ExamplesRequest.parse(await self._body(request), self._max_request_bytes)
         spec.signature_name = content.signature_name
         return regress_answer((await self._core.regress(spec, content.examples)).outputs)
 

@@ -21,13 +21,11 @@ class Signature:
       name: as requests give it.
       inputs: input name -> dtype and shape; an unknown rank or dimension stays unknown.
       outputs: the same of the outputs.
-      method: the method name that the SavedModel declares; TF 2 always writes ``tensorflow/serving/predict``.
     """
 
     name: str
     inputs: dict[str, tf.TensorSpec]
     outputs: dict[str, tf.TensorSpec]
-    method: str
 
     @functools.cached_property
     def input_forms(self) -> dict[str, tuple[np.dtype, list[int | None] | None]]:
@@ -109,7 +107,7 @@ def _manifest(path: pathlib.Path) -> dict | None:
 
 
 def _signature(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
-    return Signature(name, _specs(declared.inputs), _specs(declared.outputs), declared.method_name)
+    return Signature(name, _specs(declared.inputs), _specs(declared.outputs))
 
 
 def _specs(tensors: Mapping[str, meta_graph_pb2.TensorInfo]) -> dict[str, tf.TensorSpec]:

@@ -67,7 +67,7 @@ def _predict(version: LoadedVersion, request: predict_pb2.PredictRequest) -> Non
 def _infer(
     version: LoadedVersion, tasks: Iterable[tuple[model_pb2.ModelSpec, ExampleMethod]], request_input: input_pb2.Input
 ) -> None:
-    examples = examples_of(request_input)
+    examples = examples_of(request_input, _MAX_TENSOR_BYTES)
     for spec, method in tasks:
         signature = _signature(version, spec)
         method.check_signature(signature)
