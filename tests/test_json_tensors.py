@@ -18,7 +18,6 @@ from export.server.json_examples import ExamplesRequest
 from export.server.json_tensors import PredictRequest
 from export.server.servable import Signature
 
-
 MAX_BYTES = 1 << 20
 
 

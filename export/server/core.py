@@ -23,6 +23,9 @@ from export.server.checks import (
     check_examples,
     check_inputs,
     check_output_filter,
+    check_same_tensor,
+    check_tasks,
+    signature_name,
 )
 from export.server.errors import RequestError, internal_error, invalid_argument
 from export.server.metrics import Metrics
@@ -93,7 +96,7 @@ class PredictionCore:
           RequestError: with TF Serving's code.
         """
         with self._registry.lease(spec) as served:
-            name = _signature_name(spec)
+            name = signature_name(spec)
             if name not in served.loaded.signatures:
                 raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.')
             signature = served.loaded.signatures[name]
@@ -141,11 +144,9 @@ class PredictionCore:
           RequestError: with TF Serving's code. As there, the signatures must read the same tensor of the graph, so two
             signatures that TensorFlow 2 saved never go together.
         """
-        if not tasks:
-            raise invalid_argument("a MultiInference request has at least one task. Received: none")
-        _check_tasks(tasks)
+        check_tasks(tasks)
         with self._registry.lease(tasks[0][0]) as served:
-            _check_same_tensor(served.loaded, [_signature_name(spec) for spec, _ in tasks])
+            check_same_tensor(served.loaded, tasks)
             return [
                 await self._infer(served, spec, EXAMPLE_METHODS[method], examples, timeout_seconds)
                 for spec, method in tasks
@@ -189,7 +190,7 @@ class PredictionCore:
         examples: Sequence[bytes],
         timeout_seconds: float | None,
     ) -> Answer:
-        name = _signature_name(spec)
+        name = signature_name(spec)
         if name not in served.loaded.signatures:
             raise invalid_argument(f"No signature was found with the name: {name}")
         signature = served.loaded.signatures[name]
@@ -223,10 +224,6 @@ class PredictionCore:
         return outputs
 
 
-def _signature_name(spec: model_pb2.ModelSpec) -> str:
-    return spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
-
-
 def _answer(served: ServedVersion, signature: Signature, outputs: dict[str, np.ndarray]) -> Answer:
     return Answer(outputs, served.loaded.model_name, served.loaded.version, signature.name)
 
@@ -239,27 +236,3 @@ def _refused_by_the_graph(signature: Signature, error: tf.errors.OpError) -> Req
         f"the model cannot read input {names}{at} of signature {signature.name!r}. Received: values that it refuses. "
         "Allowed: what the signature and its tf.Example features declare"
     )
-
-
-def _check_tasks(tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
-    models = {spec.name for spec, _ in tasks}
-    if len(models) > 1:
-        raise invalid_argument(f"all tasks must name the same model. Received: {sorted(models)}")
-    names = [_signature_name(spec) for spec, _ in tasks]
-    if len(set(names)) < len(names):
-        raise invalid_argument(f"tasks must name different signatures. Received: {names}")
-    for _, method in tasks:
-        if method not in EXAMPLE_METHODS:
-            raise RequestError(
-                grpc.StatusCode.UNIMPLEMENTED, f"method_name is one of {list(EXAMPLE_METHODS)}. Received: {method!r}"
-            )
-
-
-def _check_same_tensor(loaded: LoadedVersion, signature_names: Sequence[str]) -> None:
-    declared = [loaded.signature_defs[name] for name in signature_names if name in loaded.signature_defs]
-    tensors = {info.name for signature in declared for info in signature.inputs.values()}
-    if len(declared) > 1 and len(tensors) > 1:
-        raise invalid_argument(
-            "the signatures of a MultiInference request must read the same tensor of the graph. "
-            f"Received: {list(signature_names)}, which read {sorted(tensors)}"
-        )

@@ -120,7 +120,9 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     async def _multi_inference(self, request, context) -> inference_pb2.MultiInferenceResponse:
         tasks = [(task.model_spec, task.method_name) for task in request.tasks]
-        answers = await self._core.multi_inference(tasks, examples_of(request.input, self._max_bytes), context.time_remaining())
+        answers = await self._core.multi_inference(
+            tasks, examples_of(request.input, self._max_bytes), context.time_remaining()
+        )
         response = inference_pb2.MultiInferenceResponse()
         for answer in answers:
             result = response.results.add(model_spec=_model_spec(answer))
