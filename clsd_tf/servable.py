@@ -95,9 +95,8 @@ def version_directory(path: pathlib.Path) -> pathlib.Path:
     """
     if (path / "saved_model.pb").is_file():
         return path
-    versions = [
-        child for child in path.glob("*") if _NUMBER.fullmatch(child.name) and (child / "saved_model.pb").is_file()
-    ]
+    numbered = [child for child in path.glob("*") if _NUMBER.fullmatch(child.name)]
+    versions = [child for child in numbered if (child / "saved_model.pb").is_file()]
     if not versions:
         raise FileNotFoundError(
             f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"

@@ -83,8 +83,8 @@ def check_batching_parameters(parameters: Message) -> None:
     """Rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
 
     Raises:
-      ValueError: a number below its smallest, or allowed_batch_sizes that do not rise or do not end at the largest batch
-        that is run.
+      ValueError: a number below its smallest, or allowed_batch_sizes that do not rise, or do not end at the largest
+        batch that is run.
     """
     for name, smallest in _SMALLEST.items():
         if parameters.HasField(name) and getattr(parameters, name).value < smallest:

@@ -134,7 +134,7 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     async def _metadata(self, request) -> get_model_metadata_pb2.GetModelMetadataResponse:
         _check_has_model_spec(request)
-        if list(request.metadata_field) != ["signature_def"]:
+        if set(request.metadata_field) != {"signature_def"}:
             raise invalid_argument(f"metadata_field is signature_def. Received: {list(request.metadata_field)}")
         return self._core.metadata(request.model_spec)
 

@@ -15,8 +15,8 @@ from export.server.errors import invalid_argument
 
 _MAX_NAME_CHARACTERS = 100
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # Or one of the two halves that make a character.
-# A string is one repeated class: a group repeated would remember each character, 2 GB for a long one. It ends at the end
-# of the text at the latest: otherwise a body of quotes takes quadratic time.
+# What repeats is a class: a group would remember each repetition, 2 GB for a long text. Strings end at the end of the
+# text at the latest: otherwise a body of quotes takes quadratic time.
 _STRING_OR_CONSTANT = re.compile(r'"[^"]*"?|-NaN|-?Inf(?:inity)?')
 _CONSTANTS = {"-NaN": "NaN", "Inf": "Infinity", "-Inf": "-Infinity"}
 
