@@ -63,7 +63,7 @@ def rank_function(
     no_id = "" if key.dtype == "string" else MISSING_INT64
 
     def rank(requests: tf.Tensor) -> dict[str, tf.Tensor]:
-        context, items = _decode(requests)
+        context, items = decode_requests(requests)
         row_of = items.value_rowids()
         raw = parse_raw_examples(items.values, list(dict.fromkeys([*item_raw, key])))
         users = transform(parse_raw_examples(context, user_raw), inputs={entry.name for entry in user_raw})
@@ -89,7 +89,7 @@ def _for_model(
     }
 
 
-def _decode(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
+def decode_requests(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
     """Serialized requests [batch] -> the users' Examples [batch] and the items' Examples, ragged [batch, num_items]."""
     sizes, (context, examples) = tf.io.decode_proto(
         tf.concat([requests, [""]], axis=0),  # The op refuses an empty batch.

@@ -11,10 +11,10 @@ import urllib.request
 
 import numpy as np
 import pytest
+from grpc_calls import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from grpc_calls import wait_until
 from tiny_servables import example, save_tiny, write_config
 
 from export.server.app import LocalServer

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 
-from export.server.batching import BatchingOptions, ModelThreads, SignatureQueue, version_options
+from export.server.batching import BatchingOptions, SignatureQueue, version_options
 from export.server.checks import (
     CLASSIFY,
     EXAMPLE_METHODS,
@@ -29,6 +29,7 @@ from export.server.checks import (
 )
 from export.server.errors import RequestError, internal_error, invalid_argument
 from export.server.metrics import Metrics
+from export.server.model_threads import ModelThreads
 from export.server.registry import Registry
 from export.server.request_log import RequestLog
 from export.server.servable import LoadedVersion, Signature
@@ -36,6 +37,9 @@ from export.server.warmup_replay import replay_warmup_requests
 
 # TensorFlow's words for the feature of a tf.Example that it cannot use. Its other words may quote the request.
 _FEATURE = re.compile(r"^Name: <unknown>, (?:Feature|Key): (\w{1,100})", re.MULTILINE)
+
+# What graphs raise for values that they do not take; DataLossError is that of decode_proto, in `rank`.
+_REFUSALS = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.errors.DataLossError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +56,20 @@ class ServedVersion:
     """A loaded version that has replayed its warm-up requests, with a queue for each signature."""
 
     def __init__(
-        self, path: pathlib.Path, model_name: str, batching: BatchingOptions, threads: ModelThreads, metrics: Metrics
+        self,
+        path: pathlib.Path,
+        model_name: str,
+        *,
+        batching: BatchingOptions,
+        max_request_bytes: int,
+        threads: ModelThreads,
+        metrics: Metrics,
     ):
         options = version_options(path, batching)
         self.loaded = LoadedVersion(path, model_name)
         replay_warmup_requests(self.loaded)
         self.queues = {
-            name: SignatureQueue(self.loaded, signature, options, threads, metrics)
+            name: SignatureQueue(self.loaded, signature, options, max_request_bytes, threads, metrics)
             for name, signature in self.loaded.signatures.items()
         }
 
@@ -209,13 +220,13 @@ class PredictionCore:
         if queue.is_full:  # Asked before the request is converted: a refusal must cost little.
             raise queue.refusal()
         deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        inputs = inputs_of(signature)
+        inputs = signature.defaults | dict(inputs_of(signature))
         rows = check_inputs(signature, inputs)
         try:
             outputs = await queue.run(inputs, rows, deadline)
         except RequestError:
             raise
-        except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
+        except _REFUSALS as error:
             raise _refused_by_the_graph(signature, error) from None
         except Exception as error:
             raise internal_error(error) from None

@@ -53,7 +53,9 @@ class ExamplesRequest:
         context = _serialized(content["context"], "context") if "context" in content else b""
         examples = content.get("examples")
         if type(examples) is not list or not examples:
-            received = "none" if "examples" not in content else "an empty one" if examples == [] else type_name(examples)
+            received = (
+                "none" if "examples" not in content else "an empty one" if examples == [] else type_name(examples)
+            )
             raise invalid_argument(f"examples must be an array of at least one object. Received: {received}")
         serialized = [_serialized(value, f"examples[{index}]") for index, value in enumerate(examples)]
         return cls(signature_name_of(content), with_context(context, serialized, max_bytes))

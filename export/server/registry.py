@@ -56,6 +56,7 @@ class Registry(Generic[V]):
         self._broken: dict[tuple[str, int], frozenset] = {}  # What could not be loaded, as it was on disk.
         self._problems: set[str] = set()
         self._told: set[str] = set()
+        self._is_stopped = False
 
     @contextlib.contextmanager
     def lease(self, spec: model_pb2.ModelSpec) -> Iterator[V]:
@@ -137,12 +138,16 @@ class Registry(Generic[V]):
         for model, versions in wanted.items():
             self._apply(model, versions.keys())  # Labels do not wait for versions that load.
             for number, path in versions.items():
-                if number not in self._loaded(model.name):
+                if number not in self._loaded(model.name) and not self._is_stopped:
                     self._try_to_load(model.name, number, path)
                     self._apply(model, versions.keys())
             self._tell_missing(model, versions.keys())
         for name in self.versions().keys() - {model.name for model in wanted}:
             self._publish(name, keep=set(), labels={})
+
+    def stop(self) -> None:
+        """Loads no further versions; from any thread."""
+        self._is_stopped = True
 
     def _loaded(self, name: str) -> Set[int]:
         return self._served.get(name, {}).keys()

@@ -1,8 +1,8 @@
 """TF Serving's REST API over the core: predict, classify, regress, metadata, status, and the server's metrics.
 
 Bodies are JSON whatever their content type says, as curl -d sends them. Errors are {"error": "..."} with TF Serving's
-status: 400 for whatever path or method below /v1/ it does not know (http_rest_api_handler.cc). Elsewhere 404 and 405, and
-413 for bodies that are too long.
+status: 400 for paths and methods below /v1/ that it does not know (http_rest_api_handler.cc); elsewhere 404 and 405;
+and 413 for bodies that are too long.
 """
 
 from __future__ import annotations

@@ -178,3 +178,8 @@ def with_context(context: bytes, examples: Sequence[bytes], max_bytes: int) -> l
             f"of {len(examples):,} examples and a context of {len(context):,} bytes. Send fewer examples in a request"
         )
     return [context + one for one in examples]
+
+
+def num_bytes(array: np.ndarray) -> int:
+    """What an array takes in memory, its strings included."""
+    return array.nbytes + (sum(map(len, array.ravel().tolist())) if array.dtype == object else 0)

@@ -80,7 +80,7 @@ def _predict(version: LoadedVersion, request: predict_pb2.PredictRequest) -> Non
     if unknown := request.inputs.keys() - signature.inputs.keys():
         raise _BrokenRecordError(f"signature {signature.name!r} lacks the inputs {sorted(unknown)}")
     check_output_filter(signature, request.output_filter)
-    inputs = {
+    inputs = signature.defaults | {
         name: to_array(name, proto, signature.inputs[name], _MAX_TENSOR_BYTES) for name, proto in request.inputs.items()
     }
     check_inputs(signature, inputs)
