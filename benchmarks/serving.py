@@ -41,7 +41,7 @@ from clsd_tf.request_files import typed_rows
 from clsd_tf.servable import LocalServable
 from export.client_transport import Endpoint, GrpcTransport
 from export.load_generator import LoadResult, generate_load, percentiles
-from export.ranking import item_input_names
+from export.ranking import sides_of
 from export.server.servable import LoadedVersion
 from export.serving_client import ServingClient
 from export.warmup import rank_request
@@ -112,7 +112,7 @@ class Bench:
         self.signatures = tf.saved_model.load(str(self.servable.path)).signatures
         self.sample = pyarrow.parquet.read_table(dataset.layout.serving_sample)
         self.raw_inputs = dataset.spec.raw_inputs
-        self.item_inputs = item_input_names(dataset.spec)
+        self.item_inputs = {entry.name for entry in sides_of(dataset.spec).item}
 
     def encode(self, rows: pa.Table) -> list[bytes]:
         return encode_raw_rows(typed_rows(rows, self.raw_inputs), self.raw_inputs)

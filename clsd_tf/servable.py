@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from clsd_tf.examples import arrow_to_tensors
+from clsd_tf.examples import arrow_to_tensors, bounded_batches
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import typed_rows
 
@@ -61,7 +61,11 @@ class LocalServable:
 
     def score_typed(self, rows: pa.Table) -> np.ndarray:
         """ctr of each row, float32 [num_rows], of rows that ``typed_rows`` has made."""
-        return self._predict_raw(**arrow_to_tensors(rows, self.raw_inputs))["ctr"].numpy()
+        scores = [
+            self._predict_raw(**arrow_to_tensors(batch, self.raw_inputs))["ctr"].numpy()
+            for batch in bounded_batches(rows, self.raw_inputs)
+        ]
+        return np.concatenate(scores)
 
     @property
     def version(self) -> int | None:
