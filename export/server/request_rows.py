@@ -21,7 +21,6 @@ _OF_EXAMPLES = ("serving_default", "classify", "regress")
 _OF_TENSORS = "predict_raw"
 _OF_LISTS = "rank"
 _ROWS_PER_PART = 1024
-_MAX_PADDED_BYTES = 4 << 20  # Of Examples that are parsed together, if each were as long as the longest.
 _MAX_REPEATED_BYTES = 64 << 20  # Of users' values in the rows of their items.
 
 Request = Mapping[str, np.ndarray]  # Inputs, as the signature takes them.
@@ -139,20 +138,5 @@ def _filled(values: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray
 
 
 def _parse(kind: RequestKind, serialized: Sequence[bytes]) -> pa.Table:
-    return pa.concat_tables(_parse_slice(kind, part) for part in _slices(serialized))
-
-
-def _parse_slice(kind: RequestKind, serialized: Sequence[bytes]) -> pa.Table:
     parsed = parse_raw_examples(tf.constant(serialized, tf.string, shape=[len(serialized)]), kind.raw_inputs)
     return tensors_to_arrow({name: values.numpy() for name, values in parsed.items()}, kind.raw_inputs)
-
-
-def _slices(serialized: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Histories are padded to the longest of a slice: one that is very long must not pad thousands."""
-    start, longest = 0, 0
-    for end, text in enumerate(serialized):
-        longest = max(longest, len(text))
-        if end > start and (end - start + 1) * longest > _MAX_PADDED_BYTES:
-            yield serialized[start:end]
-            start, longest = end, len(text)
-    yield serialized[start:]
