@@ -12,11 +12,13 @@ from grpc_calls import model_spec, outputs, predict_request, prediction_stub, sl
 from tensorflow_serving.apis import get_model_status_pb2, input_pb2, prediction_log_pb2
 from tiny_servables import example, examples, save_tiny, write_config
 
+from clsd_tf.servable import version_directory
 from export.server.app import LocalServer
 from export.server.errors import RequestError
 from export.server.registry import Registry
 from export.server.servable import LoadedVersion
 from export.server.warmup_replay import replay_warmup_requests
+from export.versions import ModelVersions
 from export.warmup import WARMUP_FILE
 
 State = get_model_status_pb2.ModelVersionStatus.State
@@ -79,6 +81,8 @@ def test_without_a_config_the_newest_version_of_every_directory_is_served(regist
     publish(1), publish(2), publish(3, name="other")
     (tmp_path / "tiny" / "v9").mkdir()
     (tmp_path / "tiny" / "10.incomplete").mkdir()
+    (tmp_path / "tiny" / "²").mkdir()
+    (tmp_path / "tiny" / ("9" * 30)).mkdir()
     (tmp_path / "empty").mkdir()
 
     registry.follow()
@@ -236,6 +240,16 @@ def test_a_broken_config_changes_nothing_and_is_told_once(registry, publish, tmp
     assert message in told[0]
 
 
+@pytest.mark.parametrize("name", ["²", "9" * 30, "٣", "7x"])
+def test_names_that_tf_serving_reads_no_version_from_are_none_anywhere(tmp_path, name):
+    for version in ("1", name):
+        (tmp_path / "tiny" / version).mkdir(parents=True)
+        (tmp_path / "tiny" / version / "saved_model.pb").touch()
+    assert list(ModelVersions(tmp_path, "tiny").published()) == [1]
+    if name != "9" * 30:  # That is a number all the same.
+        assert version_directory(tmp_path / "tiny").name == "1"
+
+
 def test_an_empty_config_at_first_serves_nothing(registry, publish, tmp_path):
     publish(1)
     (tmp_path / "models.config").write_text("")
@@ -243,9 +257,15 @@ def test_an_empty_config_at_first_serves_nothing(registry, publish, tmp_path):
     assert registry.versions() == {}
 
 
-def test_a_dangling_link_in_a_version_does_not_keep_others_from_loading(registry, publish):
-    (publish(1, name="a") / "link").symlink_to("nowhere")
+def test_a_broken_version_with_a_dangling_link_is_tried_again_when_it_changes(registry, publish):
+    path = publish(1, name="a")
     publish(1, name="b")
+    (path / "link").symlink_to("nowhere")
+    graph = (path / "saved_model.pb").read_bytes()
+    damage(path)
+    registry.follow()
+    assert registry.versions() == {"b": [1]}
+    (path / "saved_model.pb").write_bytes(graph)
     registry.follow()
     assert registry.versions() == {"a": [1], "b": [1]}
 
