@@ -333,7 +333,7 @@ def test_promotions_that_make_no_sense_are_refused(feed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig as text"),
+        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig text proto"),
         ("custom_model_config { type_url: 'x/google.protobuf.Empty' }", "Received: custom_model_config"),
         ("model_config_list { config { name: 'feed' } config { name: 'feed' } }", "Received: 2 for 'feed'"),
         ("model_config_list { config { name: 'other' } # why\n }", "comments in the middle"),
