@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
+from clsd_tf.hashing import file_sha256
 
 MANIFEST_FILE = pathlib.PurePosixPath("assets.extra") / "manifest.json"
 
 
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Relative POSIX path -> ``bytes`` and ``sha256`` (hex) of every file of a version but its manifest."""
-    return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(directory).items()}
+    return {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in _files(directory).items()}
 
 
 def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -36,7 +36,7 @@ def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[st
         num_bytes = found[name].stat().st_size
         if num_bytes != written[name]["bytes"]:
             problems.append(f"{name} has {num_bytes:,} bytes, the manifest says {written[name]['bytes']:,}")
-        elif _sha256(found[name]) != written[name]["sha256"]:
+        elif file_sha256(found[name]) != written[name]["sha256"]:
             problems.append(f"{name} has another SHA-256 than the manifest says")
     return problems
 
@@ -91,11 +91,3 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if not path.is_dir()}
     files.pop(MANIFEST_FILE.as_posix(), None)
     return files
-
-
-def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
