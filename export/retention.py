@@ -34,12 +34,12 @@ def prune(versions: ModelVersions, keep: int) -> Pruned:
     if keep < 1:
         raise ValueError(f"the newest version is never deleted: keep at least 1. Received: {keep}")
     with versions.exclusive():
-        versions.remove_leftovers()
         reasons = _reasons_to_keep(versions)
         old = list(versions.published())[:-keep]
         deleted = tuple(version for version in old if version not in reasons)
         for version in deleted:
             versions.delete(version)
+    versions.remove_leftovers()
     return Pruned(deleted, {version: reasons[version] for version in old if version in reasons})
 
 

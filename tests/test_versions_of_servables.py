@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import write_json
+from clsd_tf.artifacts import locked, write_json
 from export.manifest import MANIFEST_FILE, file_entries
 from export.models_config import ModelsConfig, require_room_for
 from export.promotion import PromotionError, promote, rollback, version_before
@@ -124,6 +125,20 @@ def test_a_failed_export_uses_no_explicit_number_and_leaves_nothing(feed):
     assert list(feed.path.iterdir()) == []
     publish(feed, 7)
     assert list(feed.published()) == [7]
+
+
+def test_what_killed_exports_left_goes_with_the_next_and_what_is_being_written_stays(feed):
+    publish(feed, 1)
+    (feed.path / ".5.incomplete-00ff").mkdir()
+    (feed.path / ".1.incomplete-00ff").mkdir()
+    with feed.staged(6) as (_, living):
+        publish(feed, 5)
+        prune(feed, 9)
+        hidden = {child.name for child in feed.path.iterdir() if child.name.startswith(".")}
+        assert hidden == {living.name}
+    (feed.path / ".4.incomplete-00ff").mkdir()
+    prune(feed, 9)
+    assert sorted(child.name for child in feed.path.iterdir()) == ["1", "5", "6", "history.jsonl"]
 
 
 _PUBLISH = """
@@ -396,6 +411,30 @@ def test_young_versions_and_the_newest_stay(feed):
     assert list(feed.published()) == [2, 3]
     with pytest.raises(ValueError, match=r"keep at least 1. Received: 0"):
         prune(feed, 0)
+
+
+def test_the_age_of_a_version_counts_from_its_publication(feed):
+    """Not from the last change of its directory, which verification may follow for long."""
+    hour_ago = time.time() - 3600
+    for number in (1, 2):
+        with feed.staged(number) as (_, staging):
+            os.utime(staging, (hour_ago, hour_ago))
+    assert dict(prune(feed, 1).kept) == {1: "younger than 10 minutes"}
+
+
+def test_files_are_deleted_without_the_lock(feed, monkeypatch):
+    publish(feed, 1, 2)
+    remove, is_free = shutil.rmtree, []
+
+    def watched(path, **how):
+        with locked(feed.servable_dir, wait=False) as held:
+            is_free.append(held)
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    assert prune(feed, 1).deleted == (1,)
+    assert is_free == [True]
+    assert sorted(child.name for child in feed.path.iterdir()) == ["2", "history.jsonl"]
 
 
 @pytest.mark.parametrize(
