@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
-from export.manifest import read_manifest
+from export.manifest import ManifestError, read_manifest
 from export.models_config import CONFIG_FILE, ModelsConfig, loaded_versions
 from export.promotion import labels_of, problems_of, rollback_targets
 from export.versions import ModelVersions
@@ -66,7 +66,7 @@ class VersionState:
       labels: that name it.
       is_loaded: models.config has a server load it.
       max_difference: the largest difference to the training model that its verification found.
-      problems: of its files, None where they were not checked.
+      problems: of its manifest and its files, None where these were not checked.
     """
 
     version: int
@@ -91,7 +91,11 @@ def list_versions(versions: ModelVersions, *, check: bool = False) -> list[Versi
     labels = labels_of(versions)
     states = []
     for version, directory in reversed(published.items()):
-        manifest = read_manifest(directory) or {}
+        problems = problems_of(versions.name, directory) if check else None
+        try:
+            manifest = read_manifest(directory) or {}
+        except ManifestError as error:
+            manifest, problems = {}, [str(error)]
         differences = manifest.get("verification", {}).get("max_difference", {})
         states.append(
             VersionState(
@@ -101,7 +105,7 @@ def list_versions(versions: ModelVersions, *, check: bool = False) -> list[Versi
                 tuple(sorted(label for label, named in labels.items() if named == version)),
                 version in loaded,
                 max(differences.values(), default=None),
-                tuple(problems_of(versions, version)) if check else None,
+                None if problems is None else tuple(problems),
             )
         )
     return states
