@@ -34,10 +34,18 @@ def row_files(path: pathlib.Path) -> list[pathlib.Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and not file.name.startswith("."))
+    files = _files_in(path)
     if not files:
-        raise ValueError(f"a directory of rows has files that end in {', '.join(FORMATS)}. Received: {path} with none")
+        below = sorted(str(entry) for entry in path.iterdir() if entry.is_dir() and _files_in(entry))
+        hint = f". Did you mean {' or '.join(below)}?" if below else ""
+        raise ValueError(
+            f"a directory of rows has files that end in {', '.join(FORMATS)}. Received: {path} with none{hint}"
+        )
     return files
+
+
+def _files_in(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in directory.iterdir() if file.suffix in FORMATS and not file.name.startswith("."))
 
 
 def left_out_inputs(paths: Iterable[pathlib.Path]) -> frozenset[str]:

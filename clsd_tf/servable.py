@@ -11,6 +11,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from clsd_tf.examples import arrow_to_tensors, bounded_batches
+from clsd_tf.hashing import file_sha256
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import typed_rows
 
@@ -79,16 +80,8 @@ class LocalServable:
         for file in sorted(self.path.rglob("*")):
             place = file.relative_to(self.path)
             if file.is_file() and place.parts[0] in _SCORING_PARTS:
-                digest.update(f"{place.as_posix()} {_sha256(file)}\n".encode())
+                digest.update(f"{place.as_posix()} {file_sha256(file)}\n".encode())
         return digest.hexdigest()[:16]
-
-
-def _sha256(file: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def version_directory(path: pathlib.Path) -> pathlib.Path:

@@ -52,11 +52,12 @@ def _list(versions: ModelVersions) -> None:
             " ".join(state.labels) or "-",
             "yes" if state.is_loaded else "-",
             "-" if state.max_difference is None else f"{state.max_difference:.1e}",
+            "-" if state.auc is None else f"{state.auc:.4f}",
             "not checked" if state.problems is None else "; ".join(state.problems) or "as in the manifest",
         ]
         for state in states
     ]
-    headings = ["version", "created", "MB", "labels", "loaded", "verified within", "files"]
+    headings = ["version", "created", "MB", "labels", "loaded", "verified within", "test AUC", "files"]
     console.print_table(f"Versions of {versions.name}", headings, rows)
     damaged = [str(state.version) for state in states if state.problems]
     if damaged:
@@ -65,20 +66,20 @@ def _list(versions: ModelVersions) -> None:
 
 def _promote(versions: ModelVersions) -> None:
     label = _required("label", _LABEL.value)
-    _move(versions, lambda: promote(versions, label, _VERSION.value))
+    _move(versions, lambda version: promote(versions, label, version), _VERSION.value)
 
 
 def _rollback(versions: ModelVersions) -> None:
     label = _required("label", _LABEL.value)
-    _move(versions, lambda: rollback(versions, label))
+    _move(versions, lambda version: rollback(versions, label, version), None)
 
 
-def _move(versions: ModelVersions, move: Callable[[], Promotion]) -> None:
-    done = move()
+def _move(versions: ModelVersions, move: Callable[[int | None], Promotion], version: int | None) -> None:
+    done = move(version)
     if done.is_waiting and _SERVER.value is not None:
         with console.step(f"wait until {_SERVER.value} has loaded {done.version}"):
             wait_until_available(_SERVER.value, versions.name, done.version)
-        done = move()
+        done = move(done.version)
     _report(versions, done)
 
 

@@ -49,7 +49,10 @@ _MAX_ENQUEUED_BATCHES = flags.DEFINE_integer(
     1,
 )
 _REQUEST_LOG_DIR = flags.DEFINE_string(
-    "request_log_dir", None, "Where a sample of the requests is logged, for validate_data --requests; default: nowhere."
+    "request_log_dir",
+    None,
+    "Where a sample of the requests is logged, each model's in a directory of its name, for validate_data "
+    "--requests=<request_log_dir>/<model>; default: nowhere.",
 )
 _REQUEST_LOG_SAMPLE_RATE = flags.DEFINE_float(
     "request_log_sample_rate", 0.01, "Share of the requests that is logged, above 0.", 0.0, 1.0

@@ -232,9 +232,14 @@ def renamed_after_the_manifest(base):
     (base / VERSION / "assets" / "users.txt").rename(base / VERSION / "assets" / "people.txt")
 
 
-@breaks(manifest_files=r"no JSON")
+@breaks(manifest_files=r"the manifest cannot be read: JSONDecodeError")
 def manifest_is_cut_off(base):
     (base / VERSION / MANIFEST).write_text('{"files": {')
+
+
+@breaks(manifest_files=r"the manifest lists no files")
+def manifest_without_files(base):
+    (base / VERSION / MANIFEST).write_text("{}")
 
 
 # Signatures.

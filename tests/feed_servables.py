@@ -22,6 +22,7 @@ class FeedModel(tf.Module):
     """``ctr`` = scale * (age + price + letters of user + number of recent), where a missing value counts 0.
 
     The user "slow" takes some 50 ms. ``rank`` reads price and item_id, which is no input of ``predict_raw``, of items.
+    ``single`` is ``serving_default`` with an output of another name.
     """
 
     def __init__(self, scale: float):
@@ -56,9 +57,11 @@ class FeedModel(tf.Module):
         def concrete(function, **specs):
             return tf.function(function, autograph=False).get_concrete_function(**specs)
 
+        strings = tf.TensorSpec([None], tf.string)
         return {
-            "serving_default": concrete(from_examples, examples=tf.TensorSpec([None], tf.string)),
-            "rank": concrete(rank, requests=tf.TensorSpec([None], tf.string)),
+            "serving_default": concrete(from_examples, examples=strings),
+            "single": concrete(lambda examples: {"score": from_examples(examples)["ctr"]}, examples=strings),
+            "rank": concrete(rank, requests=strings),
             "predict_raw": concrete(self.ctr, **raw_tensor_specs(RAW_INPUTS)),
         }
 

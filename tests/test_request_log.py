@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from export.server.app import LocalServer
 from export.server.request_log import RequestLog
 from pipelines.validate_data import statistics_of_requests
 
+ROOT = pathlib.Path(__file__).parent.parent
 ROWS_PER_REQUEST = 50
 PRIVATE = ["user_id", "income"]  # The second is no raw input: a sensitive column that requests may carry.
 
@@ -169,15 +172,18 @@ def test_no_private_value_is_in_a_file(signature, servable_dir, rows, raw_inputs
             assert b"income" not in content
 
 
-def test_planted_skew_is_an_anomaly_and_what_is_left_out_is_none(
+def test_planted_skew_in_the_documented_log_is_an_anomaly_and_what_is_left_out_is_none(
     servable_dir, rows, raw_inputs, feed_dataset, tmp_path
 ):
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (log_dir,) = re.findall(r"`--request_log_dir=(\S+)", guide)
+    (documented,) = re.findall(r"^python (-m pipelines\.validate_data .*)$", guide, flags=re.MULTILINE)
     older = pa.array([None if age is None else age + 30 for age in rows.column("age").to_pylist()], pa.int64())
     skewed = rows.set_column(rows.column_names.index("age"), "age", older)
-    log_dir = logged(servable_dir, tmp_path / "log", "serving_default", skewed, raw_inputs)
-    command = [sys.executable, "-m", "pipelines.validate_data", f"--dataset_dir={feed_dataset.path}"]
-    command += [f"--requests={log_dir}", f"--report_dir={tmp_path / 'report'}", "--fail_on=anomaly"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    logged(servable_dir, tmp_path / log_dir, "serving_default", skewed, raw_inputs)
+    here = documented.replace("movielens_100k", "feed").replace("demo/dataset", str(feed_dataset.path)).split()
+    command = [sys.executable, *here, "--report_dir=report"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "error:" not in done.stderr
     assert "served requests leave out user_id: not compared" in done.stdout
@@ -406,7 +412,12 @@ def test_a_disk_that_fails_costs_requests_and_not_the_server(tmp_path):
 def test_incomplete_and_other_files_are_no_rows_and_some_must_be_there(tmp_path):
     for name in (".1-a.parquet", ".2.parquet.incomplete", "note.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=r"Received: .* with none"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"Received: .* with none$"):
+        row_files(tmp_path)
+    (tmp_path / "feed").mkdir()
+    (tmp_path / "feed" / "c.csv").write_text("a\n1\n")
+    with pytest.raises(ValueError, match=r"with none\. Did you mean \S*/feed\?$"):
         row_files(tmp_path)
     (tmp_path / "b.csv").write_text("a\n1\n")
     (tmp_path / "a.jsonl").write_text("{}\n")
