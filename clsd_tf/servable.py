@@ -17,7 +17,7 @@ from clsd_tf.request_files import typed_rows
 
 _DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
 _SCORING_PARTS = ("saved_model.pb", "variables", "assets")  # What else lies there decides no score.
-_NUMBER = re.compile("[0-9]+")  # isdigit would take more, which int cannot read.
+_NUMBER = re.compile("[0-9]{1,19}")  # isdigit would take more, which int cannot read.
 
 
 class LocalServable:
