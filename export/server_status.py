@@ -40,8 +40,8 @@ def wait_until_available(server: str, name: str, version: int, *, timeout_second
             has_failed = status.state == "END" and status.error
             if has_failed or time.monotonic() > deadline:
                 raise ServerStatusError(
-                    f"version {version} of {name} must be AVAILABLE before a label moves to it. Received from {server}: "
-                    f"{status.state}{f', {status.error}' if status.error else ''}"
+                    f"version {version} of {name} must be AVAILABLE before a label moves to it. "
+                    f"Received from {server}: {status.state}{f', {status.error}' if status.error else ''}"
                     f"{'' if has_failed else f', for {timeout_seconds:g} seconds'}. "
                     "The label has not moved: ask again once the server has it"
                 )

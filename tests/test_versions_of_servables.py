@@ -20,9 +20,9 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 from clsd_tf.artifacts import locked, write_json
+from export import promotion
 from export.manifest import MANIFEST_FILE, file_entries
 from export.models_config import ModelsConfig, require_room_for
-from export import promotion
 from export.promotion import PromotionError, promote, rollback, version_before
 from export.retention import list_versions, prune
 from export.server_status import ServerStatusError, wait_until_available
