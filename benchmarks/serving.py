@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,8 +28,8 @@ import tensorflow as tf
 from absl import flags
 
 from benchmarks.malformed_requests import Target
-from benchmarks.process_tree import resident_mib
 from benchmarks.send_malformed import send_malformed
+from benchmarks.serving_load import TOLERANCE, Request, overload, swap
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import load_model, predict
@@ -40,8 +39,8 @@ from clsd_tf.metrics import auc
 from clsd_tf.request_files import typed_rows
 from clsd_tf.servable import LocalServable
 from export.client_transport import Endpoint, GrpcTransport
-from export.load_generator import LoadResult, generate_load, percentiles
-from export.ranking import item_input_names
+from export.load_generator import percentiles
+from export.ranking import sides_of
 from export.server.servable import LoadedVersion
 from export.serving_client import ServingClient
 from export.warmup import rank_request
@@ -58,7 +57,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
 _CLIENTS = 64
 _RANKED_ITEMS = 1000
 _SCORED_ROWS = 4096
-_TOLERANCE = 1e-5  # Batches of other sizes round otherwise.
+_MIN_OVERLOAD = 1.9  # Times the capacity; with less sent nothing is shown.
 
 
 class Measures:
@@ -112,7 +111,7 @@ class Bench:
         self.signatures = tf.saved_model.load(str(self.servable.path)).signatures
         self.sample = pyarrow.parquet.read_table(dataset.layout.serving_sample)
         self.raw_inputs = dataset.spec.raw_inputs
-        self.item_inputs = item_input_names(dataset.spec)
+        self.item_inputs = {entry.name for entry in sides_of(dataset.spec).item}
 
     def encode(self, rows: pa.Table) -> list[bytes]:
         return encode_raw_rows(typed_rows(rows, self.raw_inputs), self.raw_inputs)
@@ -154,7 +153,7 @@ def measure_ranking(bench: Bench, client: ServingClient, measures: Measures) -> 
     transport = GrpcTransport(client.endpoint)
     call = functools.partial(transport.predict, "rank", "requests", [request], ["item_ids", "ctr"])
     scores = np.sort(bench.predict_in_process(examples))[::-1]
-    np.testing.assert_allclose(call()["ctr"][0], scores, rtol=0, atol=_TOLERANCE)
+    np.testing.assert_allclose(call()["ctr"][0], scores, rtol=0, atol=TOLERANCE)
     ranked, full = [], []
     for _ in range(5):  # In turn, against drift.
         ranked.append(latencies_ms(call, 40))
@@ -189,114 +188,70 @@ def measure_scoring(bench: Bench, dataset: DatasetDir, work_dir: WorkDir, measur
     )
 
 
-class Checked:
-    """A sender that compares every answer with the right one."""
-
-    def __init__(self, bench: Bench, client: ServingClient, num_requests: int = 50):
-        size = _ROWS_PER_REQUEST.value
-        self._client = client
-        self.requests = []
-        for index in range(num_requests):
-            rows = bench.sample.take(pa.array((np.arange(size) + index * size) % len(bench.sample)))
-            examples = bench.encode(rows)
-            self.requests.append((examples, bench.predict_in_process(examples)))
-        self.wrong = 0
-
-    def __call__(self, request: tuple[list[bytes], np.ndarray]) -> None:
-        examples, expected = request
-        received = self._client.score_examples(examples)
-        if received.shape != expected.shape or np.abs(received - expected).max() > _TOLERANCE:
-            self.wrong += 1
+def checked_requests(bench: Bench, num_requests: int = 50) -> list[Request]:
+    size = _ROWS_PER_REQUEST.value
+    requests = []
+    for index in range(num_requests):
+        rows = bench.sample.take(pa.array((np.arange(size) + index * size) % len(bench.sample)))
+        examples = bench.encode(rows)
+        requests.append((examples, bench.predict_in_process(examples)))
+    return requests
 
 
-def measure_overload(bench: Bench, address: str, process: subprocess.Popen, measures: Measures) -> float:
+def measure_overload(
+    requests: Sequence[Request], endpoint: Endpoint, process: subprocess.Popen, measures: Measures
+) -> float:
     """Returns the capacity, in requests a second."""
-    endpoint = Endpoint(address, _MODEL.value, timeout_seconds=10.0, max_attempts=1)
-    with ServingClient(endpoint, concurrency=_CLIENTS) as client:
-        send = Checked(bench, client)
-        # The capacity: the clients send as soon as they have an answer.
-        capacity = generate_load(
-            send, send.requests, concurrency=_CLIENTS // 2, duration_seconds=5.0
-        ).requests_per_second
-        before = resident_mib(process.pid)
-        with _peak_memory(process.pid) as peak:
-            load = generate_load(
-                send,
-                send.requests,
-                concurrency=_CLIENTS,
-                duration_seconds=_LOAD_SECONDS.value,
-                rate_per_second=2 * capacity,
-            )
-        start = time.monotonic()
-        client.score_examples(send.requests[0][0])
-        recovery_seconds = time.monotonic() - start
-    _add_overload(measures, load, capacity, send.wrong)
-    grown = peak[0] - before
-    measures.add("server's memory under it", f"{peak[0]:.0f} MiB, {grown:+.0f}", "bounded", grown < 500, mib=peak[0])
+    seconds = _LOAD_SECONDS.value
+    found = overload(endpoint, requests, process.pid, num_clients=_CLIENTS, seconds=seconds, capacity_seconds=5.0)
+    load, capacity = found.load, found.capacity_per_second
+    others = set(load.codes) - {"OK", "RESOURCE_EXHAUSTED"}
+    is_overload = found.sent_per_second >= _MIN_OVERLOAD * capacity
     measures.add(
-        "an answer after it", f"{recovery_seconds:.3f} s", "< 1 s", recovery_seconds < 1 and process.poll() is None
+        f"{_CLIENTS} clients, {seconds:.0f} s at {found.sent_per_second / capacity:.2f} x the capacity",
+        f"{found.wrong} wrong; {dict(load.codes)}; {load.requests_per_second:,.0f} of {capacity:,.0f} requests/s; "
+        f"{load.unsent} unsent",
+        f"no wrong answer; excess, at >= {_MIN_OVERLOAD} x, refused as RESOURCE_EXHAUSTED",
+        is_overload and not found.wrong and not others and load.codes["RESOURCE_EXHAUSTED"] > 0,
+        capacity_per_second=capacity,
+        sent_per_second=found.sent_per_second,
+        wrong=found.wrong,
+        **load.to_dict(),
+    )
+    grown = found.peak_mib - found.before_mib
+    measures.add(
+        "server's memory under it",
+        f"{found.peak_mib:.0f} MiB, {grown:+.0f}",
+        "bounded",
+        grown < 500,
+        mib=found.peak_mib,
+    )
+    recovery = found.recovery_seconds
+    measures.add(
+        "one row answered after it",
+        "never" if recovery is None else f"{recovery:.3f} s",
+        "< 1 s",
+        is_overload and recovery is not None and recovery < 1 and process.poll() is None,
+        seconds=recovery,
     )
     return capacity
 
 
-def _add_overload(measures: Measures, load: LoadResult, capacity: float, wrong: int) -> None:
-    others = {code for code in load.codes if code not in ("OK", "RESOURCE_EXHAUSTED")}
-    sent = sum(load.codes.values()) / load.seconds
-    refused = load.codes["RESOURCE_EXHAUSTED"] / sum(load.codes.values())
-    measures.add(
-        f"{_CLIENTS} clients, {_LOAD_SECONDS.value:.0f} s at {sent / capacity:.1f} x the capacity",
-        f"{wrong} wrong; {dict(load.codes)}; {load.requests_per_second:,.0f} of {capacity:,.0f} requests/s",
-        "no wrong answer; excess refused as RESOURCE_EXHAUSTED",
-        not wrong and not others and refused > 0,
-        capacity_per_second=capacity,
-        sent_per_second=sent,
-        **load.to_dict(),
-    )
-
-
-@contextlib.contextmanager
-def _peak_memory(pid: int) -> Iterator[list[float]]:
-    peak, stop = [resident_mib(pid)], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.2):
-            peak[0] = max(peak[0], resident_mib(pid))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield peak
-    stop.set()
-    thread.join()
-
-
-def measure_swap(bench: Bench, address: str, model_dir: pathlib.Path, capacity: float, measures: Measures) -> None:
+def measure_swap(
+    bench: Bench, requests: Sequence[Request], endpoint: Endpoint, capacity: float, measures: Measures
+) -> None:
     """A new version appears while requests run at half the capacity."""
     old = bench.servable.path
-    new = model_dir / str(int(old.name) + 1)
-    with ServingClient(Endpoint(address, _MODEL.value, max_attempts=1), concurrency=_CLIENTS) as client:
-        send = Checked(bench, client)
-
-        def publish() -> None:
-            time.sleep(5)
-            staging = model_dir / f".{new.name}.incomplete"
-            shutil.copytree(old, staging)
-            staging.rename(new)
-
-        publisher = threading.Thread(target=publish)
-        publisher.start()
-        load = generate_load(
-            send, send.requests, concurrency=_CLIENTS, duration_seconds=20.0, rate_per_second=capacity / 2
-        )
-        publisher.join()
-        served = [status.version for status in client.status() if status.state == "AVAILABLE"]
-    failed = sum(count for code, count in load.codes.items() if code != "OK") + send.wrong
+    new = old.with_name(str(int(old.name) + 1))
+    found = swap(endpoint, requests, old, new, num_clients=_CLIENTS, seconds=20.0, rate_per_second=capacity / 2)
+    codes = dict(found.load.codes)
     measures.add(
         "a new version while requests run: failed",
-        f"{failed} of {sum(load.codes.values()):,}; {dict(load.codes)}; serves {served}",
+        f"{found.failed} of {sum(codes.values()):,}; {codes}; serves {list(found.served)}",
         "0",
-        not failed and served == [int(new.name)],
-        codes=dict(load.codes),
-        latency_ms=percentiles(load.latencies_ms),
+        not found.failed and found.served == (int(new.name),),
+        codes=codes,
+        latency_ms=percentiles(found.load.latencies_ms),
     )
 
 
@@ -308,7 +263,7 @@ def measure_malformed(
     problems = send_malformed(target, grpc_address, rest_address, _NUM_MALFORMED.value)
     with ServingClient(Endpoint(grpc_address, _MODEL.value)) as client:
         examples = bench.encode(bench.sample.slice(0, 1))
-        is_alive = np.abs(client.score_examples(examples) - bench.predict_in_process(examples)).max() <= _TOLERANCE
+        is_alive = np.abs(client.score_examples(examples) - bench.predict_in_process(examples)).max() <= TOLERANCE
     measures.add(
         "malformed requests not refused with their code and field",
         f"{len(problems)} of {_NUM_MALFORMED.value:,}; {'; '.join(problems[:3])}",
@@ -334,10 +289,11 @@ def main(argv) -> None:
                     measure_single_rows(bench, client, measures)
                 with console.step("rank"):
                     measure_ranking(bench, client, measures)
+            requests, once = checked_requests(bench), Endpoint(grpc_address, _MODEL.value, max_attempts=1)
             with console.step("overload"):
-                capacity = measure_overload(bench, grpc_address, process, measures)
+                capacity = measure_overload(requests, once, process, measures)
             with console.step("swap versions under load"):
-                measure_swap(bench, grpc_address, model_dir, capacity, measures)
+                measure_swap(bench, requests, once, capacity, measures)
             with console.step("malformed requests"):
                 measure_malformed(bench, grpc_address, rest_address, process, measures)
     console.print_table("Serving", ["measure", "found", "to reach", "reached"], measures.rows)

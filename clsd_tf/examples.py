@@ -7,7 +7,7 @@ example at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ _LISTS = {
     tf.string: ("bytes_list", "BytesList"),
 }
 _RAW_DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
-_ROWS_PER_BATCH = 4096  # A history is padded to the longest of a batch on the way.
+_ROWS_PER_BATCH = 4096
+_CELLS_PER_BATCH = 1 << 21  # Of a history that is padded to the longest of its batch: some 50 MB of strings.
 _MISSING = {"string": "", "int64": MISSING_INT64, "float": float("nan")}
 
 
@@ -134,26 +135,38 @@ def _apart(packed: tf.Tensor, widths: Mapping[str, int | None]) -> dict[str, tf.
     }
 
 
-def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
+def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor | tf.RaggedTensor]:
     """Parses serving requests: serialized tf.Examples of raw values, [batch] -> the transform's raw tensors.
 
-    A feature that is absent or empty takes its missing value; of several values of a scalar the first counts. A
-    history is padded with "" to the longest in the batch.
+    A feature that is absent or empty takes its missing value; of several values of a scalar the first counts.
+    Histories are ragged, [batch, any]: padded to the longest, one request could take the memory of thousands.
     """
+    if not raw_inputs:
+        return {}
     # Ragged throughout: a fixed-length feature without a value fails the request, and with it its whole batch.
-    spec = {entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype]) for entry in raw_inputs}
+    spec = {
+        entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype], row_splits_dtype=tf.int64) for entry in raw_inputs
+    }
     parsed = tf.io.parse_example(serialized, spec)
-    return {entry.name: _dense(parsed[entry.name], entry) for entry in raw_inputs}
+    return {
+        entry.name: parsed[entry.name] if entry.is_list else _first_or_missing(parsed[entry.name], entry)
+        for entry in raw_inputs
+    }
 
 
-def _dense(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
-    if entry.is_list:
-        return values.to_tensor("")
+def _first_or_missing(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
     # Slicing and padding the ragged tensor would say the same in three times as many ops.
     starts, ends = values.row_splits[:-1], values.row_splits[1:]
     missing = tf.constant([_MISSING[entry.dtype]], _RAW_DTYPES[entry.dtype])
     or_missing = tf.concat([values.values, missing], axis=0)
-    return tf.gather(or_missing, tf.where(starts < ends, starts, tf.size(values.values)))
+    return tf.gather(or_missing, tf.where(starts < ends, starts, tf.size(values.values, tf.int64)))
+
+
+def is_missing(values: tf.Tensor) -> tf.Tensor:
+    """Which raw values of a scalar input are not known, bool in the shape of ``values``."""
+    if values.dtype == tf.string:
+        return values == ""
+    return values == MISSING_INT64 if values.dtype == tf.int64 else tf.math.is_nan(values)
 
 
 def encode_raw_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> list[bytes]:
@@ -166,27 +179,56 @@ def encode_raw_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> list[byte
     encode = _raw_encoder(tuple(raw_inputs))
     serialized: list[bytes] = []
     for start in range(0, rows.num_rows, _ROWS_PER_BATCH):
-        tensors = arrow_to_tensors(rows.slice(start, _ROWS_PER_BATCH), raw_inputs)
-        serialized += encode(**tensors).numpy().tolist()
+        for batch in bounded_batches(rows.slice(start, _ROWS_PER_BATCH), raw_inputs):
+            serialized += encode(**{entry.name: _ragged(batch, entry) for entry in raw_inputs}).numpy().tolist()
     return serialized
+
+
+def bounded_batches(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> Iterator[pa.Table]:
+    """Cuts rows so that a history of 200,000 entries costs its own length, not that of all rows of its batch.
+
+    Args:
+      rows: as for ``arrow_to_tensors``.
+      raw_inputs: names and dtypes.
+
+    Returns:
+      The rows in their order, in batches of at most two million rows x longest history; or of one row.
+    """
+    longest = max((_longest(rows.column(entry.name)) for entry in raw_inputs if entry.is_list), default=0)
+    half = rows.num_rows // 2
+    if half and rows.num_rows * longest > _CELLS_PER_BATCH:
+        yield from bounded_batches(rows.slice(0, half), raw_inputs)
+        yield from bounded_batches(rows.slice(half), raw_inputs)
+    else:
+        yield rows
+
+
+def _longest(lists: pa.ChunkedArray) -> int:
+    return pc.max(pc.list_value_length(lists)).as_py() or 0
 
 
 @functools.lru_cache(maxsize=64)
 def _raw_encoder(raw_inputs: tuple[RawInput, ...]) -> Callable[..., tf.Tensor]:
-    """Raw tensors -> serialized tf.Examples, as one graph: op by op, a request of few rows takes 40 ms."""
+    """Values of each row -> serialized tf.Examples, as one graph: op by op, a request of few rows takes 40 ms."""
 
-    def encode(**raw: tf.Tensor) -> tf.Tensor:
-        return encode_examples({entry.name: _without_missing(raw[entry.name], entry) for entry in raw_inputs})
+    def encode(**raw: tf.RaggedTensor) -> tf.Tensor:
+        return encode_examples(raw)
 
-    return tf.function(encode, autograph=False).get_concrete_function(**raw_tensor_specs(raw_inputs))
+    specs = {entry.name: tf.RaggedTensorSpec([None, None], _RAW_DTYPES[entry.dtype]) for entry in raw_inputs}
+    return tf.function(encode, autograph=False).get_concrete_function(**specs)
 
 
-def _without_missing(values: tf.Tensor, entry: RawInput) -> tf.RaggedTensor:
+def _ragged(rows: pa.Table, entry: RawInput) -> tf.RaggedTensor:
     """The values of each row that are not missing, [batch, any]."""
-    present = tf.logical_not(tf.math.is_nan(values)) if entry.dtype == "float" else values != _MISSING[entry.dtype]
+    values, row_of_value = rows.column(entry.name).combine_chunks(), np.arange(rows.num_rows)
     if entry.is_list:
-        return tf.ragged.boolean_mask(values, present)
-    return tf.ragged.boolean_mask(values[:, tf.newaxis], present[:, tf.newaxis])
+        row_of_value = np.repeat(row_of_value, pc.fill_null(pc.list_value_length(values), 0))
+        values = pc.list_flatten(values)
+    is_missing = pc.is_nan(values) if entry.dtype == "float" else pc.equal(values, _MISSING[entry.dtype])
+    present = pc.invert(pc.fill_null(is_missing, True))
+    lengths = np.bincount(row_of_value[present.to_numpy(zero_copy_only=False)], minlength=rows.num_rows)
+    splits = np.concatenate([[0], np.cumsum(lengths)])
+    return tf.RaggedTensor.from_row_splits(_flat_tensor(values.filter(present), entry.dtype), splits, validate=False)
 
 
 def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]:
@@ -243,14 +285,13 @@ def _column_to_tensor(column: pa.ChunkedArray, entry: RawInput) -> tf.Tensor:
     if entry.is_list:
         lists = column.combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-        flat = _text_tensor(pc.list_flatten(lists))
+        flat = _flat_tensor(pc.list_flatten(lists), entry.dtype)
         return tf.RaggedTensor.from_row_lengths(flat, lengths.astype(np.int64)).to_tensor("")
-    if entry.dtype == "string":
-        return _text_tensor(column)
-    values = pc.fill_null(column, _MISSING[entry.dtype]).to_numpy()
-    return tf.constant(values, _RAW_DTYPES[entry.dtype])
+    return _flat_tensor(column, entry.dtype)
 
 
-def _text_tensor(column: pa.ChunkedArray | pa.Array) -> tf.Tensor:
-    values = pc.fill_null(column.cast(pa.binary()), b"").to_numpy(zero_copy_only=False)
-    return tf.constant(values, tf.string, shape=[len(values)])
+def _flat_tensor(values: pa.ChunkedArray | pa.Array, dtype: str) -> tf.Tensor:
+    if dtype == "string":
+        values = values.cast(pa.binary())
+    filled = pc.fill_null(values, _MISSING[dtype])
+    return tf.constant(filled.to_numpy(zero_copy_only=False), _RAW_DTYPES[dtype], shape=[len(values)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import pathlib
@@ -33,10 +34,18 @@ def row_files(path: pathlib.Path) -> list[pathlib.Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in FORMATS and not file.name.startswith("."))
+    files = _files_in(path)
     if not files:
-        raise ValueError(f"a directory of rows has files that end in {', '.join(FORMATS)}. Received: {path} with none")
+        below = sorted(str(entry) for entry in path.iterdir() if entry.is_dir() and _files_in(entry))
+        hint = f". Did you mean {' or '.join(below)}?" if below else ""
+        raise ValueError(
+            f"a directory of rows has files that end in {', '.join(FORMATS)}. Received: {path} with none{hint}"
+        )
     return files
+
+
+def _files_in(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in directory.iterdir() if file.suffix in FORMATS and not file.name.startswith("."))
 
 
 def left_out_inputs(paths: Iterable[pathlib.Path]) -> frozenset[str]:
@@ -135,12 +144,12 @@ def _split_list(values: pa.StringArray) -> pa.Array:
 
 
 def _refuse_repeated(path: pathlib.Path, names: Sequence[str]) -> None:
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(
-            f"{path} must have each column once. Received: {repeated!r} {names.count(repeated)} times. Rename or "
-            "remove one of them in the file"
-        )
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise ValueError(
+                f"{path} must have each column once. Received: {name!r} {count} times. Rename or remove one of them in "
+                "the file"
+            )
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------

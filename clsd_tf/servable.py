@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from clsd_tf.examples import arrow_to_tensors
+from clsd_tf.examples import arrow_to_tensors, bounded_batches
 from clsd_tf.hashing import file_sha256
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import typed_rows
 
 _DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
 _SCORING_PARTS = ("saved_model.pb", "variables", "assets")  # What else lies there decides no score.
+_NUMBER = re.compile("[0-9]+")  # isdigit would take more, which int cannot read.
 
 
 class LocalServable:
@@ -60,13 +62,17 @@ class LocalServable:
 
     def score_typed(self, rows: pa.Table) -> np.ndarray:
         """ctr of each row, float32 [num_rows], of rows that ``typed_rows`` has made."""
-        return self._predict_raw(**arrow_to_tensors(rows, self.raw_inputs))["ctr"].numpy()
+        scores = [
+            self._predict_raw(**arrow_to_tensors(batch, self.raw_inputs))["ctr"].numpy()
+            for batch in bounded_batches(rows, self.raw_inputs)
+        ]
+        return np.concatenate(scores)
 
     @property
     def version(self) -> int | None:
         """The version that the directory's name says; None if it is no number."""
         name = self.path.resolve().name
-        return int(name) if name.isdecimal() else None
+        return int(name) if _NUMBER.fullmatch(name) else None
 
     def fingerprint(self) -> str:
         """16 hex digits over the names and bytes of all files that decide a score."""
@@ -86,7 +92,8 @@ def version_directory(path: pathlib.Path) -> pathlib.Path:
     """
     if (path / "saved_model.pb").is_file():
         return path
-    versions = [child for child in path.glob("*") if child.name.isdigit() and (child / "saved_model.pb").is_file()]
+    numbered = [child for child in path.glob("*") if _NUMBER.fullmatch(child.name)]
+    versions = [child for child in numbered if (child / "saved_model.pb").is_file()]
     if not versions:
         raise FileNotFoundError(
             f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"

@@ -119,8 +119,8 @@ class FeatureTransform(tf.Module):
         """Transforms a batch.
 
         Args:
-          raw: one tensor per ``spec.raw_inputs``: [batch], or [batch, any] padded with "" for histories. Missing is
-            "", NaN or MISSING_INT64.
+          raw: one tensor per ``spec.raw_inputs``: [batch], or for histories [batch, any], ragged or padded with "".
+            Missing is "", NaN or MISSING_INT64.
           inputs: names of raw inputs: only what is made of them is transformed. All by default.
 
         Returns:
@@ -185,17 +185,25 @@ def first_values(values: tf.RaggedTensor, max_values: int) -> tf.Tensor:
     return _padded(tf.gather(values.values, places), rows, values.nrows(), max_values)
 
 
-def last_values(values: tf.Tensor, max_length: int) -> tf.Tensor:
+def last_values(values: tf.Tensor | tf.RaggedTensor, max_length: int) -> tf.Tensor:
     """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
-    is_value = values != ""
-    from_the_end = tf.cumsum(tf.cast(is_value, tf.int32), axis=1, reverse=True)
-    places = tf.where(is_value & (from_the_end <= max_length))
-    return _padded(tf.gather_nd(values, places), places[:, 0], tf.shape(values, tf.int64)[0], max_length)
+    if isinstance(values, tf.RaggedTensor):
+        places = tf.where(values.values != "")[:, 0]
+        rows, num_rows = tf.gather(values.value_rowids(), places), values.nrows()
+        values = tf.gather(values.values, places)
+    else:
+        places = tf.where(values != "")
+        rows, num_rows = places[:, 0], tf.shape(values, tf.int64)[0]
+        values = tf.gather_nd(values, places)
+    ends = tf.RaggedTensor.from_value_rowids(values, rows, num_rows, validate=False).row_splits[1:]
+    from_the_end = tf.gather(ends, rows) - tf.range(tf.size(values, tf.int64))  # 1 is the last value of a row.
+    places = tf.where(from_the_end <= max_length)[:, 0]
+    return _padded(tf.gather(values, places), tf.gather(rows, places), num_rows, max_length)
 
 
 def _padded(values: tf.Tensor, rows: tf.Tensor, num_rows: tf.Tensor, width: int) -> tf.Tensor:
     """Strings and the rows that they belong to, ascending -> [num_rows, width], cut off or padded with ""."""
-    ragged = tf.RaggedTensor.from_value_rowids(values, tf.cast(rows, tf.int64), num_rows, validate=False)
+    ragged = tf.RaggedTensor.from_value_rowids(values, rows, num_rows, validate=False)
     return ragged.to_tensor("", shape=[None, width])
 
 

@@ -26,6 +26,13 @@ _WRAPPED = {
     "enable_large_batch_splitting": wrappers_pb2.BoolValue,
     "max_execution_batch_size": wrappers_pb2.Int64Value,
 }
+_SMALLEST = {
+    "max_batch_size": 1,
+    "batch_timeout_micros": 0,
+    "max_enqueued_batches": 1,
+    "num_batch_threads": 1,
+    "max_execution_batch_size": 1,
+}
 
 
 def _message_class() -> type[Message]:
@@ -86,8 +93,12 @@ def check_batching_parameters(parameters: Message) -> None:
     """Rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
 
     Raises:
-      ValueError: allowed_batch_sizes do not rise, or do not end at the largest batch that is run.
+      ValueError: a number below its smallest, or allowed_batch_sizes that do not rise, or do not end at the largest
+        batch that is run.
     """
+    for name, smallest in _SMALLEST.items():
+        if parameters.HasField(name) and getattr(parameters, name).value < smallest:
+            raise ValueError(f"{name} must be {smallest} or more. Received: {getattr(parameters, name).value}")
     sizes = list(parameters.allowed_batch_sizes)
     if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
         raise ValueError(f"allowed_batch_sizes must rise, from 1 or more. Received: {sizes}")

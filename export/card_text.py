@@ -1,17 +1,19 @@
-"""The model card as Markdown, for readers; model_card.json holds the same numbers for programs."""
+"""What others read of a model card: its Markdown, and its AUC from model_card.json, which holds the same numbers."""
 
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clsd_tf.artifacts import SPLITS
+from clsd_tf.artifacts import SPLITS, read_json
 
 if TYPE_CHECKING:
     from export.model_card import Measured, ModelCard, Slice
 
+CARD_JSON = pathlib.PurePosixPath("assets.extra") / "model_card.json"
 _METRICS = (
     ("click_rate", "click rate"),
     ("auc", "AUC"),
@@ -22,6 +24,14 @@ _METRICS = (
     ("intensity_auc", "intensity AUC"),
     ("intensity_auc_among_clicks", "among clicks"),
 )
+
+
+def read_auc(version: pathlib.Path) -> float | None:
+    """``overall`` AUC of a version's card; None where it is not defined, or without a card that can be read."""
+    try:
+        return read_json(version / CARD_JSON)["overall"]["metrics"]["auc"]["value"]
+    except (OSError, ValueError, KeyError, TypeError):  # None was written then, or it is damaged.
+        return None
 
 
 def render_card(card: ModelCard) -> str:

@@ -156,6 +156,8 @@ def _load() -> None:
     columns = ["requests/s", *(f"{key} ms" for key in found["latency_ms"])]
     console.print_table("Good answers", columns, [(found["requests_per_second"], *found["latency_ms"].values())])
     console.print_table("Answers by status", ["code", "requests"], sorted(found["codes"].items()))
+    if result.unsent:
+        console.warn(f"{result.unsent:,} requests were due but not sent: --concurrency is too small for the rate")
     _write(found)
 
 

@@ -1,20 +1,14 @@
-"""How a client's requests reach a model server: over gRPC or REST, with all attempts inside one deadline."""
+"""How a client's requests reach a model server, with all attempts inside one deadline; here over gRPC."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import random
-import time
-import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc
 import tensorflow as tf
-import urllib3
-from google.protobuf import json_format
 from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -25,9 +19,9 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-_INITIAL_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 2.0
+INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 2.0
 _MAX_ATTEMPTS = 5  # Where gRPC itself stops.
-_RETRIED_CODES, _RETRIED_STATUSES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED"), (503, 429)
+_RETRIED_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _RETRY_BUFFER_BYTES = 64 << 20  # By default gRPC does not repeat requests of more than 256 KiB.
 _REMEDIES = {
     "UNAVAILABLE": "Is a server there, does it speak this protocol on that port (gRPC: 8500, REST: 8501), is it full?",
@@ -37,19 +31,14 @@ _REMEDIES = {
     "INVALID_ARGUMENT": "The request does not fit the model's signature",
     "FAILED_PRECONDITION": "`python -m export.client status` shows which signatures are served",
 }
-_CODES = {
-    400: "INVALID_ARGUMENT",
-    404: "NOT_FOUND",
-    412: "FAILED_PRECONDITION",
-    429: "RESOURCE_EXHAUSTED",
-    501: "UNIMPLEMENTED",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}
 
 
 class ServingError(RuntimeError):
-    """A request without an answer; ``code`` is the name of gRPC's status code, over REST as well."""
+    """A request without an answer; ``code`` is the name of gRPC's status code, over REST as well.
+
+    Over REST several codes share an HTTP status, and ``code`` is the likeliest: INVALID_ARGUMENT may have been
+    FAILED_PRECONDITION, INTERNAL may have been UNKNOWN, UNAVAILABLE may have been RESOURCE_EXHAUSTED.
+    """
 
     def __init__(self, code: str, message: str):
         remedy = _REMEDIES.get(code, "The server's log says more")
@@ -109,15 +98,13 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def _statuses(response: get_model_status_pb2.GetModelStatusResponse) -> list[VersionStatus]:
+def statuses_of(response: get_model_status_pb2.GetModelStatusResponse) -> list[VersionStatus]:
+    """What an answer to GetModelStatus says."""
     state_name = get_model_status_pb2.ModelVersionStatus.State.Name
     return [
         VersionStatus(entry.version, state_name(entry.state), entry.status.error_message)
         for entry in response.model_version_status
     ]
-
-
-# --- gRPC ------------------------------------------------------------------------------------------------------------
 
 
 class GrpcTransport:
@@ -147,7 +134,7 @@ class GrpcTransport:
 
     def status(self) -> list[VersionStatus]:
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=self._model_spec())
-        return _statuses(self._call(self._models.GetModelStatus, request))
+        return statuses_of(self._call(self._models.GetModelStatus, request))
 
     def close(self) -> None:
         self._channel.close()
@@ -168,11 +155,11 @@ class GrpcTransport:
 
 
 def _channel_options(max_attempts: int) -> list[tuple[str, Any]]:
-    reconnect_ms = int(1000 * _INITIAL_BACKOFF_SECONDS)  # By default a second, in which attempts fail unsent.
+    reconnect_ms = int(1000 * INITIAL_BACKOFF_SECONDS)  # By default a second, in which attempts fail unsent.
     options = [
         ("grpc.initial_reconnect_backoff_ms", reconnect_ms),
         ("grpc.min_reconnect_backoff_ms", reconnect_ms),
-        ("grpc.max_reconnect_backoff_ms", int(1000 * _MAX_BACKOFF_SECONDS)),
+        ("grpc.max_reconnect_backoff_ms", int(1000 * MAX_BACKOFF_SECONDS)),
         ("grpc.enable_retries", int(max_attempts > 1)),
         ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
         ("grpc.max_receive_message_length", -1),
@@ -180,113 +167,11 @@ def _channel_options(max_attempts: int) -> list[tuple[str, Any]]:
     if max_attempts > 1:
         policy = {
             "maxAttempts": max_attempts,
-            "initialBackoff": f"{_INITIAL_BACKOFF_SECONDS}s",
-            "maxBackoff": f"{_MAX_BACKOFF_SECONDS}s",
+            "initialBackoff": f"{INITIAL_BACKOFF_SECONDS}s",
+            "maxBackoff": f"{MAX_BACKOFF_SECONDS}s",
             "backoffMultiplier": 2,
             "retryableStatusCodes": _RETRIED_CODES,
         }
         config = {"methodConfig": [{"name": [{}], "retryPolicy": policy}]}
         options.append(("grpc.service_config", json.dumps(config)))
     return options
-
-
-# --- REST ------------------------------------------------------------------------------------------------------------
-
-
-class RestTransport:
-    """TF Serving's REST API.
-
-    ``urllib3.Retry`` decides which attempts are repeated, and when; the loop is here, since urllib3's own gives each
-    attempt the whole timeout.
-    """
-
-    def __init__(self, endpoint: Endpoint, num_connections: int):
-        self._endpoint = endpoint
-        host, port = endpoint.address.rsplit(":", 1)
-        self._pool = urllib3.HTTPConnectionPool(host.strip("[]"), int(port), maxsize=num_connections)
-        self._model = f"/v1/models/{urllib.parse.quote(endpoint.model_name, safe='')}"
-        self._path = self._model
-        if endpoint.version is not None:
-            self._path += f"/versions/{endpoint.version}"
-        if endpoint.label is not None:
-            self._path += f"/labels/{urllib.parse.quote(endpoint.label, safe='')}"
-        self._retry = urllib3.Retry(
-            total=endpoint.max_attempts - 1,
-            status_forcelist=_RETRIED_STATUSES,
-            allowed_methods=None,  # A prediction changes nothing, so that a POST may be repeated as well.
-            backoff_factor=_INITIAL_BACKOFF_SECONDS,
-            backoff_jitter=_INITIAL_BACKOFF_SECONDS,
-            backoff_max=_MAX_BACKOFF_SECONDS,
-        )
-
-    def predict(self, signature: str, name: str, values: Sequence[bytes], outputs: Sequence[str]) -> dict[str, Any]:
-        encoded = [{"b64": base64.b64encode(value).decode("ascii")} for value in values]
-        body = {"signature_name": signature, "inputs": {name: encoded}}
-        answer = self._call("POST", f"{self._path}:predict", body).get("outputs")
-        return answer if isinstance(answer, dict) else {outputs[0]: answer}  # A single output comes without its name.
-
-    def metadata(self) -> get_model_metadata_pb2.SignatureDefMap:
-        answer = self._call("GET", f"{self._path}/metadata").get("metadata", {}).get("signature_def", {})
-        found = get_model_metadata_pb2.SignatureDefMap()
-        return json_format.ParseDict(
-            {"signatureDef": answer.get("signature_def", {})}, found, ignore_unknown_fields=True
-        )
-
-    def status(self) -> list[VersionStatus]:
-        response = get_model_status_pb2.GetModelStatusResponse()
-        return _statuses(json_format.ParseDict(self._call("GET", self._path), response, ignore_unknown_fields=True))
-
-    def close(self) -> None:
-        self._pool.close()
-
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        response = self._send(method, path, None if body is None else json.dumps(body).encode())
-        try:
-            answer = json.loads(response.data)
-        except ValueError:
-            answer = None
-        if response.status == 200 and isinstance(answer, dict):
-            return answer
-        message = answer.get("error") if isinstance(answer, dict) else None
-        code = _CODES.get(response.status, "UNKNOWN")
-        raise ServingError(code, f"HTTP status {response.status}, {message or 'which is not of a model server'}")
-
-    def _send(self, method: str, path: str, body: bytes | None) -> urllib3.BaseHTTPResponse:
-        """The last attempt's response."""
-        deadline = time.monotonic() + self._endpoint.timeout_seconds
-        retry, headers = self._retry, {"Content-Type": "application/json"}
-        while True:
-            response = failure = None
-            timeout = urllib3.Timeout(total=max(deadline - time.monotonic(), 1e-3))
-            try:
-                response = self._pool.urlopen(method, path, body, headers, retries=False, timeout=timeout)
-                if not retry.is_retry(method, response.status):
-                    return response
-            except urllib3.exceptions.HTTPError as error:
-                if _is_timeout(error):
-                    raise self._deadline_exceeded() from error
-                failure = error
-            try:
-                retry = retry.increment(method, path, response=response, error=failure)
-            except urllib3.exceptions.HTTPError as error:  # The attempts are used up.
-                if response is not None:
-                    return response
-                raise ServingError("UNAVAILABLE", f"{self._endpoint.address}: {failure}") from error
-            self._wait(retry, deadline)
-
-    def _wait(self, retry: urllib3.Retry, deadline: float) -> None:
-        # urllib3 would repeat for the first time at once, which helps no server that is full.
-        seconds = max(retry.get_backoff_time(), _INITIAL_BACKOFF_SECONDS * random.uniform(0.5, 1.5))
-        if time.monotonic() + seconds >= deadline:
-            raise self._deadline_exceeded()
-        time.sleep(seconds)
-
-    def _deadline_exceeded(self) -> ServingError:
-        return ServingError("DEADLINE_EXCEEDED", f"no answer in {self._endpoint.timeout_seconds:g} seconds")
-
-
-def _is_timeout(error: urllib3.exceptions.HTTPError) -> bool:
-    # A refused connection is a kind of timeout to urllib3.
-    return isinstance(error, urllib3.exceptions.TimeoutError) and not isinstance(
-        error, urllib3.exceptions.NewConnectionError
-    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,11 +27,13 @@ class LoadResult:
       seconds: from the first request to the last answer.
       codes: answers by status code.
       latencies_ms: of the good answers.
+      unsent: requests whose set time came and that found no sender until the end; their waiting is in no latency.
     """
 
     seconds: float
     codes: Counter
     latencies_ms: np.ndarray
+    unsent: int = 0
 
     @property
     def requests_per_second(self) -> float:
@@ -43,6 +46,7 @@ class LoadResult:
             "codes": dict(self.codes),
             "requests_per_second": self.requests_per_second,
             "latency_ms": percentiles(self.latencies_ms),
+            "unsent": self.unsent,
         }
 
 
@@ -72,20 +76,20 @@ def generate_load(
       send: sends one request and waits for the answer; raises ``ServingError``.
       requests: at least one.
       concurrency: requests in flight, at most.
-      duration_seconds: for how long requests are sent.
+      duration_seconds: for how long requests are sent; those that are late by then are not.
       rate_per_second: requests a second of all senders together.
     """
     numbers = itertools.count()  # Counting up is one step of the interpreter: no two senders get the same.
     start = time.monotonic()
     end = start + duration_seconds
+    num_due = math.inf if rate_per_second is None else math.ceil(duration_seconds * rate_per_second)
 
-    def due(number: int) -> float:
-        return time.monotonic() if rate_per_second is None else start + number / rate_per_second
-
-    def sender(_: int) -> Iterator[tuple[str, float]]:
+    def sender(_: int) -> list[tuple[str, float]]:
         found = []
-        while (moment := due(number := next(numbers))) < end:
-            time.sleep(max(0.0, moment - time.monotonic()))
+        while (moment := time.monotonic()) < end and (number := next(numbers)) < num_due:
+            if rate_per_second is not None:
+                moment = start + number / rate_per_second
+                time.sleep(max(0.0, moment - time.monotonic()))
             found.append((_code_of(send, requests[number % len(requests)]), time.monotonic() - moment))
         return found
 
@@ -93,7 +97,8 @@ def generate_load(
         answers = list(itertools.chain.from_iterable(threads.map(sender, range(concurrency))))
     seconds = time.monotonic() - start
     latencies = np.array([1000 * latency for code, latency in answers if code == _OK], np.float64)
-    return LoadResult(seconds, Counter(code for code, _ in answers), latencies)
+    unsent = 0 if rate_per_second is None else num_due - len(answers)
+    return LoadResult(seconds, Counter(code for code, _ in answers), latencies, unsent)
 
 
 def _code_of(send: Callable[[Request], Any], request: Request) -> str:

@@ -52,11 +52,12 @@ def _list(versions: ModelVersions) -> None:
             " ".join(state.labels) or "-",
             "yes" if state.is_loaded else "-",
             "-" if state.max_difference is None else f"{state.max_difference:.1e}",
+            "-" if state.auc is None else f"{state.auc:.4f}",
             "not checked" if state.problems is None else "; ".join(state.problems) or "as in the manifest",
         ]
         for state in states
     ]
-    headings = ["version", "created", "MB", "labels", "loaded", "verified within", "files"]
+    headings = ["version", "created", "MB", "labels", "loaded", "verified within", "test AUC", "files"]
     console.print_table(f"Versions of {versions.name}", headings, rows)
     damaged = [str(state.version) for state in states if state.problems]
     if damaged:

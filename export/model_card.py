@@ -17,9 +17,8 @@ from clsd_tf.clsd import ClsdModel
 from clsd_tf.evaluation import measure, rows_by_label, scored_rows
 from clsd_tf.train_config import TrainConfig, parse_config
 from clsd_tf.user_intervals import user_intervals
-from export.card_text import render_card
+from export.card_text import CARD_JSON, render_card
 
-CARD_JSON = pathlib.PurePosixPath("assets.extra") / "model_card.json"
 CARD_MARKDOWN = pathlib.PurePosixPath("assets.extra") / "model_card.md"
 _SPLIT = "test"
 _SCORES = {"before": "uncalibrated", "after": "pctr"}  # Of the calibration -> columns.

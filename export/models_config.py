@@ -33,8 +33,8 @@ class ModelsConfig:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)[0]
         self._body = text[len(self._header) :]
-        self._read = self._parsed(text)
-        self._config = self._parsed(text)
+        self._read = parse_models_config(text, path)
+        self._config = parse_models_config(text, path)
 
     def knows(self, name: str) -> bool:
         """Whether the model has an entry."""
@@ -103,14 +103,20 @@ class ModelsConfig:
         if (text := self.text()) is not None:
             write_text(self.path, text)
 
-    def _parsed(self, text: str) -> model_server_config_pb2.ModelServerConfig:
-        try:
-            config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
-        except text_format.ParseError as error:
-            raise ValueError(f"{self.path} must be a ModelServerConfig as text. Received: {error}. Mend it") from error
-        if config.WhichOneof("config") == "custom_model_config":
-            raise ValueError(f"{self.path} must list models. Received: custom_model_config. Allowed: model_config_list")
-        return config
+
+def parse_models_config(text: str, path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
+    """The text of a models.config as a message; ``path`` is for errors.
+
+    Raises:
+      ValueError: not a text ModelServerConfig with a model_config_list.
+    """
+    try:
+        config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    except text_format.ParseError as error:
+        raise ValueError(f"{path} must be a ModelServerConfig text proto. Received: {error}. Mend it") from error
+    if config.WhichOneof("config") == "custom_model_config":
+        raise ValueError(f"{path} must list models. Received: custom_model_config. Allowed: model_config_list")
+    return config
 
 
 def _directory_of(entry: model_server_config_pb2.ModelConfig) -> str:

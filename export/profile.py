@@ -49,12 +49,9 @@ class RankProfile(StrictModel):
 
     Attributes:
       top_k: how many items an answer holds; all by default.
-      item_inputs: raw inputs that come with each item, beside the item's key and the columns of item tables: columns of
-        the log that describe the item. All others come with the user.
     """
 
     top_k: _Count | None = None
-    item_inputs: tuple[str, ...] = ()
 
 
 class QuantisationProfile(StrictModel):
@@ -83,7 +80,9 @@ class ExportProfile(StrictModel):
     """
 
     signatures: tuple[SignatureName, ...] = ("serving_default", "predict_raw", "classify", "regress", "rank", "debug")
-    warmup_batch_sizes: tuple[_Count, ...] = pydantic.Field((1, 16, 64), max_length=_MAX_WARMUP_BATCH_SIZES)
+    warmup_batch_sizes: tuple[_Count, ...] = pydantic.Field(
+        (1, 16, 64), min_length=1, max_length=_MAX_WARMUP_BATCH_SIZES
+    )
     batching: BatchingProfile | None = BatchingProfile()
     quantisation: QuantisationProfile = QuantisationProfile()
     rank: RankProfile = RankProfile()

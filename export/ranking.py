@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import tensorflow as tf
 from google.protobuf import descriptor_pb2
@@ -12,7 +13,7 @@ from tensorflow_serving.apis import input_pb2
 from clsd_tf.backbones.base import Backbone
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.embeddings import SharedRows, per_row
-from clsd_tf.examples import parse_raw_examples
+from clsd_tf.examples import is_missing, parse_raw_examples
 from clsd_tf.features import FeatureSpec
 from clsd_tf.model_inputs import MISSING_INT64, RawInput
 from clsd_tf.transform import FeatureTransform
@@ -21,56 +22,67 @@ NO_ITEM_CTR = -1.0
 _REQUEST = input_pb2.ExampleListWithContext.DESCRIPTOR
 
 
-def item_input_names(spec: FeatureSpec, further: Sequence[str] = ()) -> tuple[str, ...]:
-    """Raw inputs that come with each item: the item's key, columns of item tables, and ``further`` ones.
+class Sides(NamedTuple):
+    """Where ``rank`` reads a raw input.
 
-    Raises:
-      ValueError: ``further`` names no raw input.
+    Attributes:
+      user: from the context: the user's key, columns of user tables, and what the user did before.
+      item: from the items: the item's key and columns of item tables.
+      either: other columns of the log, which may tell of the moment or of the item: from an item that has the value,
+        else from the context.
     """
-    names = [entry.name for entry in spec.raw_inputs]
-    unknown = sorted(set(further) - set(names))
-    if unknown:
-        raise ValueError(
-            f"rank.item_inputs names raw inputs. Received: {', '.join(unknown)}. Allowed: {', '.join(names)}"
-        )
-    of_items = {spec.item_key, *further}
-    of_items |= {column for table in spec.item_tables.values() for column in table.column_names}
-    return tuple(name for name in names if name in of_items)
+
+    user: tuple[RawInput, ...]
+    item: tuple[RawInput, ...]
+    either: tuple[RawInput, ...]
+
+
+def sides_of(spec: FeatureSpec) -> Sides:
+    """Sorts the raw inputs of a spec."""
+    of_items = {column for table in spec.item_tables.values() for column in table.column_names} | {spec.item_key}
+    in_the_log = set(spec.tables.log.column_names) - of_items - {spec.user_key}
+    return Sides(
+        user=tuple(x for x in spec.raw_inputs if x.name not in of_items | in_the_log),
+        item=tuple(x for x in spec.raw_inputs if x.name in of_items),
+        either=tuple(x for x in spec.raw_inputs if x.name in in_the_log),
+    )
 
 
 def rank_function(
-    spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel, item_inputs: Sequence[str], top_k: int | None
+    spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel, top_k: int | None
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     """requests, string [batch] -> the items of each request by falling ``ctr``.
 
     A request is a serialized ``tensorflow.serving.ExampleListWithContext``: ``context`` is the user's Example,
-    ``examples`` are the items'. Its ``item_ids`` [batch, num_items] and ``ctr``, float32 [batch, num_items], are padded
-    with "" (of integer ids: the smallest int64) and -1 where another request of the batch has more items. One string
-    per request, because TF Serving's batching cannot join requests whose tensors differ in a later dimension, or pads
-    them with repetitions of their first value.
+    ``examples`` are the items'; ``sides_of`` says what is read where. Its ``item_ids`` [batch, num_items] and ``ctr``,
+    float32 [batch, num_items], are padded with "" (of integer ids: the smallest int64) and -1 where another request of
+    the batch has more items. One string per request, because TF Serving's batching cannot join requests whose tensors
+    differ in a later dimension, or pads them with repetitions of their first value.
 
     Args:
       spec: names and types.
       transform: as in training.
       model: scores the items.
-      item_inputs: names of the raw inputs that are read from ``examples``; the others are read from ``context``.
       top_k: how many items an answer holds; None for all.
     """
-    user_raw = [entry for entry in spec.raw_inputs if entry.name not in item_inputs]
-    item_raw = [entry for entry in spec.raw_inputs if entry.name in item_inputs]
-    key = RawInput(spec.item_key, spec.column_types[spec.item_key])
+    sides = sides_of(spec)
     group_names = {group.name for group in spec.user_groups}
+    key = RawInput(spec.item_key, spec.column_types[spec.item_key])
     no_id = "" if key.dtype == "string" else MISSING_INT64
 
     def rank(requests: tf.Tensor) -> dict[str, tf.Tensor]:
-        context, items = _decode(requests)
+        context, items = decode_requests(requests)
         row_of = items.value_rowids()
-        raw = parse_raw_examples(items.values, list(dict.fromkeys([*item_raw, key])))
-        users = transform(parse_raw_examples(context, user_raw), inputs={entry.name for entry in user_raw})
+        of_user = parse_raw_examples(context, [*sides.user, *sides.either])
+        of_item = parse_raw_examples(items.values, list(dict.fromkeys([*sides.item, *sides.either, key])))
+        for entry in sides.either:
+            shared = tf.gather(of_user[entry.name], row_of)
+            of_item[entry.name] = tf.where(is_missing(of_item[entry.name]), shared, of_item[entry.name])
+        users = transform(of_user, inputs={entry.name for entry in sides.user})
         features = {name: SharedRows(values, row_of) for name, values in users.items()}
-        features |= transform(raw, inputs={entry.name for entry in item_raw})
+        features |= transform(of_item, inputs={entry.name for entry in (*sides.item, *sides.either)})
         ctr = items.with_values(model(_for_model(features, model, group_names)))
-        ids = items.with_values(raw[key.name]).to_tensor(no_id)
+        ids = items.with_values(of_item[key.name]).to_tensor(no_id)
         ctr = ctr.to_tensor(NO_ITEM_CTR)
         order = tf.argsort(ctr, direction="DESCENDING", stable=True)[:, :top_k]
         return {"item_ids": tf.gather(ids, order, batch_dims=1), "ctr": tf.gather(ctr, order, batch_dims=1)}
@@ -89,7 +101,7 @@ def _for_model(
     }
 
 
-def _decode(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
+def decode_requests(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
     """Serialized requests [batch] -> the users' Examples [batch] and the items' Examples, ragged [batch, num_items]."""
     sizes, (context, examples) = tf.io.decode_proto(
         tf.concat([requests, [""]], axis=0),  # The op refuses an empty batch.

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
+from export.card_text import read_auc
 from export.manifest import ManifestError, read_manifest
 from export.models_config import CONFIG_FILE, ModelsConfig, loaded_versions
 from export.promotion import labels_of, problems_of, rollback_targets
@@ -66,6 +67,7 @@ class VersionState:
       labels: that name it.
       is_loaded: models.config has a server load it.
       max_difference: the largest difference to the training model that its verification found.
+      auc: on the test split, as its model card says; None without a card that can be read.
       problems: of its manifest and its files, None where these were not checked.
     """
 
@@ -75,6 +77,7 @@ class VersionState:
     labels: tuple[str, ...]
     is_loaded: bool
     max_difference: float | None
+    auc: float | None
     problems: tuple[str, ...] | None
 
 
@@ -105,6 +108,7 @@ def list_versions(versions: ModelVersions, *, check: bool = False) -> list[Versi
                 tuple(sorted(label for label, named in labels.items() if named == version)),
                 version in loaded,
                 max(differences.values(), default=None),
+                read_auc(directory),
                 None if problems is None else tuple(problems),
             )
         )

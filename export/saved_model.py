@@ -126,6 +126,7 @@ def _write_warmup(
         raw,
         signatures=profile.signatures,
         batch_sizes=profile.warmup_batch_sizes,
+        max_batch_size=profile.batching.max_batch_size if profile.batching else None,
     )
 
 

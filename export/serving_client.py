@@ -17,7 +17,8 @@ from tensorflow_serving.apis import input_pb2
 from clsd_tf.examples import encode_raw_rows
 from clsd_tf.model_inputs import MISSING_INT64, RawInput
 from clsd_tf.request_files import rows_of, typed_rows
-from export.client_transport import Endpoint, GrpcTransport, RestTransport, VersionStatus
+from export.client_transport import Endpoint, GrpcTransport, VersionStatus
+from export.rest_transport import RestTransport
 
 _DTYPES = {types_pb2.DT_STRING: "string", types_pb2.DT_INT64: "int64", types_pb2.DT_FLOAT: "float"}
 _ARROW_DTYPES = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}
@@ -107,11 +108,13 @@ class ServingClient:
         return np.asarray(ctr, np.float32)
 
     def rank(self, user: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> list[tuple[str | int, float]]:
-        """Orders items for one user by one request to the signature ``rank``; the user's values are sent once.
+        """Orders items for one user by one request to the signature ``rank``.
 
         Args:
-          user: values of the user and of the moment; all of them become the request's context.
-          items: for each item its id and the values that the model reads of items: columns of item tables.
+          user: values that all items share: of the user, of the moment, or of the items, since a server does not tell
+            which ones its model reads of items. They are sent as the context and again with each item.
+          items: for each item its id and the values that the model reads of items: columns of item tables. A value that
+            the model reads of the user belongs into ``user``; here it would not be seen.
 
         Returns:
           (item id, ctr), the highest ctr first; as many as the model's ``top_k`` allows.
@@ -122,10 +125,16 @@ class ServingClient:
         """
         request = self._rank_request(user, items)
         found = self._predict("rank", "requests", [request], "item_ids", "ctr")
-        ids = _plain(found["item_ids"][0])
-        if all(entry in ("", MISSING_INT64) for entry in ids):
-            raise ValueError("every item needs its id, under the name that the model knows. Received: items without")
-        return list(zip(ids, np.asarray(found["ctr"][0], np.float32).tolist(), strict=True))
+        # What follows is padding, where a server answered a longer request at the same time.
+        ids = _plain(found["item_ids"][0])[: len(items)]
+        ctr = np.asarray(found["ctr"][0], np.float32)[: len(items)].tolist()
+        num_without = sum(entry in ("", MISSING_INT64) for entry in ids)
+        if num_without:
+            raise ValueError(
+                f"every item needs its id, under the name that the model knows. Received: {num_without} of {len(ids)} "
+                "without"
+            )
+        return list(zip(ids, ctr, strict=True))
 
     def _rank_request(self, user: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> bytes:
         if not items:
@@ -138,9 +147,10 @@ class ServingClient:
         of_items = _items_inputs(rows, self.raw_inputs, of_user)
         context = encode_raw_rows(typed_rows(rows_of([user]), of_user), of_user) if of_user else [b""]
         request = input_pb2.ExampleListWithContext(context=tf.train.Example.FromString(context[0]))
-        for example in encode_raw_rows(typed_rows(rows, of_items), of_items):
-            request.examples.add().MergeFromString(example)
-        return request.SerializeToString()
+        # No name stands in both, and messages one after the other are read as one.
+        examples = [context[0] + example for example in encode_raw_rows(typed_rows(rows, of_items), of_items)]
+        # On the wire a list of bytes is what a list of messages is: nothing is parsed here.
+        return request.SerializeToString() + tf.train.BytesList(value=examples).SerializeToString()
 
     def _predict(self, signature: str, name: str, values: Sequence[bytes], *outputs: str) -> dict[str, Any]:
         """The named outputs, each with an entry per value."""
@@ -172,5 +182,6 @@ def _items_inputs(rows: pa.Table, raw_inputs: Sequence[RawInput], of_user: Seque
 
 
 def _plain(ids: Sequence[Any]) -> list[str | int]:
-    """Text from bytes, which gRPC gives; numbers as they are."""
-    return [value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value for value in list(ids)]
+    """Text from bytes, which gRPC gives; numbers as Python's."""
+    values = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    return [value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value for value in values]

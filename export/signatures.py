@@ -12,7 +12,7 @@ from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
 from clsd_tf.features import FeatureSpec
 from clsd_tf.transform import FeatureTransform
 from export.profile import ExportProfile
-from export.ranking import item_input_names, rank_function
+from export.ranking import rank_function
 
 CLASSES = ("no_click", "click")
 
@@ -57,7 +57,7 @@ def serving_signatures(
     def debug(examples: tf.Tensor) -> dict[str, tf.Tensor]:
         return debug_outputs(model, features_of(examples), spec, profile)
 
-    rank = rank_function(spec, transform, model, item_input_names(spec, profile.rank.item_inputs), profile.rank.top_k)
+    rank = rank_function(spec, transform, model, profile.rank.top_k)
     raw_specs = raw_tensor_specs(spec.raw_inputs)
     functions = {
         "serving_default": (lambda examples: {"ctr": ctr_of(features_of(examples))}, _text("examples")),

@@ -17,7 +17,7 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.input_pipeline import batches, read_columns
 from clsd_tf.transform import FeatureTransform
 from export.profile import ExportProfile
-from export.ranking import item_input_names
+from export.ranking import sides_of
 from export.signatures import debug_outputs
 
 _BATCH_SIZE = 1000
@@ -36,7 +36,7 @@ def verification_sample(
 
     Returns:
       The raw inputs, ``_example`` (serialized tf.Example) and ``_expected_*`` columns; no raw input starts with _. The
-      schema's metadata names the inputs that come with each item, for ``rank``.
+      schema's metadata says where ``rank`` reads them, and how many of the last rows are edge cases.
     """
     spec = dataset.spec
     names = [entry.name for entry in spec.raw_inputs]
@@ -59,9 +59,16 @@ def verification_sample(
     columns = {name: raw.column(name) for name in names}
     for name, values in expected.items():
         columns[f"_expected_{name}"] = pa.array(np.concatenate([values, *[edge_outputs[name].numpy()] * 2]))
-    item_inputs = item_input_names(spec, profile.rank.item_inputs)
+    sides = sides_of(spec)
     table = pa.table({**columns, "_example": pa.array(examples, pa.binary())})
-    return table.replace_schema_metadata({"item_inputs": json.dumps(item_inputs), "item_key": spec.item_key})
+    return table.replace_schema_metadata(
+        {
+            "item_inputs": json.dumps([entry.name for entry in sides.item]),
+            "either_inputs": json.dumps([entry.name for entry in sides.either]),
+            "item_key": spec.item_key,
+            "num_edge_rows": str(2 * len(edges)),
+        }
+    )
 
 
 def _outputs_by_row(

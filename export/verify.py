@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet
 import tensorflow as tf
 from absl import app, flags
-from tensorflow_serving.apis import input_pb2, prediction_log_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from export.warmup import WARMUP_FILE, rank_request
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Directory of one version.", required=True)
 _SAMPLE = flags.DEFINE_string("sample", None, "Parquet file with examples and expected outputs.", required=True)
@@ -48,10 +50,11 @@ def verify(servable: pathlib.Path, sample_path: pathlib.Path) -> dict[str, objec
         for name in sample.column_names
         if name.startswith("_expected_")
     }
+    num_edge_rows = int(sample.schema.metadata[b"num_edge_rows"])
     differences: dict[str, float] = {}
     for batch in (_BATCH_SIZE, 1):
         # Single rows at the end of the sample: those with unknown, missing and empty values.
-        rows = slice(None) if batch > 1 else slice(-min(50, len(examples)), None)
+        rows = slice(None) if batch > 1 else slice(len(examples) - num_edge_rows, None)
         for key, received in _run(signatures, examples[rows], batch).items():
             found = _compare(key, received, expected[key.split("/")[1]][rows])
             differences[key] = max(found, differences.get(key, 0.0))
@@ -74,7 +77,7 @@ def _run(signatures, examples: np.ndarray, batch_size: int) -> dict[str, np.ndar
         if "regress" in signatures:
             found["regress/ctr"] = signatures["regress"](inputs=batch)["outputs"][:, 0]
         if "rank" in signatures:  # A single item, sent with its own user.
-            ranked = signatures["rank"](requests=tf.constant([_rank_request(row, [row]) for row in batch.numpy()]))
+            ranked = signatures["rank"](requests=tf.constant([rank_request(row, [row]) for row in batch.numpy()]))
             found["rank/ctr"] = ranked["ctr"][:, 0]
         if "debug" in signatures:
             found |= {f"debug/{name}": value for name, value in signatures["debug"](examples=batch).items()}
@@ -85,14 +88,15 @@ def _run(signatures, examples: np.ndarray, batch_size: int) -> dict[str, np.ndar
 
 def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes]) -> float:
     """Many items of one user, against serving_default with an Example of each pair; users with and without values."""
-    item_inputs, item_key = set(json.loads(metadata[b"item_inputs"])), metadata[b"item_key"].decode()
+    of_item, of_either = (set(json.loads(metadata[key])) for key in (b"item_inputs", b"either_inputs"))
+    item_key = metadata[b"item_key"].decode()
     items = [tf.train.Example.FromString(example) for example in examples[:_NUM_RANKED]]
     worst = 0.0
     for user in (examples[0], examples[len(examples) // 2], examples[-1], b""):
-        pairs = [_pair(tf.train.Example.FromString(user), item, item_inputs) for item in items]
+        pairs = [_pair(tf.train.Example.FromString(user), item, of_item, of_either) for item in items]
         expected = signatures["serving_default"](examples=tf.constant(pairs))["ctr"].numpy()
         order = np.argsort(-expected, kind="stable")
-        ranked = signatures["rank"](requests=tf.constant([_rank_request(user, examples[:_NUM_RANKED])]))
+        ranked = signatures["rank"](requests=tf.constant([rank_request(user, examples[:_NUM_RANKED])]))
         received, ids = ranked["ctr"].numpy()[0], ranked["item_ids"].numpy()[0]
         worst = max(worst, _compare("rank/ctr", received, expected[order][: len(received)]))
         scores_of: dict[object, list[float]] = {}  # Several rows of the sample may show one item.
@@ -104,18 +108,15 @@ def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes
     return worst
 
 
-def _rank_request(user: bytes, items) -> bytes:
-    parse = tf.train.Example.FromString
-    message = input_pb2.ExampleListWithContext(context=parse(user), examples=[parse(item) for item in items])
-    return message.SerializeToString()
-
-
-def _pair(user: tf.train.Example, item: tf.train.Example, item_inputs: set[str]) -> bytes:
-    for name in item_inputs:
+def _pair(user: tf.train.Example, item: tf.train.Example, of_item: set[str], of_either: set[str]) -> bytes:
+    """One Example for both; what either side may bring is the item's where it has a value."""
+    for name in of_item:
         if name in user.features.feature:
             del user.features.feature[name]
-        if name in item.features.feature:
-            user.features.feature[name].CopyFrom(item.features.feature[name])
+    for name in of_item | of_either:
+        feature = item.features.feature[name]  # Empty if it was absent.
+        if feature.WhichOneof("kind") and getattr(feature, feature.WhichOneof("kind")).value:
+            user.features.feature[name].CopyFrom(feature)
     return user.SerializeToString()
 
 
@@ -175,7 +176,7 @@ def _compare(what: str, received: np.ndarray, expected: np.ndarray) -> float:
 
 def _replay(signatures, servable: pathlib.Path) -> int:
     count = 0
-    for record in tf.data.TFRecordDataset(str(servable / "assets.extra" / "tf_serving_warmup_requests")):
+    for record in tf.data.TFRecordDataset(str(servable / WARMUP_FILE)):
         log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
         kind = log.WhichOneof("log_type")
         request = getattr(log, kind).request

@@ -22,6 +22,7 @@ from clsd_tf.artifacts import locked, remove_abandoned, require_absent, staged_d
 
 HISTORY_FILE = "history.jsonl"
 MAX_VERSION = 2**63 - 1  # TF Serving reads int64.
+_INT64 = range(-(2**63), 2**63)
 _STAGED = re.compile(r"\.([0-9]+)\.incomplete-.*")
 
 
@@ -33,6 +34,14 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]*[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"a model name has letters, digits, _ and - only. Received: {name!r}")
+
+
+def version_number(name: str) -> int | None:
+    """The version that TF Serving reads from a directory's name, None if it ignores it."""
+    if not re.fullmatch(r"-?[0-9]{1,19}", name.strip(" ")):
+        return None
+    number = int(name)
+    return number if number in _INT64 else None
 
 
 class ModelVersions:
@@ -55,8 +64,8 @@ class ModelVersions:
     def published(self) -> dict[int, pathlib.Path]:
         """Version -> directory, ascending."""
         children = self.path.iterdir() if self.path.is_dir() else ()
-        found = {int(child.name): child for child in children if re.fullmatch("[0-9]+", child.name) and child.is_dir()}
-        return dict(sorted(found.items()))
+        numbered = {child: version_number(child.name) for child in children if child.is_dir()}
+        return dict(sorted((number, child) for child, number in numbered.items() if number is not None))
 
     def history(self) -> list[dict[str, Any]]:
         """What happened, oldest first.

@@ -21,6 +21,7 @@ def write_warmup_requests(
     *,
     signatures: Sequence[str],
     batch_sizes: Sequence[int],
+    max_batch_size: int | None,
 ) -> int:
     """Writes a PredictionLog for every batch size and for every signature but ``debug``.
 
@@ -31,6 +32,7 @@ def write_warmup_requests(
       raw: the same rows as named arrays.
       signatures: the servable's.
       batch_sizes: rows of a request; of ``rank`` the items of one user.
+      max_batch_size: of the batching file; a larger request would be refused, and with it the version.
 
     Returns:
       Number of records; TF Serving takes at most 1000.
@@ -40,7 +42,13 @@ def write_warmup_requests(
         places = np.arange(batch_size) % len(examples)
         rows = [examples[place] for place in places]
         raw_rows = {name: values[places] for name, values in raw.items()}
-        logs += [_log(model_name, name, rows, raw_rows) for name in signatures if name != "debug"]
+        # A request of `rank` is one row of its batch, whatever the number of items.
+        fits = max_batch_size is None or batch_size <= max_batch_size
+        logs += [
+            _log(model_name, name, rows, raw_rows)
+            for name in signatures
+            if name != "debug" and (fits or name == "rank")
+        ]
     path = servable / WARMUP_FILE
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:

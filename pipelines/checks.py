@@ -17,6 +17,7 @@ from clsd_tf.features import FeatureSpec
 from clsd_tf.hashing import hash_user_ids
 from clsd_tf.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
+from pipelines.sources.delimited import num_lines
 
 WITHHELD = "<withheld>"
 _MIN_SALT_CHARACTERS = 16
@@ -68,7 +69,7 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec, salt: bytes | None = None) ->
     bad_rows = [dataclasses.replace(row, raw=WITHHELD) for row in batch.bad_rows] if hidden else batch.bad_rows
     if failures:
         parsed = parsed.filter(pa.array(~np.logical_or.reduce(list(failures.values()))))
-        bad_rows = bad_rows + _bad_rows(batch, failures, hidden)
+        bad_rows = bad_rows + _bad_rows(batch, table, failures, hidden)
     return _with_hashed_users(parsed, spec.user_key, salt), bad_rows
 
 
@@ -84,11 +85,11 @@ def _with_hashed_users(rows: pa.Table, user_key: str, salt: bytes | None) -> pa.
     return rows.set_column(rows.column_names.index(user_key), user_key, hashed)
 
 
-def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray], hidden: set[str]) -> list[BadRow]:
+def _bad_rows(batch: RawBatch, table: Table, failures: dict[str, np.ndarray], hidden: set[str]) -> list[BadRow]:
     bad = np.flatnonzero(np.logical_or.reduce(list(failures.values())))
     names, masks = list(failures), np.stack(list(failures.values()))
     reasons = np.argmax(masks[:, bad], axis=0)  # The first that is true.
-    rows = batch.table.take(pa.array(bad)).to_pylist()
+    rows = batch.table.take(pa.array(bad))
     return [
         BadRow(
             role=batch.file.role,
@@ -96,9 +97,9 @@ def _bad_rows(batch: RawBatch, failures: dict[str, np.ndarray], hidden: set[str]
             row=row_number(row.pop(ROW_ID)),
             reason=names[reason],
             raw=json.dumps({**row, **dict.fromkeys(hidden, WITHHELD)}, default=_readable, sort_keys=True),
-            lines=1 + sum(_readable(value).count("\n") for value in row.values() if isinstance(value, (str, bytes))),
+            lines=int(lines),
         )
-        for reason, row in zip(reasons, rows, strict=True)
+        for reason, row, lines in zip(reasons, rows.to_pylist(), num_lines(rows, table), strict=True)
     ]
 
 

@@ -16,7 +16,8 @@ from clsd_tf.tables import Column, Table
 from pipelines import sources
 from pipelines.column_profiles import declare_columns, declare_table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile, row_number
-from pipelines.sources.tf_examples import feature_types
+from pipelines.sources.delimited import num_lines
+from pipelines.sources.tf_examples import AnyTypeColumn, feature_types
 
 ROLE = "input"
 ADDED = ("ctr", "servable_version")
@@ -62,12 +63,18 @@ def declare_input(files: Sequence[SourceFile], raw_inputs: Sequence[RawInput], f
     if taken:
         raise ValueError(f"the output adds the columns {', '.join(ADDED)}. Received: {received}. Rename {taken[0]!r}")
     types = {entry.name: "string" if entry.is_list else entry.dtype for entry in raw_inputs}
-    if table.format == "tfrecord":
-        types = {name: kind for file in files for name, kind in feature_types(file).items()} | types
-    columns = (
+    columns = [
         column.model_copy(update={"type": types.get(column.name_in_file, "string")})
         for column in declare_columns(files[0], names)
-    )
+    ]
+    if table.format == "tfrecord":
+        found = {name: kind for file in files for name, kind in feature_types(file).items()}
+        columns = [
+            column
+            if column.name_in_file in types
+            else AnyTypeColumn(name=column.name, source_name=column.source_name, type=found[column.name_in_file])
+            for column in columns
+        ]
     return table.model_copy(update={"columns": tuple(columns)})
 
 
@@ -101,17 +108,19 @@ def split_rows(
     typed, failures = convert_rows(found, raw_inputs)
     columns = {}
     for column in table.columns:
-        name = column.name_in_file
-        columns[name] = typed.column(name) if name in typed.column_names else _kept(found.column(name), table, column)
+        name, values = column.name_in_file, found.column(column.name_in_file)
+        is_input = name in typed.column_names
+        columns[name] = typed.column(name) if is_input else _kept(values, table, column)
         if table.format == "csv":
-            # Mostly a stray quote that swallowed the rows behind it.
-            failures[f"line_break:{name}"] = true_mask(pc.match_substring(found.column(name), "\n"))
+            # In an input mostly a stray quote that swallowed the rows behind it; a note may well have two lines.
+            line_break = true_mask(pc.match_substring(values, "\n"))
+            failures[f"line_break:{name}"] = line_break if is_input else line_break & _holds_rows(values, table)
     rows = pa.table(columns)
     numbers = row_number(batch.table.column(ROW_ID).to_numpy())
     bad = np.logical_or.reduce([np.zeros(len(numbers), bool), *failures.values()])
     bad_rows = [_without_values(row) for row in batch.bad_rows]
     if bad.any():
-        bad_rows += _bad_rows(batch.file, found, numbers, failures, np.flatnonzero(bad))
+        bad_rows += _bad_rows(batch.file, numbers, num_lines(found, table), failures, np.flatnonzero(bad))
         rows, numbers = rows.filter(pa.array(~bad)), numbers[~bad]
     return rows, numbers, bad_rows
 
@@ -124,21 +133,22 @@ def _kept(values: pa.ChunkedArray, table: Table, column: Column) -> pa.ChunkedAr
     return pa.array([value_to_text(value) for value in values.to_pylist()], pa.string()) if failures else text
 
 
+def _holds_rows(values: pa.ChunkedArray, table: Table) -> np.ndarray:
+    """Where a value has, for each of its line ends, as many delimiters as a row."""
+    line_ends = pc.count_substring(values, "\n")
+    delimiters = pc.count_substring(values, table.delimiter or ",")
+    return true_mask(pc.greater_equal(delimiters, pc.multiply(line_ends, len(table.columns) - 1)))
+
+
 def _bad_rows(
-    file: SourceFile, rows: pa.Table, numbers: np.ndarray, failures: dict[str, np.ndarray], bad: np.ndarray
+    file: SourceFile, numbers: np.ndarray, lines: np.ndarray, failures: dict[str, np.ndarray], bad: np.ndarray
 ) -> list[BadRow]:
     reasons, masks = list(failures), np.stack(list(failures.values()))
     first = np.argmax(masks[:, bad], axis=0)  # A row is bad by the first rule it breaks.
     return [
-        BadRow(file.role, file.name, int(number), reasons[reason], raw="", lines=1 + _line_breaks(row))
-        for number, reason, row in zip(numbers[bad], first, rows.take(pa.array(bad)).to_pylist(), strict=True)
+        BadRow(file.role, file.name, int(numbers[row]), reasons[reason], raw="", lines=int(lines[row]))
+        for row, reason in zip(bad, first, strict=True)
     ]
-
-
-def _line_breaks(row: dict[str, object]) -> int:
-    """In text files a value with line ends has taken up several lines of the file."""
-    texts = (value_to_text(value) for value in row.values() if isinstance(value, (str, bytes)))
-    return sum(text.count("\n") for text in texts)
 
 
 def _without_values(row: BadRow) -> BadRow:

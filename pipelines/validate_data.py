@@ -7,10 +7,11 @@ Example:
 
 Compares validation and test rows with training rows; with --baseline_dir training rows with those of another dataset
 (another day); with --requests training rows with served requests: a file of raw inputs (.csv, .jsonl, .parquet) as
-export.predict reads, or a directory of such files, as export.serve logs them. Raw inputs that a log declares to leave
-out (the user's key) are named and not compared; any other raw input without a column is an error. Writes
-data_report.json and data_report.html to --report_dir. The spec declares what is expected: `expect` of a column, and
-`drift`. With --fail_on=anomaly the exit status is 1 if there is one.
+export.predict reads, or a directory of such files: of what export.serve logs, a model's directory,
+<request_log_dir>/<model>. Raw inputs that a log declares to leave out (the user's key) are named and not compared; any
+other raw input without a column is an error. Writes data_report.json and data_report.html to --report_dir. The spec
+declares what is expected: `expect` of a column, and `drift`. With --fail_on=anomaly the exit status is 1 if there is
+one.
 """
 
 import functools
@@ -45,7 +46,11 @@ from clsd_tf.small_groups import MIN_GROUP_USERS
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to check.", required=True)
 _BASELINE_DIR = flags.DEFINE_string("baseline_dir", None, "Dataset directory of another day, to compare with.")
-_REQUESTS = flags.DEFINE_string("requests", None, "Served requests: a file or a directory of .csv, .jsonl or .parquet.")
+_REQUESTS = flags.DEFINE_string(
+    "requests",
+    None,
+    "Served requests: a .csv, .jsonl or .parquet file, or a directory of them, as a model's in a request log.",
+)
 _SPEC = flags.DEFINE_string("spec", None, "Spec whose expectations and limits to use instead of the dataset's own.")
 _REPORT_DIR = flags.DEFINE_string(
     "report_dir", None, "Where the report goes; the dataset's name + _report if not given."

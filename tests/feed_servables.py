@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
 from clsd_tf.model_inputs import MISSING_INT64, RawInput
-from export.ranking import _decode
+from export.ranking import decode_requests
 
 RAW_INPUTS = (
     RawInput("age", "int64"),
@@ -22,6 +22,7 @@ class FeedModel(tf.Module):
     """``ctr`` = scale * (age + price + letters of user + number of recent), where a missing value counts 0.
 
     The user "slow" takes some 50 ms. ``rank`` reads price and item_id, which is no input of ``predict_raw``, of items.
+    ``single`` is ``serving_default`` with an output of another name.
     """
 
     def __init__(self, scale: float):
@@ -42,7 +43,7 @@ class FeedModel(tf.Module):
             return self.ctr(**parse_raw_examples(examples, RAW_INPUTS))
 
         def rank(requests):
-            context, items = _decode(requests)
+            context, items = decode_requests(requests)
             item_row = items.value_rowids()
             entries = {entry.name: entry for entry in RAW_INPUTS}
             users = parse_raw_examples(context, [entries[name] for name in ("age", "recent", "user")])
@@ -56,9 +57,11 @@ class FeedModel(tf.Module):
         def concrete(function, **specs):
             return tf.function(function, autograph=False).get_concrete_function(**specs)
 
+        strings = tf.TensorSpec([None], tf.string)
         return {
-            "serving_default": concrete(from_examples, examples=tf.TensorSpec([None], tf.string)),
-            "rank": concrete(rank, requests=tf.TensorSpec([None], tf.string)),
+            "serving_default": concrete(from_examples, examples=strings),
+            "single": concrete(lambda examples: {"score": from_examples(examples)["ctr"]}, examples=strings),
+            "rank": concrete(rank, requests=strings),
             "predict_raw": concrete(self.ctr, **raw_tensor_specs(RAW_INPUTS)),
         }
 

@@ -231,6 +231,14 @@ def test_an_event_without_an_intensity_value_is_no_bad_row(shop_content):
     assert (good.num_rows, bad) == (1, [])
 
 
+@pytest.mark.parametrize(("file_format", "lines"), [("csv", 3), ("jsonl", 1), ("parquet", 1)])
+def test_line_ends_within_a_value_are_lines_of_a_csv_file_alone(shop_content, file_format, lines):
+    shop_content["tables"]["log"]["format"] = file_format
+    spec = parse_spec(shop_content, "shop")
+    _, bad = parse_rows(raw_batch("log", [{"item_id": "a\nb\n", "clicked": "x"}, {"clicked": "y"}]), spec)
+    assert [row.lines for row in bad] == [lines, 1]
+
+
 # --- What must not be seen -------------------------------------------------------------------------------------------
 
 SALT = b"a salt of 16 or more bytes"

@@ -358,7 +358,8 @@ def test_dollar_signs_in_values_are_drawn_as_they_are(shop_spec):
     city = np.array(["$x$", r"$\frac$"])[np.arange(1000) % 2]
     before, after = (statistics_of(shop_spec, city=city, user_hash=np.arange(1000)) for _ in range(2))
     entry = contrast("$a^$", before, "after", after, shop_spec)
-    page = render_data_report({"train": before}, [entry], {}, {"dataset": "d", "spec": "s", "min_group_users": 20})
+    facts = {"dataset": "d", "spec": "s", "min_group_users": 20, "left_out": []}
+    page = render_data_report({"train": before}, [entry], {}, facts)
     # The drawing names each text in a comment: the value under its panel, and each side in a legend.
     assert "<!-- $x$ -->" in page
     assert r"<!-- $\frac$ -->" in page

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tensorflow as tf
+from tensorflow_serving.apis import input_pb2, prediction_log_pb2
 
 from clsd_tf.artifacts import read_json
 from clsd_tf.validation import SpecError
@@ -11,6 +12,7 @@ from export.batching_parameters import BATCHING_FILE, read_batching_parameters
 from export.profile import BatchingProfile, ExportProfile, load_profile, parse_profile
 from export.quantisation import QuantisationError
 from export.saved_model import export_servable
+from export.warmup import WARMUP_FILE, write_warmup_requests
 
 _SMALL = {
     "signatures": ["serving_default", "rank", "debug"],
@@ -106,6 +108,7 @@ def test_profiles_that_come_along_are_valid(name):
         ({"quantisation": {"tables": "int4"}}, "'none', 'float16' or 'int8'. Received: 'int4'"),
         ({"rank": {"top_k": 0}}, "greater than or equal to 1"),
         ({"warmup_batch_sizes": [1] * 101}, "at most 100 items"),
+        ({"warmup_batch_sizes": []}, "at least 1 item"),
     ],
 )
 def test_profiles_that_break_a_rule_are_refused(content, message):
@@ -116,6 +119,30 @@ def test_profiles_that_break_a_rule_are_refused(content, message):
 def test_a_profile_that_does_not_exist_is_refused():
     with pytest.raises(FileNotFoundError, match=r"or one of compact, ranking\. Received: nowhere\.yaml"):
         load_profile("nowhere.yaml")
+
+
+def test_no_warmup_request_has_more_rows_than_a_batch(tmp_path):
+    """TF Serving would refuse it, and with it the version; a request of rank is one row, whatever its items."""
+    write_warmup_requests(
+        tmp_path,
+        "m",
+        [request(item_id="i1")],
+        {},
+        signatures=["serving_default", "rank"],
+        batch_sizes=[2, 9],
+        max_batch_size=8,
+    )
+    file = tmp_path / WARMUP_FILE
+    logs = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(file))
+    ]
+    requests = [log.predict_log.request for log in logs]
+    rows = {"serving_default": [], "rank": []}
+    for one in requests:
+        rows[one.model_spec.signature_name] += [len(tensor.string_val) for tensor in one.inputs.values()]
+    assert rows == {"serving_default": [2], "rank": [1, 1]}
+    items = [input_pb2.ExampleListWithContext.FromString(one.inputs["requests"].string_val[0]) for one in requests[1:]]
+    assert [len(one.examples) for one in items] == [2, 9]
 
 
 def test_batching_files_by_hand(tmp_path):
@@ -132,6 +159,10 @@ def test_batching_files_by_hand(tmp_path):
         ("max_batch_size: 128", "text proto. Received"),
         ("max_batch { value: 1 }", "text proto. Received"),
         ("allowed_batch_sizes: [4, 2]", "must rise"),
+        ("max_batch_size { value: 0 }", "max_batch_size must be 1 or more. Received: 0"),
+        ("batch_timeout_micros { value: -1 }", "batch_timeout_micros must be 0 or more. Received: -1"),
+        ("max_enqueued_batches { }", "max_enqueued_batches must be 1 or more. Received: 0"),
+        ("num_batch_threads { value: -2 }", "num_batch_threads must be 1 or more"),
         ("max_batch_size { value: 8 } allowed_batch_sizes: 4", r"Received: \[4\], not 8"),
         (
             "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 4 } allowed_batch_sizes: 8",

@@ -12,8 +12,8 @@ from clsd_tf.artifacts import read_json, write_json
 from clsd_tf.assembly import load_model, predict
 from clsd_tf.evaluation import evaluate
 from clsd_tf.train_config import load_config
-from export.card_text import render_card
-from export.model_card import CARD_JSON, CARD_MARKDOWN, ModelCard, training_command, write_model_card
+from export.card_text import CARD_JSON, read_auc, render_card
+from export.model_card import CARD_MARKDOWN, ModelCard, training_command, write_model_card
 
 VERIFICATION = {"rows": 5, "warmup_records": 4, "max_difference": {"serving_default/ctr": 1e-8, "rank/ctr": 3e-8}}
 
@@ -44,6 +44,7 @@ def written(write, tmp_path_factory):
 def test_the_json_is_the_card_that_its_schema_describes(written):
     directory, card = written
     assert ModelCard.model_validate_json((directory / CARD_JSON).read_text()) == card
+    assert read_auc(directory) == card.overall.metrics["auc"].value > 0.5
 
 
 def test_the_same_run_gives_the_same_bytes(written, write, tmp_path):

@@ -152,27 +152,23 @@ def test_the_order_holds_within_and_between_files(servable, many, tmp_path, monk
     manifest = score_files(
         servable.path.parent, f"{many}/part-*.jsonl", tmp_path / "out", beam_arguments=beam_arguments
     )
-    assert_scored_in_order(servable, tmp_path / "out")
+    found = scored(tmp_path / "out")
+    assert found["note"].to_pylist() == [f"row {k}" for k in range(3600)]
+    np.testing.assert_allclose(found["ctr"], expected(servable, rows(3600)), rtol=1e-6, atol=1e-6)
+    assert pa.dataset.dataset(tmp_path / "out" / "scores").count_rows() == 3600
     assert len(list((tmp_path / "out" / "scores").iterdir())) > 20
     assert [entry["file"] for entry in manifest["inputs"]] == ["part-0.jsonl", "part-1.jsonl", "part-2.jsonl"]
 
 
-def assert_scored_in_order(servable, output):
-    """Checks the scores of the rows of ``many``."""
-    found = scored(output)
-    assert found["note"].to_pylist() == [f"row {k}" for k in range(3600)]
-    np.testing.assert_allclose(found["ctr"], expected(servable, rows(3600)), rtol=1e-6, atol=1e-6)
-    assert pa.dataset.dataset(output / "scores").count_rows() == 3600
-
-
-def test_the_command_scores_in_processes_as_well(servable, many, tmp_path):
+def test_the_command_tells_how_many_rows_it_scored(servable, tmp_path):
+    write(tmp_path / "rows.csv", rows(30))
     command = [
         sys.executable, "-m", "pipelines.predict", f"--servable={servable.path.parent}", f"--output={tmp_path / 'out'}",
-        f"--input={many}/part-*.jsonl", "--direct_num_workers=2", "--direct_running_mode=multi_processing",
+        f"--input={tmp_path}/rows.csv", *IN_MEMORY,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, check=True)
-    assert "3,600 rows read = 3,600 scored + 0 bad; scores in" in done.stdout
-    assert_scored_in_order(servable, tmp_path / "out")
+    assert "30 rows read = 30 scored + 0 bad; scores in" in done.stdout
+    np.testing.assert_allclose(scored(tmp_path / "out")["ctr"], expected(servable, rows(30)), atol=1e-6)
 
 
 def test_a_text_file_of_another_delimiter_is_read(servable, tmp_path):
@@ -207,12 +203,18 @@ def test_columns_of_parquet_that_the_model_does_not_read_stay_as_they_are(servab
 BAD = """note,user,age,price,recent
 fine,u1,30,1.5,a|b
 wrong age,u1,secret,1.5,
+"fine, with
+three
+lines",u1,32,,
 short,u1
 fine,u1,31,,
 wrong price,u1,30,1e99,
-"two
-lines",u1,30,1,
+wrong user,"two
+lines",30,1,
 fine,u2,,2,
+"stray,u1,33,,
+fine,u1,34,,
+"swallowed them,u1,35,,
 """
 
 
@@ -222,33 +224,35 @@ def test_rows_that_cannot_be_scored_are_named_and_counted(servable, tmp_path):
         servable.path, str(tmp_path / "rows.csv"), tmp_path / "out", max_bad_fraction=0.7, beam_arguments=IN_MEMORY
     )
     found = scored(tmp_path / "out")
-    assert found["note"].to_pylist() == ["fine"] * 3
-    np.testing.assert_allclose(found["ctr"], [0.355, 0.33, 0.04], rtol=1e-6)
+    assert found["note"].to_pylist() == ["fine", "fine, with\nthree\nlines", "fine", "fine"]
+    np.testing.assert_allclose(found["ctr"], [0.355, 0.34, 0.33, 0.04], rtol=1e-6)
     dead = pa.parquet.read_table(tmp_path / "out" / "dead_letter.parquet")
     assert dead.to_pylist() == [
         {"file": "rows.csv", "row": 3, "reason": "not_int64:age", "lines": 1},
-        {"file": "rows.csv", "row": 4, "reason": "2_columns_instead_of_5", "lines": 1},
-        {"file": "rows.csv", "row": 6, "reason": "not_float:price", "lines": 1},
-        {"file": "rows.csv", "row": 7, "reason": "line_break:note", "lines": 2},
+        {"file": "rows.csv", "row": 5, "reason": "2_columns_instead_of_5", "lines": 1},
+        {"file": "rows.csv", "row": 7, "reason": "not_float:price", "lines": 1},
+        {"file": "rows.csv", "row": 8, "reason": "line_break:user", "lines": 2},
+        {"file": "rows.csv", "row": 10, "reason": "line_break:note", "lines": 3},
     ]
-    assert manifest["rows"] == {"read": 8, "scored": 3, "bad": 5}
-    assert manifest["bad_rows"]["line_break:note"] == 2
+    assert manifest["rows"] == {"read": 12, "scored": 4, "bad": 8}
+    assert manifest["bad_rows"]["line_break:note"] == 3
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"secret" not in path.read_bytes()
 
 
 def test_too_many_bad_rows_leave_the_dead_letter_and_nothing_else(servable, tmp_path):
     (tmp_path / "rows.csv").write_text(BAD)
-    with pytest.raises(BadInputError, match=r"Received: 5 of 8 \(.*1 not_int64:age.*The bad rows are in") as caught:
+    with pytest.raises(BadInputError, match=r"Received: 8 of 12 \(.*1 not_int64:age.*The bad rows are in") as caught:
         score_files(servable.path, str(tmp_path / "rows.csv"), tmp_path / "out", beam_arguments=IN_MEMORY)
     assert "secret" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.dead_letter.parquet", "rows.csv"]
-    assert pa.parquet.read_table(tmp_path / "out.dead_letter.parquet").num_rows == 4
+    assert pa.parquet.read_table(tmp_path / "out.dead_letter.parquet").num_rows == 5
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "tfrecord", "parquet"])
 def test_values_of_another_type_are_bad_rows_in_typed_formats(servable, tmp_path, ending):
     records = rows(20)
+    records[4]["note"] = "\n" * 20  # One row all the same.
     if ending == "jsonl":
         records[4]["age"] = "secret"
         write(tmp_path / "rows.jsonl", records)
@@ -272,8 +276,26 @@ def test_values_of_another_type_are_bad_rows_in_typed_formats(servable, tmp_path
     )  # fmt: skip
     reason = "invalid_utf8:recent" if ending == "parquet" else "not_int64:age"
     assert manifest["bad_rows"] == {reason: 1}
+    assert manifest["rows"] == {"read": 20, "scored": 19, "bad": 1}
     good = [record for k, record in enumerate(rows(20)) if k != 4]
     np.testing.assert_allclose(scored(tmp_path / "out")["ctr"], expected(servable, good), atol=1e-6)
+
+
+def test_features_that_the_model_does_not_read_may_change_their_type(servable, tmp_path):
+    messages = [example({**record, "note": None}) for record in rows(1006)]
+    for k, message in enumerate(messages[:1003]):  # As integers in what is looked at first.
+        message.features.feature["note"].int64_list.value.append(k)
+    messages[1003].features.feature["note"].bytes_list.value.append(b"a text")
+    messages[1004].features.feature["note"].float_list.value.extend([0.5, 2.0])
+    with tf.io.TFRecordWriter(str(tmp_path / "rows.tfrecord")) as writer:
+        for message in messages:
+            writer.write(message.SerializeToString())
+    source = str(tmp_path / "rows.tfrecord")
+    manifest = score_files(servable.path, source, tmp_path / "out", beam_arguments=IN_MEMORY)
+    assert manifest["rows"] == {"read": 1006, "scored": 1006, "bad": 0}
+    found = scored(tmp_path / "out")
+    np.testing.assert_allclose(found["ctr"], expected(servable, rows(1006)), atol=1e-6)
+    assert found["note"].to_pylist() == [*map(str, range(1003)), "a text", "0.5|2", None]
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The client against the local server, over both protocols: scores, orders, errors, retries and deadlines."""
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
@@ -135,8 +136,34 @@ def test_items_carry_their_id_even_if_the_model_reads_it_for_nothing_else(server
         ranked = client.rank(user, items)
         assert [item for item, _ in ranked] == [10**17, 5, 6]
         np.testing.assert_allclose([ctr for _, ctr in ranked], [0.8, 0.67, 0.64], rtol=1e-6)  # 0.02 * (32 + price).
-        with pytest.raises(ValueError, match="needs its id, under the name that the model knows"):
+        assert {type(item) for item, _ in ranked} == {int}
+        with pytest.raises(ValueError, match=r"needs its id, under the name that the model knows. Received: 1 of 1 "):
             client.rank(user, [{"id": 5, "price": 1.5}])
+        with pytest.raises(ValueError, match=r"Received: 1 of 2 without"):
+            client.rank(user, [{"item_id": 5, "price": 1.5}, {"item_id": None, "price": 8}])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_value_that_all_items_share_may_stand_with_the_user(server, protocol):
+    user, items = {"user": "u1", "age": 30, "recent": None, "price": 8}, [{"item_id": 5}, {"item_id": 6}]
+    with client_of(server, protocol) as client:
+        assert client.rank(user, items) == [(5, pytest.approx(0.8)), (6, pytest.approx(0.8))]  # 0.02 * (32 + 8).
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_requests_that_a_server_answers_together_get_the_items_that_they_sent(servable_dir, protocol):
+    user = {"user": "u1", "age": 30, "recent": None}
+    items = [{"item_id": number, "price": number} for number in range(1, 6)]
+    options = BatchingOptions(max_batch_size=2, batch_timeout_seconds=5.0)  # Waits until there are two.
+    with (
+        LocalServer(servable_dir, batching=options, num_threads=1) as joining,
+        client_of(joining, protocol) as client,
+        concurrent.futures.ThreadPoolExecutor(2) as threads,
+    ):
+        assert len(client.raw_inputs) == 4  # Asked once, before.
+        long, short = threads.map(lambda count: client.rank(user, items[:count]), (5, 2))
+    assert [item for item, _ in long] == [5, 4, 3, 2, 1]
+    assert short == [(2, pytest.approx(0.68)), (1, pytest.approx(0.66))]
 
 
 @pytest.fixture(scope="module")
@@ -288,11 +315,73 @@ def test_nobody_there_is_unavailable_with_a_hint_at_the_ports(protocol):
         client.status()
 
 
+@pytest.mark.parametrize("answer", ["HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{", "HTTP/1.1 200 OK\r\nX-A: "])
+def test_a_server_that_sends_byte_after_byte_costs_the_deadline_and_no_more(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener, dripping(listener, answer.encode()):
+        start = time.monotonic()
+        with (
+            client_of(f"127.0.0.1:{listener.getsockname()[1]}", "rest", timeout_seconds=0.3) as client,
+            pytest.raises(ServingError) as caught,
+        ):
+            client.status()
+    assert caught.value.code == "DEADLINE_EXCEEDED"
+    assert 0.25 < time.monotonic() - start < 1.0
+
+
+@contextlib.contextmanager
+def dripping(listener, answer):
+    """Answers one request with ``answer`` and then a byte every 20 ms, for two seconds."""
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):  # The client goes away.
+            connection.sendall(answer)
+            for _ in range(100):
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_a_body_that_is_too_long_is_refused_once(servable_dir):
+    with (
+        LocalServer(servable_dir, max_request_bytes=500) as strict,
+        client_of(strict, "rest", batch_size=5, max_attempts=5) as client,
+    ):
+        (request,) = client.requests(ROWS)
+        assert client.score_examples(request[:1]) == pytest.approx([0.69])
+        start = time.monotonic()
+        with pytest.raises(ServingError, match=r"Received: RESOURCE_EXHAUSTED, HTTP status 413, "):
+            client.score_examples(request)
+        assert time.monotonic() - start < 0.5  # Four more attempts would take longer.
+
+
+def test_an_error_inside_the_server_is_internal():
+    answer = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_server(("127.0.0.1", 0)) as listener, dripping(listener, answer):
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            client_of(where, "rest") as client,
+            pytest.raises(ServingError, match="Received: INTERNAL, HTTP status 500"),
+        ):
+            client.status()
+
+
+def test_an_output_of_another_name_is_not_taken_for_the_ctr(server):
+    with client_of(server, "rest") as client:  # Where a single output comes without its name.
+        (request,) = client.requests(ROWS.slice(0, 2))
+        with pytest.raises(ValueError, match=r"must answer ctr for each of 2. Received: score of 2\. Is the model"):
+            client._predict("single", "examples", request, "ctr")
+
+
 def test_the_other_protocol_is_named_as_such(server):
-    with client_of(server.grpc_address, "rest", max_attempts=1) as client, pytest.raises(ServingError):
-        client.status()
-    with client_of(server.rest_address, "grpc", max_attempts=1) as client, pytest.raises(ServingError):
-        client.status()
+    hint = r"does it speak this protocol on that port \(gRPC: 8500, REST: 8501\)"
+    for address, protocol in ((server.grpc_address, "rest"), (server.rest_address, "grpc")):
+        with client_of(address, protocol, max_attempts=1) as client, pytest.raises(ServingError, match=hint):
+            client.status()
 
 
 # --- Comparison and load ---------------------------------------------------------------------------------------------
@@ -340,12 +429,14 @@ def test_a_rate_sets_the_moments_and_waiting_for_a_sender_counts():
 
     even = generate_load(send, ["a", "b"], concurrency=4, duration_seconds=0.5, rate_per_second=20)
     assert even.codes == {"OK": 10}
-    assert (sent.count("a"), sent.count("b")) == (5, 5)
+    assert (sent.count("a"), sent.count("b"), even.unsent) == (5, 5, 0)
     assert even.latencies_ms.max() < 100
-    # One sender is done every 50 ms, but 40 are due a second: the last of 20 waits for half a second.
+    # One sender is done every 50 ms, but 40 are due a second: of 20 it sends 10, the last one 225 ms late.
     stalled = generate_load(send, ["a"], concurrency=1, duration_seconds=0.5, rate_per_second=40)
-    assert stalled.codes == {"OK": 20}
-    assert stalled.latencies_ms.max() > 450
+    assert 8 <= stalled.codes["OK"] == 20 - stalled.unsent <= 10
+    assert stalled.latencies_ms.max() > 200
+    assert stalled.seconds < 0.6
+    assert stalled.to_dict()["unsent"] == stalled.unsent
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -444,3 +444,19 @@ def test_a_constant_column_is_not_blown_up_by_rounding_error():
     feature = NumericFeature(type="numeric", name="x", column="x")
     statistics = NumericStatistics(1000, 0.1, 1.4e-17, 0.1, 0.1)
     assert numeric_values(feature, statistics, tf.constant([0.1, 0.2])).numpy() == pytest.approx([0.0, 0.1], abs=1e-6)
+
+
+def test_a_long_history_does_not_make_the_others_of_its_batch_long(transform, shop_spec):
+    """40,000 values in one of 500 rows: padded to the longest, they would be 20 million."""
+    long = tf.train.Example()
+    long.features.feature["recent_items"].bytes_list.value.extend([b"i1"] * 39_999 + [b"i3"])
+    requests = tf.constant([long.SerializeToString(), *[b""] * 499])
+    raw = parse_raw_examples(requests, shop_spec.raw_inputs)
+    assert raw["recent_items"].values.shape == [40_000]
+    graph = tf.function(transform).get_concrete_function(raw).graph
+    padded = [operation.outputs[0] for operation in graph.get_operations() if operation.type == "RaggedTensorToTensor"]
+    assert padded
+    assert all(output.shape[1] is not None for output in padded)  # To a declared length, not to the longest.
+    ids = transform(raw)["recent_items"].numpy()
+    assert ids[0].tolist() == [4, 4, 5]
+    assert not ids[1:].any()

@@ -425,7 +425,7 @@ def test_promotions_that_make_no_sense_are_refused(feed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig as text"),
+        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig text proto"),
         ("custom_model_config { type_url: 'x/google.protobuf.Empty' }", "Received: custom_model_config"),
         ("model_config_list { config { name: 'feed' } config { name: 'feed' } }", "Received: 2 for 'feed'"),
         ("model_config_list { config { name: 'other' } # why\n }", "comments in the middle"),
@@ -552,8 +552,15 @@ def test_the_list_says_what_is_loaded_labelled_and_damaged(feed):
     assert (oldest.version, oldest.labels, oldest.is_loaded, oldest.problems) == (1, ("stable",), True, ())
     assert (newest.version, newest.labels, newest.is_loaded) == (2, (), False)
     assert newest.problems == ("saved_model.pb has another SHA-256 than the manifest says",)
-    assert (newest.created, newest.max_difference) == ("then", 3e-8)
+    assert (newest.created, newest.max_difference, newest.auc) == ("then", 3e-8, None)
     assert {state.problems for state in list_versions(feed)} == {None}
+
+
+def test_the_list_gives_the_auc_of_cards_that_can_be_read(feed):
+    publish(feed, 1, 2)
+    (feed.path / "1" / "assets.extra" / "model_card.json").write_text("{")
+    write_json(feed.path / "2" / "assets.extra" / "model_card.json", {"overall": {"metrics": {"auc": {"value": 0.71}}}})
+    assert [state.auc for state in list_versions(feed)] == [0.71, None]
 
 
 @pytest.mark.parametrize(("change", "message"), _UNREADABLE)
@@ -572,6 +579,7 @@ def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
     (tmp_path / "old" / "3").mkdir(parents=True)
     (state,) = list_versions(versions, check=True)
     assert (state.created, state.num_bytes, state.is_loaded, state.problems) == (None, 0, False, ("no manifest",))
+    assert (state.max_difference, state.auc) == (None, None)
 
 
 def run(versions, *arguments):

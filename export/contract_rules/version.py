@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from export.batching_parameters import BATCHING_FILE, parse_batching_parameters
 from export.contract_rules.rules import NotApplicable
+from export.versions import version_number
 from export.warmup import WARMUP_FILE
 
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")  # The first that is there is read (reader.cc).
@@ -24,15 +24,6 @@ _DEFAULT_BATCH = 64
 _LARGEST_BATCH_TRIED = 4096
 _TIMEOUT_MILLISECONDS = 60_000
 _NO_SIGNATURE = ("__saved_model_init_op", "__saved_model_train_op")
-_INT64 = range(-(2**63), 2**63)
-
-
-def version_number(name: str) -> int | None:
-    """The version that TF Serving reads from a directory's name, None if it ignores it."""
-    if not re.fullmatch(r"-?[0-9]{1,19}", name.strip(" ")):
-        return None
-    number = int(name)
-    return number if number in _INT64 else None
 
 
 class Base:

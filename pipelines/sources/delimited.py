@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from clsd_tf.tables import Table
@@ -57,6 +58,20 @@ def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]
     if len(numbers) != rows.num_rows:
         raise UnreadableError(f"{rows.num_rows} rows parsed where {len(numbers)} stand", first_row - 1)
     yield from files.cut_batches(files.named(rows, table, part.file.row_ids(numbers)), bad_rows, part.file)
+
+
+def num_lines(rows: pa.Table, table: Table) -> np.ndarray:
+    """How many lines of its file each row takes up, int64 [num_rows]: in CSV a quoted value may hold line ends.
+
+    Args:
+      rows: as they were read, from a table of any format.
+      table: says the format.
+    """
+    lines = np.ones(rows.num_rows, np.int64)
+    for values in rows.columns if table.format == "csv" else ():
+        if pa.types.is_binary(values.type) or pa.types.is_string(values.type):
+            lines += pc.fill_null(pc.count_substring(values, "\n"), 0).to_numpy()
+    return lines
 
 
 def _parse(data: bytes, header: tuple[str, ...], table: Table) -> tuple[pa.Table, list[pa.csv.InvalidRow]]:

@@ -6,7 +6,7 @@ TensorFlow's own file systems open them: local paths and gs://; others need tens
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,17 @@ import pyarrow as pa
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
+from clsd_tf.columns import value_to_text
 from clsd_tf.tables import Column, Table
 from pipelines.sources import files
 from pipelines.sources.files import ROW_ID, BadRow, RawBatch, SourceFile, SourceSlice, UnreadableError
 
 _DTYPES = {"string": tf.string, "int64": tf.int64, "float": tf.float32}
 _KINDS = {"string": "bytes_list", "int64": "int64_list", "float": "float_list"}
+
+
+class AnyTypeColumn(Column):
+    """A feature that makes no example a bad row: of ``type`` in most, and text in batches where some differ."""
 
 
 def feature_names(file: SourceFile, table: Table) -> list[str]:
@@ -83,8 +88,8 @@ def _until_damage(dataset: tf.data.Dataset) -> list[bytes]:
 
 def _parse(records: np.ndarray, first_row: int, file: SourceFile, table: Table) -> RawBatch:
     rows, bad_rows = np.arange(first_row, first_row + len(records)), []
-    parsed = _parse_examples(records, table)
-    if parsed is None:  # Some record is no example or holds another type: find which.
+    columns = _parse_columns(records, table.columns)
+    if columns is None:  # Some record is no example or holds another type: find which.
         reasons = [_reason(record, table) for record in records]
         good = np.array([reason is None for reason in reasons], bool)
         bad_rows = [
@@ -92,23 +97,42 @@ def _parse(records: np.ndarray, first_row: int, file: SourceFile, table: Table) 
             for row, record, reason in zip(rows, records, reasons, strict=True)
             if reason is not None
         ]
-        parsed, rows = _parse_examples(records[good], table), rows[good]
-    if parsed is None:
+        columns, rows = _parse_with_text(records[good], table.columns), rows[good]
+    if columns is None:
         raise UnreadableError("an example that TensorFlow cannot parse", first_row - 1)
-    columns = {column.name: _to_arrow(parsed[column.name_in_file], column) for column in table.columns}
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array(file.row_ids(rows), pa.int64())}), bad_rows)
 
 
-def _parse_examples(records: np.ndarray, table: Table) -> dict[str, tf.RaggedTensor] | None:
+def _parse_columns(records: np.ndarray, columns: Sequence[Column]) -> dict[str, pa.Array] | None:
     """All records at once; None if any of them cannot be parsed."""
     features = {
-        column.name_in_file: tf.io.RaggedFeature(_DTYPES[column.type], row_splits_dtype=tf.int64)
-        for column in table.columns
+        column.name_in_file: tf.io.RaggedFeature(_DTYPES[column.type], row_splits_dtype=tf.int64) for column in columns
     }
     try:
-        return tf.io.parse_example(tf.constant(records, tf.string, shape=[len(records)]), features)
+        parsed = tf.io.parse_example(tf.constant(records, tf.string, shape=[len(records)]), features)
     except (tf.errors.InvalidArgumentError, UnicodeDecodeError):  # The latter when the message quotes the bytes.
         return None
+    return {column.name: _to_arrow(parsed[column.name_in_file], column) for column in columns}
+
+
+def _parse_with_text(records: np.ndarray, columns: Sequence[Column]) -> dict[str, pa.Array] | None:
+    """The same, with columns of any type as text if their values differ from it."""
+    parsed = _parse_columns(records, columns)
+    of_any_type = [column for column in columns if isinstance(column, AnyTypeColumn)]
+    if parsed is not None or not of_any_type:
+        return parsed
+    parsed = _parse_columns(records, [column for column in columns if column not in of_any_type])
+    if parsed is None:
+        return None
+    examples = [tf.train.Example.FromString(record).features.feature for record in records]
+    for column in of_any_type:
+        parsed[column.name] = pa.array([_text(features, column.name_in_file) for features in examples], pa.string())
+    return parsed
+
+
+def _text(features: Mapping[str, tf.train.Feature], name: str) -> str | None:
+    kind = features[name].WhichOneof("kind") if name in features else None
+    return value_to_text(list(getattr(features[name], kind).value)) if kind else None
 
 
 def _reason(record: bytes, table: Table) -> str | None:
@@ -118,6 +142,8 @@ def _reason(record: bytes, table: Table) -> str | None:
     except DecodeError:
         return "not_a_tf_example"
     for column in table.columns:
+        if isinstance(column, AnyTypeColumn):
+            continue
         kind = features[column.name_in_file].WhichOneof("kind") if column.name_in_file in features else None
         if kind not in (None, _KINDS[column.type]):
             return f"not_{column.type}:{column.name}"
