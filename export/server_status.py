@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from export.client_transport import Endpoint, RestTransport, ServingError, VersionStatus
+from export.client_transport import Endpoint, ServingError, VersionStatus
+from export.rest_transport import RestTransport
 
 TIMEOUT_SECONDS = 600.0
 _REQUEST_TIMEOUT_SECONDS = 10.0
