@@ -23,7 +23,7 @@ from clsd_tf.artifacts import locked, remove_abandoned, require_absent, staged_d
 HISTORY_FILE = "history.jsonl"
 MAX_VERSION = 2**63 - 1  # TF Serving reads int64.
 _INT64 = range(-(2**63), 2**63)
-_STAGED = re.compile(r"\.([0-9]+)\.(?:incomplete|deleted)-.*")
+_STAGED = re.compile(r"\.([0-9]+)\.incomplete-.*")
 
 
 def check_name(name: str) -> None:

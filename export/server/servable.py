@@ -74,7 +74,7 @@ class LoadedVersion:
         self.manifest = _manifest(path)
         self._loaded = tf.saved_model.load(str(path))  # Kept: it owns the variables of the signatures.
         self._functions = dict(self._loaded.signatures.items())
-        self.signatures = {name: _signature(name, self.signature_defs[name]) for name in self._functions}
+        self.signatures = {name: signature_of(name, self.signature_defs[name]) for name in self._functions}
 
     def run(self, signature_name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Calls a signature; string tensors are object arrays of bytes.
@@ -113,7 +113,8 @@ def _manifest(path: pathlib.Path) -> dict | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _signature(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
+def signature_of(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
+    """The signature that a SavedModel declares."""
     defaults = {key: tf.make_ndarray(value) for key, value in declared.defaults.items()}
     return Signature(name, _specs(declared.inputs), _specs(declared.outputs), defaults)
 
