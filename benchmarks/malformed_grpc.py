@@ -9,15 +9,23 @@ import grpc
 import tensorflow as tf
 from google.protobuf.message import Message
 from tensorflow.core.framework import types_pb2
-from tensorflow_serving.apis import classification_pb2, predict_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    inference_pb2,
+    input_pb2,
+    predict_pb2,
+)
 
 from benchmarks.malformed_requests import (
     EXAMPLES,
     HOSTILE_TEXTS,
+    RANK,
     RAW,
     ROWS,
     Malformed,
     Target,
+    broken_lists,
     good_tensors,
     input_of,
     no_example,
@@ -27,7 +35,7 @@ from benchmarks.malformed_requests import (
 
 def grpc_request(choose: random.Random, target: Target) -> Malformed:
     """A request over gRPC."""
-    return choose.choice(_BREAKERS)(choose, target)
+    return choose.choice(_BREAKERS + (_RANK_BREAKERS if RANK in target.signatures else ()))(choose, target)
 
 
 def _predict(choose: random.Random, target: Target, signature: str = RAW) -> predict_pb2.PredictRequest:
@@ -133,6 +141,69 @@ def _list_of_examples(choose: random.Random, target: Target) -> Malformed:
     return _grpc("feature type", request, field, method)
 
 
+def _multi_inference(choose: random.Random, target: Target) -> Malformed:
+    request = inference_pb2.MultiInferenceRequest()
+    field, example = wrong_kind(choose, target)
+    request.input.example_list.examples.append(example)
+
+    def add(model: str, signature: str, method: str) -> None:
+        task = request.tasks.add(method_name=method)
+        task.model_spec.name, task.model_spec.signature_name = model, signature
+
+    kind = choose.choice(["feature type", "no tasks", "models", "twice", "method", "signature", "tensors"])
+    regress, classify = "tensorflow/serving/regress", "tensorflow/serving/classify"
+    if kind != "no tasks":
+        add(target.model, "regress", regress)
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    if kind == "no tasks":
+        field = "task"
+    elif kind == "models":
+        add("absent" + choose.choice(HOSTILE_TEXTS), "classify", classify)
+        field = "same model"
+    elif kind == "twice":
+        add(target.model, "regress", choose.choice([regress, classify]))
+        field = "signatures"
+    elif kind == "method":
+        request.tasks[0].method_name = "absent" + choose.choice(HOSTILE_TEXTS)
+        field, code = "method_name", grpc.StatusCode.UNIMPLEMENTED
+    elif kind == "signature":
+        request.tasks[0].model_spec.signature_name = "absent" + choose.choice(HOSTILE_TEXTS)
+        field = "absent"
+    elif kind == "tensors":
+        add(target.model, "classify", classify)
+        field = "same tensor"
+    return _grpc(f"tasks: {kind}", request, field, "MultiInference", code=code)
+
+
+def _metadata(choose: random.Random, target: Target) -> Malformed:
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = target.model
+    if choose.random() < 0.3:
+        request.model_spec.name = "absent" + choose.choice(HOSTILE_TEXTS)
+        return _grpc("metadata", request, "absent", "GetModelMetadata", code=grpc.StatusCode.NOT_FOUND)
+    if choose.random() < 0.3:
+        request.ClearField("model_spec")
+        return _grpc("metadata", request, "model_spec", "GetModelMetadata")
+    request.metadata_field[:] = choose.choice([[], ["weights"], ["signature_def", *HOSTILE_TEXTS]])
+    return _grpc("metadata", request, "metadata_field", "GetModelMetadata")
+
+
+def _broken_list(choose: random.Random, target: Target) -> Malformed:
+    request = _predict(choose, target, RANK)
+    request.inputs["requests"].string_val[choose.randrange(ROWS)] = broken_lists(choose, target)
+    return _grpc("list", request, "requests")
+
+
+def _feature_of_list(choose: random.Random, target: Target) -> Malformed:
+    request = _predict(choose, target, RANK)
+    field, example = wrong_kind(choose, target)
+    whole = input_pb2.ExampleListWithContext(context=example, examples=[example])  # Either may be the one that is read.
+    request.inputs["requests"].string_val[:] = [whole.SerializeToString()] * ROWS
+    return _grpc("feature of a list", request, field)
+
+
 _BREAKERS: tuple[Callable[[random.Random, Target], Malformed], ...] = (
     _broken_message, _inputs, _dtype, _shape, _content, _grpc_place, _output_filter, _grpc_example, _list_of_examples,
+    _multi_inference, _metadata,
 )  # fmt: skip
+_RANK_BREAKERS = (_broken_list, _feature_of_list)

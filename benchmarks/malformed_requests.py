@@ -13,10 +13,11 @@ from collections.abc import Mapping
 import grpc
 import numpy as np
 import tensorflow as tf
+from tensorflow_serving.apis import input_pb2
 
 from export.server.servable import Signature
 
-RAW, EXAMPLES = "predict_raw", "serving_default"
+RAW, EXAMPLES, RANK = "predict_raw", "serving_default", "rank"
 ROWS = 3
 HOSTILE_TEXTS = ("", "é" * 300, "x" * 5000, "../../etc", "a\x00b", "{}", "%s%n")
 
@@ -27,7 +28,7 @@ class Target:
 
     Attributes:
       model: its name.
-      signatures: at least predict_raw, serving_default, classify and regress.
+      signatures: at least predict_raw, serving_default, classify and regress; rank is asked if it is there.
       features: of its tf.Examples: name -> string, int64 or float.
     """
 
@@ -90,3 +91,11 @@ def no_example(choose: random.Random, target: Target) -> bytes:
 def input_of(choose: random.Random, target: Target) -> str:
     """One of predict_raw's inputs."""
     return choose.choice(sorted(target.signatures[RAW].inputs))
+
+
+def broken_lists(choose: random.Random, target: Target) -> bytes:
+    """Bytes that are no ExampleListWithContext: what `rank` takes."""
+    _, example = wrong_kind(choose, target)
+    whole = input_pb2.ExampleListWithContext(context=example, examples=[example]).SerializeToString()
+    # Cut within the item; a tag without its value; a field 1 that is longer than the message.
+    return choose.choice([whole[:-1], whole + b"\x0a", b"\x0a\x7f", b"\xff" * 11])

@@ -14,20 +14,24 @@ import tensorflow as tf
 from benchmarks.malformed_requests import (
     EXAMPLES,
     HOSTILE_TEXTS,
+    RANK,
     RAW,
     ROWS,
     Malformed,
     Target,
+    broken_lists,
     good_tensors,
     input_of,
     no_example,
     wrong_kind,
 )
 
+_MANY_KEYS = 50_000
+
 
 def rest_request(choose: random.Random, target: Target) -> Malformed:
     """A request over REST."""
-    return choose.choice(_BREAKERS)(choose, target)
+    return choose.choice(_BREAKERS + (_RANK_BREAKERS if RANK in target.signatures else ()))(choose, target)
 
 
 def _rest(kind: str, target: Target, body: Any, field: str, verb: str = "predict", **options) -> Malformed:
@@ -146,7 +150,12 @@ def _rest_rows(choose: random.Random, target: Target) -> Malformed:
 
 def _twice(choose: random.Random, target: Target) -> Malformed:
     name = input_of(choose, target)
-    text = json.dumps(_raw_body(choose, target)).replace(f'"{name}":', f'"{name}": 1, "{name}":')
+    text = json.dumps(_raw_body(choose, target))
+    if choose.random() < 0.1:  # A late key of many: the search for it must not compare each with each.
+        others = "".join(f'"{number}": 0, ' for number in range(_MANY_KEYS))
+        text = f'{{{others}"{name}": 0, "{name}": 0}}'
+    else:
+        text = text.replace(f'"{name}":', f'"{name}": 1, "{name}":')
     return _rest("twice", target, text.encode(), name)
 
 
@@ -178,8 +187,20 @@ def _rest_place(choose: random.Random, target: Target) -> Malformed:
     return Malformed("version", path, body, str(version), grpc.StatusCode.NOT_FOUND)
 
 
+def _broken_list(choose: random.Random, target: Target) -> Malformed:
+    text = base64.b64encode(broken_lists(choose, target)).decode()
+    body = choose.choice([{"instances": [{"b64": text}]}, {"inputs": {"requests": [{"b64": text}]}}])
+    return _rest("list", target, {"signature_name": RANK, **body}, "requests")
+
+
+def _no_list(choose: random.Random, target: Target) -> Malformed:
+    value = choose.choice([1, None, [["a"]], {"b64": "*"}, {"items": []}])
+    return _rest("no list", target, {"signature_name": RANK, "inputs": {"requests": [value]}}, "requests")
+
+
 _BREAKERS: tuple[Callable[[random.Random, Target], Malformed], ...] = (
     _cut_json, _garbage, _no_object, _keys, _rest_signature, _signature_type, _missing_input, _unknown_input,
     _wrong_type, _absurd_number, _ragged, _rest_rank, _rest_rows, _twice, _rest_example, _feature_type, _examples,
     _rest_place,
 )  # fmt: skip
+_RANK_BREAKERS = (_broken_list, _no_list)

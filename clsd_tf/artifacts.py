@@ -55,9 +55,9 @@ def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     require_absent(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.with_name(f".{final.name}.incomplete-{secrets.token_hex(4)}")
+    remove_abandoned(final.parent, f".{glob.escape(final.name)}.incomplete-*")
     with contextlib.ExitStack() as locks:
         with locked(final.parent):  # Nobody may find the new directory before it is locked.
-            _remove_abandoned(final)
             staging.mkdir()
             locks.enter_context(locked(staging))
         try:
@@ -84,11 +84,19 @@ def locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _remove_abandoned(final: pathlib.Path) -> None:
-    for path in final.parent.glob(f".{glob.escape(final.name)}.incomplete-*"):
-        with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as is_abandoned:
-            if is_abandoned:
-                shutil.rmtree(path, ignore_errors=True)
+def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
+    """Removes the directories in ``parent`` of that name which no process holds, as far as it may."""
+    with contextlib.ExitStack() as locks:
+        with locked(parent):  # None is between its making and its lock.
+            abandoned = [path for path in parent.glob(pattern) if _hold_if_free(locks, path)]
+        for path in abandoned:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _hold_if_free(locks: contextlib.ExitStack, directory: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError):  # It is gone, or another user's.
+        return locks.enter_context(locked(directory, wait=False))
+    return False
 
 
 def _sync(directory: pathlib.Path) -> None:

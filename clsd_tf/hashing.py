@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import pathlib
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,15 @@ def mix_row_ids(row_ids: np.ndarray, seed: int) -> np.ndarray:
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return value ^ (value >> np.uint64(31))
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file's bytes in hex; reads it in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def hash_user_ids(values: pa.Array, salt: bytes) -> pa.Array:

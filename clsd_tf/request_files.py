@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import pathlib
@@ -143,12 +144,12 @@ def _split_list(values: pa.StringArray) -> pa.Array:
 
 
 def _refuse_repeated(path: pathlib.Path, names: Sequence[str]) -> None:
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(
-            f"{path} must have each column once. Received: {repeated!r} {names.count(repeated)} times. Rename or "
-            "remove one of them in the file"
-        )
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise ValueError(
+                f"{path} must have each column once. Received: {name!r} {count} times. Rename or remove one of them in "
+                "the file"
+            )
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
 from clsd_tf.examples import arrow_to_tensors, bounded_batches
+from clsd_tf.hashing import file_sha256
 from clsd_tf.model_inputs import RawInput
 from clsd_tf.request_files import typed_rows
 
 _DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
 _SCORING_PARTS = ("saved_model.pb", "variables", "assets")  # What else lies there decides no score.
+_NUMBER = re.compile("[0-9]{1,19}")  # isdigit would take more, which int cannot read.
 
 
 class LocalServable:
@@ -69,7 +72,7 @@ class LocalServable:
     def version(self) -> int | None:
         """The version that the directory's name says; None if it is no number."""
         name = self.path.resolve().name
-        return int(name) if name.isdecimal() else None
+        return int(name) if _NUMBER.fullmatch(name) else None
 
     def fingerprint(self) -> str:
         """16 hex digits over the names and bytes of all files that decide a score."""
@@ -77,16 +80,8 @@ class LocalServable:
         for file in sorted(self.path.rglob("*")):
             place = file.relative_to(self.path)
             if file.is_file() and place.parts[0] in _SCORING_PARTS:
-                digest.update(f"{place.as_posix()} {_sha256(file)}\n".encode())
+                digest.update(f"{place.as_posix()} {file_sha256(file)}\n".encode())
         return digest.hexdigest()[:16]
-
-
-def _sha256(file: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def version_directory(path: pathlib.Path) -> pathlib.Path:
@@ -97,7 +92,8 @@ def version_directory(path: pathlib.Path) -> pathlib.Path:
     """
     if (path / "saved_model.pb").is_file():
         return path
-    versions = [child for child in path.glob("*") if child.name.isdigit() and (child / "saved_model.pb").is_file()]
+    numbered = [child for child in path.glob("*") if _NUMBER.fullmatch(child.name)]
+    versions = [child for child in numbered if (child / "saved_model.pb").is_file()]
     if not versions:
         raise FileNotFoundError(
             f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"

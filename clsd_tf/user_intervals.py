@@ -6,17 +6,21 @@ of sums over users, so that its error follows from each user's influence on it:
 error^2 = num_users / (num_users - 1) * sum_u influence_u^2
 interval = value -+ t quantile (num_users - 1 degrees of freedom) * error
 
+with the users that enter the metric: of gauc those with both labels, among clicks those who clicked, else all.
+
 The influence on a ratio of sums R = sum_u a_u / sum_u b_u is (a_u - R * b_u) / sum_u b_u. Resampling whole users gives
 much the same and takes a sort for each resample, here it is one.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 
 import numpy as np
 from scipy import stats
 
+from clsd_tf.metrics import auc_by_user
 from clsd_tf.user_errors import auc_difference_error, gauc_difference_error, influence_error
 
 Array = np.ndarray
@@ -36,16 +40,28 @@ def user_intervals(columns: Mapping[str, Array | None], values: Mapping[str, flo
       Of ``click_rate``, ``auc``, ``gauc``, ``log_loss``, ``normalized_entropy``, ``pcoc``, ``intensity_auc`` and
       ``intensity_auc_among_clicks``; None where the metric is not defined or there are fewer than two users.
     """
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(len(np.unique(columns["user_hash"])) - 1, 1)))
+    num_users = _num_users(columns)
     return {
-        name: None if error is None or values[name] is None else _interval(name, values[name], margin * error)
+        name: None if error is None or values[name] is None else _interval(name, values[name], error, num_users[name])
         for name, error in _errors(columns).items()
     }
 
 
-def _interval(name: str, value: float, margin: float) -> list[float]:
+def _interval(name: str, value: float, error: float, num_users: int) -> list[float]:
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_users - 1)) * error
     high = value + margin
     return [max(value - margin, 0.0), min(high, 1.0) if name in _AT_MOST_1 else high]
+
+
+def _num_users(columns: Mapping[str, Array | None]) -> Mapping[str, int]:
+    """Metric -> number of users that enter it."""
+    label, users = columns["label"], columns["user_hash"]
+    _, aucs, _ = auc_by_user(label, columns["pctr"], users, columns["sample_weight"])
+    return collections.defaultdict(
+        lambda: len(np.unique(users)),
+        gauc=int(np.isfinite(aucs).sum()),
+        intensity_auc_among_clicks=len(np.unique(users[label > 0.5])),
+    )
 
 
 def _errors(columns: Mapping[str, Array | None]) -> dict[str, float | None]:

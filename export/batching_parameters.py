@@ -16,6 +16,7 @@ from export.profile import BatchingProfile
 
 # Where TF Serving looks for a version's own parameters with --enable_per_model_batching_parameters.
 BATCHING_FILE = "batching_params.pbtxt"
+_DEFAULT_MAX_BATCH_SIZE = 1000
 _WRAPPED = {
     "max_batch_size": wrappers_pb2.Int64Value,
     "batch_timeout_micros": wrappers_pb2.Int64Value,
@@ -24,6 +25,13 @@ _WRAPPED = {
     "thread_pool_name": wrappers_pb2.StringValue,
     "enable_large_batch_splitting": wrappers_pb2.BoolValue,
     "max_execution_batch_size": wrappers_pb2.Int64Value,
+}
+_SMALLEST = {
+    "max_batch_size": 1,
+    "batch_timeout_micros": 0,
+    "max_enqueued_batches": 1,
+    "num_batch_threads": 1,
+    "max_execution_batch_size": 1,
 }
 
 
@@ -56,28 +64,41 @@ BatchingParameters = _message_class()
 
 
 def read_batching_parameters(path: pathlib.Path) -> Message:
-    """Parses a batching file; a number that is not set has no field (``HasField``).
+    """Parses and checks a batching file; a number that is not set has no field (``HasField``).
 
     Raises:
       ValueError: the text is not a BatchingParameters text proto, or breaks a rule of TF Serving.
     """
+    parameters = parse_batching_parameters(path)
+    check_batching_parameters(parameters)
+    return parameters
+
+
+def parse_batching_parameters(path: pathlib.Path) -> Message:
+    """As ``read_batching_parameters``, whatever the numbers are.
+
+    Raises:
+      ValueError: the text is not a BatchingParameters text proto.
+    """
     try:
-        parameters = text_format.Parse(path.read_text(encoding="utf-8"), BatchingParameters())
+        return text_format.Parse(path.read_text(encoding="utf-8"), BatchingParameters())
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path.name} must be a BatchingParameters text proto. Received: {error}. "
             "Allowed: max_batch_size { value: 64 } and so on"
         ) from error
-    check_batching_parameters(parameters)
-    return parameters
 
 
 def check_batching_parameters(parameters: Message) -> None:
     """Rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
 
     Raises:
-      ValueError: allowed_batch_sizes do not rise, or do not end at the largest batch that is run.
+      ValueError: a number below its smallest, or allowed_batch_sizes that do not rise, or do not end at the largest
+        batch that is run.
     """
+    for name, smallest in _SMALLEST.items():
+        if parameters.HasField(name) and getattr(parameters, name).value < smallest:
+            raise ValueError(f"{name} must be {smallest} or more. Received: {getattr(parameters, name).value}")
     sizes = list(parameters.allowed_batch_sizes)
     if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
         raise ValueError(f"allowed_batch_sizes must rise, from 1 or more. Received: {sizes}")
@@ -86,12 +107,17 @@ def check_batching_parameters(parameters: Message) -> None:
         raise ValueError(f"the last of allowed_batch_sizes must be the largest batch. Received: {sizes}, not {largest}")
 
 
+def largest_request(parameters: Message) -> int:
+    """Rows of the largest request that batching takes, with large batch splitting too (shared_batch_scheduler.h)."""
+    return parameters.max_batch_size.value if parameters.HasField("max_batch_size") else _DEFAULT_MAX_BATCH_SIZE
+
+
 def _largest_batch(parameters: Message) -> int:
-    """With large batch splitting the largest batch that is run, else the largest that is taken; 1000 by default."""
+    """With large batch splitting the largest batch that is run, else the largest request."""
     splits = parameters.enable_large_batch_splitting.value
     if splits and parameters.HasField("max_execution_batch_size"):
         return parameters.max_execution_batch_size.value
-    return parameters.max_batch_size.value if parameters.HasField("max_batch_size") else 1000
+    return largest_request(parameters)
 
 
 def write_batching_parameters(version_dir: pathlib.Path, profile: BatchingProfile) -> None:

@@ -31,7 +31,11 @@ _KEEP = flags.DEFINE_integer("keep", None, "How many of the newest versions stay
 _PROFILE = flags.DEFINE_string(
     "profile", None, "What the servable holds: a YAML file, or compact or ranking; by default every signature."
 )
-_SERVING_BASE_PATH = flags.DEFINE_string("serving_base_path", "/models", "Where the server will see --servable_dir.")
+_SERVING_BASE_PATH = flags.DEFINE_string(
+    "serving_base_path",
+    None,
+    "Where the server will see --servable_dir; by default as models.config has it, /models for a new model.",
+)
 
 
 def main(argv) -> None:

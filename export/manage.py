@@ -66,20 +66,20 @@ def _list(versions: ModelVersions) -> None:
 
 def _promote(versions: ModelVersions) -> None:
     label = _required("label", _LABEL.value)
-    _move(versions, lambda: promote(versions, label, _VERSION.value))
+    _move(versions, lambda version: promote(versions, label, version), _VERSION.value)
 
 
 def _rollback(versions: ModelVersions) -> None:
     label = _required("label", _LABEL.value)
-    _move(versions, lambda: rollback(versions, label))
+    _move(versions, lambda version: rollback(versions, label, version), None)
 
 
-def _move(versions: ModelVersions, move: Callable[[], Promotion]) -> None:
-    done = move()
+def _move(versions: ModelVersions, move: Callable[[int | None], Promotion], version: int | None) -> None:
+    done = move(version)
     if done.is_waiting and _SERVER.value is not None:
         with console.step(f"wait until {_SERVER.value} has loaded {done.version}"):
             wait_until_available(_SERVER.value, versions.name, done.version)
-        done = move()
+        done = move(done.version)
     _report(versions, done)
 
 

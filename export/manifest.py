@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import pydantic
+
 from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
+from clsd_tf.hashing import file_sha256
 
 MANIFEST_FILE = pathlib.PurePosixPath("assets.extra") / "manifest.json"
 
 
+class ManifestError(ValueError):
+    """A manifest that is cut off, or that is none."""
+
+
+class _FileEntry(pydantic.BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Verification(pydantic.BaseModel):
+    max_difference: dict[str, float] = {}
+
+
+class _Read(pydantic.BaseModel):
+    """What is read of a manifest here; the rest may be anything."""
+
+    model_name: str | None = None
+    version: int | None = None
+    created: str | None = None
+    files: dict[str, _FileEntry] = {}
+    verification: _Verification = _Verification()
+
+
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Relative POSIX path -> ``bytes`` and ``sha256`` (hex) of every file of a version but its manifest."""
-    return {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(directory).items()}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in _files(directory).items()
+    }
 
 
 def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -36,15 +63,30 @@ def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[st
         num_bytes = found[name].stat().st_size
         if num_bytes != written[name]["bytes"]:
             problems.append(f"{name} has {num_bytes:,} bytes, the manifest says {written[name]['bytes']:,}")
-        elif _sha256(found[name]) != written[name]["sha256"]:
+        elif file_sha256(found[name]) != written[name]["sha256"]:
             problems.append(f"{name} has another SHA-256 than the manifest says")
     return problems
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of a version, None where there is none."""
+    """The manifest of a version, None where there is none.
+
+    Raises:
+      ManifestError: one that cannot be read.
+    """
     path = directory / MANIFEST_FILE
-    return read_json(path) if path.is_file() else None
+    try:
+        if not path.is_file():
+            return None
+        manifest = read_json(path)
+        _Read.model_validate(manifest)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "the whole"
+        raise ManifestError(f"the manifest cannot be read: {place}: {problem['msg']}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ManifestError(f"the manifest cannot be read: {type(error).__name__}") from error
+    return manifest
 
 
 def write_manifest(
@@ -91,11 +133,3 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if not path.is_dir()}
     files.pop(MANIFEST_FILE.as_posix(), None)
     return files
-
-
-def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from tensorflow_serving.config import model_server_config_pb2
 from clsd_tf.artifacts import write_text
 
 CONFIG_FILE = "models.config"
+_SERVING_BASE_PATH = "/models"  # Where TF Serving's containers look.
 _TEXT_OR_COMMENT = re.compile(r""""(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[^\n]*""")
 
 
@@ -32,8 +33,8 @@ class ModelsConfig:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)[0]
         self._body = text[len(self._header) :]
-        self._read = self._parsed(text)
-        self._config = self._parsed(text)
+        self._read = parse_models_config(text, path)
+        self._config = parse_models_config(text, path)
 
     def knows(self, name: str) -> bool:
         """Whether the model has an entry."""
@@ -53,17 +54,32 @@ class ModelsConfig:
             )
         return found[0]
 
-    def set_model(self, name: str, base_path: str) -> None:
-        """Adds a model, or changes where the server finds it."""
+    def set_model(self, name: str, serving_base_path: str | None) -> None:
+        """Adds a model, or changes where the server finds it.
+
+        Args:
+          name: of the model and of its directory.
+          serving_base_path: where the server sees the servable directory; None leaves an entry as it is, and means
+            /models for a new one.
+
+        Raises:
+          ValueError: several entries, or one that leads to another directory and would be left so.
+        """
         entries = self._config.model_config_list.config
         entry = self.entry(name) if self.knows(name) else entries.add(name=name)
-        entry.base_path = base_path
+        if serving_base_path is not None or not entry.base_path:
+            entry.base_path = f"{(serving_base_path or _SERVING_BASE_PATH).rstrip('/')}/{name}"
         entry.model_platform = "tensorflow"
+        if _directory_of(entry) != name:
+            raise ValueError(
+                f"{self.path}: the base_path of a model ends in its name. Received: {entry.base_path} for {name!r}, "
+                "where an export would not be seen. Mend it, or say --serving_base_path"
+            )
 
     def versions_in_use(self, directory_name: str, published: Iterable[int]) -> set[int]:
         """Versions of a directory that the server loads or that a label names, by whatever entry."""
         entries = self._config.model_config_list.config
-        readers = [entry for entry in entries if pathlib.PurePosixPath(entry.base_path).name == directory_name]
+        readers = [entry for entry in entries if _directory_of(entry) == directory_name]
         published = list(published)
         return {version for x in readers for version in (*loaded_versions(x, published), *x.version_labels.values())}
 
@@ -87,24 +103,35 @@ class ModelsConfig:
         if (text := self.text()) is not None:
             write_text(self.path, text)
 
-    def _parsed(self, text: str) -> model_server_config_pb2.ModelServerConfig:
-        try:
-            config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
-        except text_format.ParseError as error:
-            raise ValueError(f"{self.path} must be a ModelServerConfig as text. Received: {error}. Mend it") from error
-        if config.WhichOneof("config") == "custom_model_config":
-            raise ValueError(f"{self.path} must list models. Received: custom_model_config. Allowed: model_config_list")
-        return config
+
+def parse_models_config(text: str, path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
+    """The text of a models.config as a message; ``path`` is for errors.
+
+    Raises:
+      ValueError: not a text ModelServerConfig with a model_config_list.
+    """
+    try:
+        config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    except text_format.ParseError as error:
+        raise ValueError(f"{path} must be a ModelServerConfig text proto. Received: {error}. Mend it") from error
+    if config.WhichOneof("config") == "custom_model_config":
+        raise ValueError(f"{path} must list models. Received: custom_model_config. Allowed: model_config_list")
+    return config
 
 
-def require_room_for(path: pathlib.Path, name: str, base_path: str) -> None:
+def _directory_of(entry: model_server_config_pb2.ModelConfig) -> str:
+    """The name of the model's directory, which is the same for the server and here."""
+    return pathlib.PurePosixPath(entry.base_path).name
+
+
+def require_room_for(path: pathlib.Path, name: str, serving_base_path: str | None) -> None:
     """Refuses a models.config to which the model could not be added, before any work is done.
 
     Raises:
-      ValueError: as ``ModelsConfig``.
+      ValueError: as ``ModelsConfig`` and its ``set_model``.
     """
     config = ModelsConfig(path)
-    config.set_model(name, base_path)
+    config.set_model(name, serving_base_path)
     config.text()
 
 

@@ -19,11 +19,12 @@ TF Serving's rules, from its server_core.cc:
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from export.manifest import check_files, read_manifest
+from export.manifest import ManifestError, check_files, read_manifest
 from export.models_config import CONFIG_FILE, ModelsConfig, loaded_versions, set_versions
 from export.versions import ModelVersions
 
@@ -67,32 +68,52 @@ def promote(versions: ModelVersions, label: str, version: int | None = None) -> 
     """
     if not re.fullmatch("[a-zA-Z0-9_]+", label):
         raise ValueError(f"a label has letters, digits and _ only. Received: {label!r}")
+    if version is None:
+        version = max(versions.published(), default=None)
+    _check_version(versions, version)
     with versions.exclusive():
-        newest = max(versions.published(), default=None)
-        return _move(versions, "promote", label, newest if version is None else version)
+        return _move(versions, "promote", label, version)
 
 
-def rollback(versions: ModelVersions, label: str) -> Promotion:
+def rollback(versions: ModelVersions, label: str, version: int | None = None) -> Promotion:
     """Gives a label back to the version that it named before; asked for again, to the one before that.
 
+    Args:
+      versions: of a model in models.config.
+      label: one that was promoted.
+      version: where it must lead, for who asks again after waiting; by default wherever it leads.
+
     Raises:
-      PromotionError: the label named nothing before, or that version is gone or damaged.
+      PromotionError: the label named nothing before, or another version, or that version is gone or damaged.
       ValueError: no such label, or a models.config that cannot be changed.
     """
+    if version is None:
+        version = _rollback_target(versions, label)
+    _check_version(versions, version)
     with versions.exclusive():
-        labels = labels_of(versions)
-        if label not in labels:
-            raise ValueError(
-                f"a rollback needs a label of the model. Received: {label!r}. "
-                f"Allowed: {', '.join(sorted(labels)) or 'none, since nothing was promoted'}"
-            )
-        target = version_before(versions.history(), label, labels[label])
-        if target is None:
+        target = _rollback_target(versions, label)
+        if target != version:
             raise PromotionError(
-                f"a rollback needs a version that the label named before. Received: {label}, which named "
-                f"{labels[label]} only. Promote another version"
+                f"{label} was moved meanwhile. Received: a rollback to {version}; now it leads to {target}. "
+                "Look at `python -m export.manage list` and ask again"
             )
-        return _move(versions, "rollback", label, target)
+        return _move(versions, "rollback", label, version)
+
+
+def _rollback_target(versions: ModelVersions, label: str) -> int:
+    labels = labels_of(versions)
+    if label not in labels:
+        raise ValueError(
+            f"a rollback needs a label of the model. Received: {label!r}. "
+            f"Allowed: {', '.join(sorted(labels)) or 'none, since nothing was promoted'}"
+        )
+    target = version_before(versions.history(), label, labels[label])
+    if target is None:
+        raise PromotionError(
+            f"a rollback needs a version that the label named before. Received: {label}, which named "
+            f"{labels[label]} only. Promote another version"
+        )
+    return target
 
 
 def version_before(history: Sequence[Mapping[str, Any]], label: str, current: int) -> int | None:
@@ -118,7 +139,7 @@ def _last_place(named: Sequence[int], version: int) -> int:
 
 def _move(versions: ModelVersions, action: str, label: str, version: int | None) -> Promotion:
     """Moves a label, or has the server load the version first; the caller holds the lock."""
-    _check_version(versions, version)
+    _require_published(versions, version)  # Its files were checked before the lock was taken.
     config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
     entry = config.entry(versions.name)
     published, labels = versions.published(), dict(entry.version_labels)
@@ -146,32 +167,43 @@ def _before_move(versions: ModelVersions, action: str, label: str, previous: int
     return version_before(versions.history(), label, version)
 
 
-def _check_version(versions: ModelVersions, version: int | None) -> None:
+def _require_published(versions: ModelVersions, version: int | None) -> pathlib.Path:
     published = versions.published()
     if version not in published:
         raise PromotionError(
             f"only a published version gets a label. Received: {version} of {versions.name}. "
             f"Allowed: {', '.join(map(str, published)) or 'none, export one first'}"
         )
-    problems = problems_of(versions, version)
+    return published[version]
+
+
+def _check_version(versions: ModelVersions, version: int | None) -> None:
+    """Reads all files, which takes long for a large model."""
+    directory = _require_published(versions, version)
+    problems = problems_of(versions.name, directory)
     if problems:
         more = f" and {len(problems) - _MAX_NAMED_PROBLEMS} more" if len(problems) > _MAX_NAMED_PROBLEMS else ""
         raise PromotionError(
-            f"a version gets a label only if its files are as its manifest says. Received: {published[version]}: "
+            f"a version gets a label only if its files are as its manifest says. Received: {directory}: "
             f"{'; '.join(problems[:_MAX_NAMED_PROBLEMS])}{more}. Export the run again, or promote another version"
         )
 
 
-def problems_of(versions: ModelVersions, version: int) -> list[str]:
-    """What of a published version's files is not as its manifest says, or whose manifest it is."""
-    directory = versions.published()[version]
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return ["no manifest"]
-    said = (manifest.get("model_name"), manifest.get("version", version))
-    if said != (versions.name, version):
-        return [f"the manifest is that of {said[0]} {said[1]}"]
-    return check_files(directory, manifest)
+def problems_of(name: str, directory: pathlib.Path) -> list[str]:
+    """What of the files of a published version of the model is not as its manifest says, or whose manifest it is."""
+    try:
+        manifest = read_manifest(directory)
+        if manifest is None:
+            return ["no manifest"]
+        version = int(directory.name)
+        said = (manifest.get("model_name"), manifest.get("version", version))
+        if said != (name, version):
+            return [f"the manifest is that of {said[0]} {said[1]}"]
+        return check_files(directory, manifest)
+    except ManifestError as error:
+        return [str(error)]
+    except OSError as error:  # Another process may be deleting it.
+        return [f"a file cannot be read: {error}"]
 
 
 def labels_of(versions: ModelVersions) -> dict[str, int]:

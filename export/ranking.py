@@ -71,7 +71,7 @@ def rank_function(
     no_id = "" if key.dtype == "string" else MISSING_INT64
 
     def rank(requests: tf.Tensor) -> dict[str, tf.Tensor]:
-        context, items = _decode(requests)
+        context, items = decode_requests(requests)
         row_of = items.value_rowids()
         of_user = parse_raw_examples(context, [*sides.user, *sides.either])
         of_item = parse_raw_examples(items.values, list(dict.fromkeys([*sides.item, *sides.either, key])))
@@ -101,7 +101,7 @@ def _for_model(
     }
 
 
-def _decode(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
+def decode_requests(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
     """Serialized requests [batch] -> the users' Examples [batch] and the items' Examples, ragged [batch, num_items]."""
     sizes, (context, examples) = tf.io.decode_proto(
         tf.concat([requests, [""]], axis=0),  # The op refuses an empty batch.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from export.card_text import read_auc
-from export.manifest import read_manifest
+from export.manifest import ManifestError, read_manifest
 from export.models_config import CONFIG_FILE, ModelsConfig, loaded_versions
 from export.promotion import labels_of, problems_of, rollback_targets
 from export.versions import ModelVersions
@@ -35,12 +35,12 @@ def prune(versions: ModelVersions, keep: int) -> Pruned:
     if keep < 1:
         raise ValueError(f"the newest version is never deleted: keep at least 1. Received: {keep}")
     with versions.exclusive():
-        versions.remove_leftovers()
         reasons = _reasons_to_keep(versions)
         old = list(versions.published())[:-keep]
         deleted = tuple(version for version in old if version not in reasons)
         for version in deleted:
             versions.delete(version)
+    versions.remove_leftovers()
     return Pruned(deleted, {version: reasons[version] for version in old if version in reasons})
 
 
@@ -68,7 +68,7 @@ class VersionState:
       is_loaded: models.config has a server load it.
       max_difference: the largest difference to the training model that its verification found.
       auc: on the test split, as its model card says; None without a card that can be read.
-      problems: of its files, None where they were not checked.
+      problems: of its manifest and its files, None where these were not checked.
     """
 
     version: int
@@ -94,7 +94,11 @@ def list_versions(versions: ModelVersions, *, check: bool = False) -> list[Versi
     labels = labels_of(versions)
     states = []
     for version, directory in reversed(published.items()):
-        manifest = read_manifest(directory) or {}
+        problems = problems_of(versions.name, directory) if check else None
+        try:
+            manifest = read_manifest(directory) or {}
+        except ManifestError as error:
+            manifest, problems = {}, [str(error)]
         differences = manifest.get("verification", {}).get("max_difference", {})
         states.append(
             VersionState(
@@ -105,7 +109,7 @@ def list_versions(versions: ModelVersions, *, check: bool = False) -> list[Versi
                 version in loaded,
                 max(differences.values(), default=None),
                 read_auc(directory),
-                tuple(problems_of(versions, version)) if check else None,
+                None if problems is None else tuple(problems),
             )
         )
     return states

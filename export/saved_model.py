@@ -51,7 +51,7 @@ def export_servable(
     name: str,
     *,
     version: int | None = None,
-    serving_base_path: str = "/models",
+    serving_base_path: str | None = None,
     profile: ExportProfile | None = None,
 ) -> Servable:
     """Publishes ``base_dir/name/version`` and adds the model to ``base_dir/models.config``.
@@ -62,7 +62,8 @@ def export_servable(
       base_dir: holds one directory per model.
       name: the model's name, one path component.
       version: a number that was never used; by default the time in seconds, or more than any number ever used.
-      serving_base_path: where the server will see ``base_dir``, for models.config.
+      serving_base_path: where the server will see ``base_dir``; by default models.config keeps what it says, and a new
+        model gets /models.
       profile: what the servable holds; the default profile if None.
 
     Raises:
@@ -72,7 +73,7 @@ def export_servable(
       ValueError: bad name or version, or a models.config to which the model cannot be added.
     """
     versions = ModelVersions(base_dir, name)
-    require_room_for(base_dir / CONFIG_FILE, name, _base_path(serving_base_path, name))
+    require_room_for(base_dir / CONFIG_FILE, name, serving_base_path)
     profile = profile or ExportProfile()
     model = load_model(work_dir, dataset)
     quantisation = _apply_profile(model, dataset, profile)
@@ -138,13 +139,9 @@ def _verify_in_fresh_process(servable: pathlib.Path, sample: pathlib.Path) -> di
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _add_to_models_config(versions: ModelVersions, serving_base_path: str) -> None:
+def _add_to_models_config(versions: ModelVersions, serving_base_path: str | None) -> None:
     """Adds the model, or changes its path, in the text proto that ``--model_config_file`` takes."""
     with versions.exclusive():
         config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
-        config.set_model(versions.name, _base_path(serving_base_path, versions.name))
+        config.set_model(versions.name, serving_base_path)
         config.write()
-
-
-def _base_path(serving_base_path: str, name: str) -> str:
-    return f"{serving_base_path.rstrip('/')}/{name}"

@@ -31,7 +31,9 @@ _GRPC_PORT = flags.DEFINE_integer("grpc_port", 8500, "Port of gRPC; 0 takes any 
 _REST_PORT = flags.DEFINE_integer("rest_port", 8501, "Port of REST; 0 takes any free one.", 0, 65535)
 _NUM_THREADS = flags.DEFINE_integer("num_threads", None, "Model calls at the same time; default: cores.", 1)
 _POLL_SECONDS = flags.DEFINE_float("poll_seconds", 1.0, "How often the directory is looked at.", 0.01)
-_MAX_REQUEST_BYTES = flags.DEFINE_integer("max_request_bytes", 16 << 20, "Larger requests are refused.", 1)
+_MAX_REQUEST_BYTES = flags.DEFINE_integer(
+    "max_request_bytes", 16 << 20, "Larger requests are refused; four times as many may wait.", 1
+)
 _GRACE_SECONDS = flags.DEFINE_float("grace_seconds", 10.0, "Time for running requests when the server stops.", 0.0)
 _MAX_BATCH_SIZE = flags.DEFINE_integer(
     "max_batch_size", None, "Rows run together; default: the version's batching_params.pbtxt, else 1000.", 1
@@ -42,7 +44,8 @@ _BATCH_TIMEOUT_SECONDS = flags.DEFINE_float(
 _MAX_ENQUEUED_BATCHES = flags.DEFINE_integer(
     "max_enqueued_batches",
     None,
-    "Batches that may wait; beyond, requests are refused; default: the version's or 10.",
+    "Batches that may wait; beyond, requests are refused, and no request may have more rows; default: the version's or "
+    "10.",
     1,
 )
 _REQUEST_LOG_DIR = flags.DEFINE_string(

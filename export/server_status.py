@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
-import urllib.error
-import urllib.request
+
+from export.client_transport import Endpoint, ServingError, VersionStatus
+from export.rest_transport import RestTransport
 
 TIMEOUT_SECONDS = 600.0
 _REQUEST_TIMEOUT_SECONDS = 10.0
@@ -26,27 +27,35 @@ def wait_until_available(server: str, name: str, version: int, *, timeout_second
       timeout_seconds: a server looks at models.config only now and then, and loading takes time.
 
     Raises:
-      ServerStatusError: not in time; says what the server said last.
+      ServerStatusError: no model server answers there, it failed to load the version, or it did not in time.
       ValueError: no http address.
     """
-    if not server.startswith(("http://", "https://")):
+    address = re.fullmatch("http://([^/]+:[0-9]+)/?", server)
+    if address is None:
         raise ValueError(f"a server is named by its REST address. Received: {server!r}. Allowed: http://HOST:PORT")
-    url = f"{server.rstrip('/')}/v1/models/{name}/versions/{version}"
+    transport = RestTransport(Endpoint(address[1], name, version, timeout_seconds=_REQUEST_TIMEOUT_SECONDS), 1)
     deadline = time.monotonic() + timeout_seconds
-    while (state := _state(url)) != "AVAILABLE":
-        if time.monotonic() > deadline:
-            raise ServerStatusError(
-                f"version {version} of {name} must be AVAILABLE before a label moves to it. Received: {state} from "
-                f"{url} for {timeout_seconds:g} seconds. The label has not moved: ask again once the server has it"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def _state(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=_REQUEST_TIMEOUT_SECONDS) as answer:
-            return str(json.load(answer)["model_version_status"][0]["state"])
-    except urllib.error.HTTPError as error:  # 404: the server has not read models.config again.
-        return f"HTTP status {error.code}"
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        return f"no status ({type(error).__name__})"
+        while (status := _status(transport, version)).state != "AVAILABLE":
+            # END alone may be of the time before: the server unloaded the version and has not read the file again.
+            has_failed = status.state == "END" and status.error
+            if has_failed or time.monotonic() > deadline:
+                raise ServerStatusError(
+                    f"version {version} of {name} must be AVAILABLE before a label moves to it. "
+                    f"Received from {server}: {status.state}{f', {status.error}' if status.error else ''}"
+                    f"{'' if has_failed else f', for {timeout_seconds:g} seconds'}. "
+                    "The label has not moved: ask again once the server has it"
+                )
+            time.sleep(_POLL_SECONDS)
+    finally:
+        transport.close()
+
+
+def _status(transport: RestTransport, version: int) -> VersionStatus:
+    try:
+        statuses = transport.status()
+    except ServingError as error:
+        if error.code != "NOT_FOUND":
+            raise ServerStatusError(f"{error}. The label has not moved") from error
+        return VersionStatus(version, error.code)  # The server has not read models.config again.
+    return next((status for status in statuses if status.version == version), VersionStatus(version, "UNKNOWN"))

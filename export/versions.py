@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import pathlib
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from clsd_tf.artifacts import locked, require_absent, staged_directory, write_text
+from clsd_tf.artifacts import locked, remove_abandoned, require_absent, staged_directory, write_text
 
 HISTORY_FILE = "history.jsonl"
 MAX_VERSION = 2**63 - 1  # TF Serving reads int64.
-_STAGED = re.compile(r"\.([0-9]+)\.(?:incomplete|deleted)-.*")
+_INT64 = range(-(2**63), 2**63)
+_STAGED = re.compile(r"\.([0-9]+)\.incomplete-.*")
 
 
 def check_name(name: str) -> None:
@@ -33,6 +34,14 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]*[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"a model name has letters, digits, _ and - only. Received: {name!r}")
+
+
+def version_number(name: str) -> int | None:
+    """The version that TF Serving reads from a directory's name, None if it ignores it."""
+    if not re.fullmatch(r"-?[0-9]{1,19}", name.strip(" ")):
+        return None
+    number = int(name)
+    return number if number in _INT64 else None
 
 
 class ModelVersions:
@@ -55,8 +64,8 @@ class ModelVersions:
     def published(self) -> dict[int, pathlib.Path]:
         """Version -> directory, ascending."""
         children = self.path.iterdir() if self.path.is_dir() else ()
-        found = {int(child.name): child for child in children if re.fullmatch("[0-9]+", child.name) and child.is_dir()}
-        return dict(sorted(found.items()))
+        numbered = {child: version_number(child.name) for child in children if child.is_dir()}
+        return dict(sorted((number, child) for child, number in numbered.items() if number is not None))
 
     def history(self) -> list[dict[str, Any]]:
         """What happened, oldest first.
@@ -87,6 +96,8 @@ class ModelVersions:
     def staged(self, version: int | None = None) -> Iterator[tuple[int, pathlib.Path]]:
         """Yields a number and a temporary directory, which is published under it if the block succeeds.
 
+        What killed exports of any number left is removed.
+
         Args:
           version: a number that was never used; by default the time in seconds, or more: larger than any number that
             was ever used, those of deleted versions and of versions that other processes are writing included.
@@ -95,27 +106,28 @@ class ModelVersions:
           FileExistsError: the version exists, or was deleted, or another process is writing it.
           ValueError: not in [1, 2**63).
         """
+        self.remove_leftovers()
         with contextlib.ExitStack() as stack:
             with self.exclusive():  # Nobody else may choose a number until this one can be seen.
                 number = self._next_number() if version is None else version
                 self._check_number(number)
                 staging = stack.enter_context(staged_directory(self.path / str(number)))
             yield number, staging
+            os.utime(staging)  # The age of a version counts from its publication.
         with self.exclusive():
             self.record("publish", number)
 
     def delete(self, version: int) -> None:
-        """Deletes a published version; the caller holds the lock. A server never sees half of it."""
+        """Makes a published version a leftover, by one rename; the caller holds the lock."""
         self.record("delete", version)
         directory = self.published()[version]
-        doomed = directory.with_name(f".{version}.deleted-{secrets.token_hex(4)}")
-        directory.rename(doomed)
-        shutil.rmtree(doomed)
+        directory.rename(directory.with_name(f".{version}.deleted-{secrets.token_hex(4)}"))
 
     def remove_leftovers(self) -> None:
-        """Removes what killed deletions left; the caller holds the lock."""
-        for path in self.path.glob(".*.deleted-*"):
-            shutil.rmtree(path)
+        """Removes deleted versions, and what killed exports left; takes its time, so without the lock."""
+        if self.path.is_dir():
+            for kind in ("deleted", "incomplete"):
+                remove_abandoned(self.path, f".*.{kind}-*")
 
     def _next_number(self) -> int:
         # Staged ones first: one that is published meanwhile is then seen there or here.
@@ -137,10 +149,8 @@ class ModelVersions:
                 f"a version number is used once, and never again after its deletion. Received: {version} of "
                 f"{self.name}. Leave it out, and a new one is chosen"
             )
-        for path in self.path.glob(f".{version}.incomplete-*"):
-            with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as is_abandoned:
-                if not is_abandoned:
-                    raise FileExistsError(
-                        f"a version is written by one process. Received: {version} of {self.name}, which another one "
-                        "is writing. Leave the number out, and a new one is chosen"
-                    )
+        if version in self._staged_numbers():
+            raise FileExistsError(
+                f"a version is written by one process. Received: {version} of {self.name}, which another one is "
+                "writing. Leave the number out, and a new one is chosen"
+            )

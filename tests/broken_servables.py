@@ -99,6 +99,11 @@ def killed_publication(base):
     shutil.copytree(base / VERSION, base / ".8.incomplete-1a2b")
 
 
+@breaks(no_leftovers_beside=r"\.6\.deleted-1a2b")
+def killed_deletion(base):
+    shutil.copytree(base / VERSION, base / ".6.deleted-1a2b")
+
+
 @breaks(version_name=r"'v7' is no integer. Rename")
 def given_version_is_v7(base):
     return (base / VERSION).rename(base / "v7")
@@ -115,6 +120,12 @@ def killed_checkpoint(base):
 @breaks(saved_model=r"saved_model.pb is no SavedModel")
 def saved_model_is_text(base):
     (base / VERSION / "saved_model.pb").write_bytes(b"not a proto")
+
+
+@breaks(saved_model=r"saved_model.pbtxt is no SavedModel")
+def saved_model_is_another_text(base):
+    (base / VERSION / "saved_model.pb").unlink()
+    (base / VERSION / "saved_model.pbtxt").write_text("not a proto")
 
 
 @breaks(saved_model=r"no file saved_model.pb")
@@ -232,9 +243,14 @@ def renamed_after_the_manifest(base):
     (base / VERSION / "assets" / "users.txt").rename(base / VERSION / "assets" / "people.txt")
 
 
-@breaks(manifest_files=r"no JSON")
+@breaks(manifest_files=r"the manifest cannot be read: JSONDecodeError")
 def manifest_is_cut_off(base):
     (base / VERSION / MANIFEST).write_text('{"files": {')
+
+
+@breaks(manifest_files=r"the manifest lists no files")
+def manifest_without_files(base):
+    (base / VERSION / MANIFEST).write_text("{}")
 
 
 # Signatures.
@@ -455,7 +471,7 @@ def open_shapes_hide_a_third_class(base):
     edit_graph(base / VERSION, change)
 
 
-@breaks(json_answers=r"serving_default: code holds bytes that are no UTF-8 text. Rename it to code_bytes")
+@breaks(json_answers=r"serving_default: output code: JSON holds text in UTF-8.*or name the output code_bytes")
 def bytes_as_text(base):
     codes = concrete(lambda price: {"code": tf.fill(tf.shape(price), tf.constant(b"\xff"))}, price=floats("price"))
     replace_model(base / VERSION, {"serving_default": codes})
@@ -467,7 +483,16 @@ def infinite_answer(base):
     replace_model(base / VERSION, {"serving_default": function})
 
 
-@breaks(json_requests=r"serving_default: guess differs between two equal requests")
+@breaks(
+    tensor_names=r"serving_default, input b64", json_requests=r"serving_default: instances: b64 is read as something"
+)
+def text_that_is_taken_for_base64(base):
+    lengths = concrete(lambda b64: {"length": tf.strings.length(b64)}, b64=strings("b64"))
+    replace_model(base / VERSION, {"serving_default": lengths})
+    write_warmup(base / VERSION, [predict_log("", b64=[b"anne"])])
+
+
+@breaks(json_requests=r"serving_default: instances: guess differs between two equal requests")
 def random_answer(base):
     function = concrete(lambda price: {"guess": tf.random.uniform(tf.shape(price))}, price=floats("price"))
     replace_model(base / VERSION, {"serving_default": function})
@@ -542,15 +567,28 @@ def warmup_example_that_does_not_parse(base):
     write_warmup(base / VERSION, [predict_log("", examples=[example()]), predict_log("", examples=[UNPARSABLE])])
 
 
+@breaks(warmup_batches=r"record 2 \(classify\) has 5 rows. Allowed: 4")
+def warmup_larger_than_a_batch(base):
+    write_warmup(base / VERSION, [classify_log("classify", 4), classify_log("classify", 5)])
+
+
+@breaks(warmup_batches=r"record 1 \(classify\) has 5 rows. Allowed: 4")
+def warmup_larger_than_a_batch_that_may_be_split(base):
+    write_warmup(base / VERSION, [classify_log("classify", 5)])
+    (base / VERSION / "batching_params.pbtxt").write_text(
+        "max_batch_size { value: 4 } enable_large_batch_splitting { value: true } max_execution_batch_size { value: 2 }"
+    )
+
+
 # Batching.
 
 
-@breaks(batching_file=r"batching_params\.pbtxt: .*no field named .max_batch.")
+@breaks(batching_file=r"batching_params\.pbtxt must be a .*no field named .max_batch.")
 def batching_file_of_unknown_fields(base):
     (base / VERSION / "batching_params.pbtxt").write_text("max_batch { value: 4 }")
 
 
-@breaks(batching_file=r"batching_params\.pbtxt: ")
+@breaks(batching_file=r"batching_params\.pbtxt must be a BatchingParameters")
 def batching_number_without_value(base):
     (base / VERSION / "batching_params.pbtxt").write_text("max_batch_size: 4")
 

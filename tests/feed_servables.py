@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
 from clsd_tf.model_inputs import MISSING_INT64, RawInput
-from export.ranking import _decode
+from export.ranking import decode_requests
 
 RAW_INPUTS = (
     RawInput("age", "int64"),
@@ -43,7 +43,7 @@ class FeedModel(tf.Module):
             return self.ctr(**parse_raw_examples(examples, RAW_INPUTS))
 
         def rank(requests):
-            context, items = _decode(requests)
+            context, items = decode_requests(requests)
             item_row = items.value_rowids()
             entries = {entry.name: entry for entry in RAW_INPUTS}
             users = parse_raw_examples(context, [entries[name] for name in ("age", "recent", "user")])

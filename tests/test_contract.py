@@ -20,7 +20,10 @@ from good_servable import (
     write_good_servable,
     write_warmup,
 )
+from google.protobuf import text_format
+from tensorflow.core.protobuf import saved_model_pb2
 
+from clsd_tf.artifacts import staged_directory
 from export.contract_rules import RULES, check_servable, failures
 from export.contract_rules.graph import Feature, string_use
 from export.contract_rules.version import Version, version_number
@@ -48,6 +51,44 @@ def test_a_good_servable_passes_every_rule_that_applies(good_results):
     others = {rule: found for rule, (status, found) in status_of(good_results).items() if status != "pass"}
     assert others == {"manifest_files": "there is no assets.extra/manifest.json"}
     assert {result.rule.id for result in good_results} == {rule.id for rule in RULES}
+
+
+def test_an_export_that_is_running_is_told_without_a_failure(good, tmp_path):
+    base = tmp_path / "shop"
+    shutil.copytree(good, base)
+    with staged_directory(base / "8") as staging:
+        found = status_of(check_servable(base))
+    assert found["no_leftovers_beside"] == ("warning", f"another process is writing {staging.name}")
+
+
+def test_a_saved_model_as_text_is_read_like_any_other(good, tmp_path):
+    base = tmp_path / "shop"
+    shutil.copytree(good, base)
+    path = base / VERSION / "saved_model.pb"
+    text = text_format.MessageToString(saved_model_pb2.SavedModel.FromString(path.read_bytes()))
+    path.unlink()
+    path.with_suffix(".pbtxt").write_text(text)
+    for subject in (base, base / VERSION):
+        found = status_of(check_servable(subject))
+        assert {rule for rule, (status, _) in found.items() if status != "pass"} == {"manifest_files"}
+    (base / VERSION).rename(base / "v7")
+    assert "v7 holds a saved_model.pbtxt" in status_of(check_servable(base))["names_are_versions"][1]
+
+
+def test_a_vocabulary_table_is_no_variable(tmp_path):
+    """A TF 1 SavedModel without variables has no directory for them."""
+    path = tmp_path / "1"
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        user = tf.compat.v1.placeholder(tf.string, [None], "user")
+        ids = tf.lookup.KeyValueTensorInitializer(["ann", "bob"], tf.constant([1, 2], tf.int64))
+        table = tf.lookup.StaticHashTable(ids, 0)
+        tf.compat.v1.saved_model.simple_save(
+            session, str(path), {"user": user}, {"id": table.lookup(user)}, tf.compat.v1.tables_initializer()
+        )
+    shutil.rmtree(path / "variables", ignore_errors=True)
+    found = status_of(check_servable(path))
+    assert found["variables"] == ("not applicable", "the graph has no variables")
+    assert (found["loads"][0], found["unknown_values"][0]) == ("pass", "pass")
 
 
 @pytest.mark.parametrize("broken", GALLERY, ids=lambda broken: broken.name)

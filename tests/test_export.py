@@ -25,6 +25,7 @@ from export.contract_rules import check_servable
 from export.contract_rules.graph import string_use
 from export.contract_rules.version import Version
 from export.manifest import check_files
+from export.models_config import ModelsConfig
 from export.saved_model import ExportError, export_servable
 from export.scoring import score_file
 
@@ -191,9 +192,12 @@ def test_the_manifest_names_inputs_private_ones_and_every_file(feed_dataset, pub
     assert check_files(published.path, manifest) == []
 
 
-def test_models_config_parses_and_keeps_other_models(feed_dataset, run, published):
+def test_models_config_parses_and_keeps_other_models_and_where_the_server_finds_them(feed_dataset, run, published):
     base = published.path.parent.parent
-    export_servable(feed_dataset, run, base, "other", version=1, serving_base_path="/srv/")
+    config = ModelsConfig(base / "models.config")
+    config.set_model("other", "/srv/")
+    config.write()
+    export_servable(feed_dataset, run, base, "other", version=1)
     config = text_format.Parse((base / "models.config").read_text(), model_server_config_pb2.ModelServerConfig())
     entries = {entry.name: entry.base_path for entry in config.model_config_list.config}
     assert entries == {"feed": "/models/feed", "other": "/srv/other"}

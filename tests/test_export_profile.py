@@ -159,6 +159,10 @@ def test_batching_files_by_hand(tmp_path):
         ("max_batch_size: 128", "text proto. Received"),
         ("max_batch { value: 1 }", "text proto. Received"),
         ("allowed_batch_sizes: [4, 2]", "must rise"),
+        ("max_batch_size { value: 0 }", "max_batch_size must be 1 or more. Received: 0"),
+        ("batch_timeout_micros { value: -1 }", "batch_timeout_micros must be 0 or more. Received: -1"),
+        ("max_enqueued_batches { }", "max_enqueued_batches must be 1 or more. Received: 0"),
+        ("num_batch_threads { value: -2 }", "num_batch_threads must be 1 or more"),
         ("max_batch_size { value: 8 } allowed_batch_sizes: 4", r"Received: \[4\], not 8"),
         (
             "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 4 } allowed_batch_sizes: 8",

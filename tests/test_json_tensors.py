@@ -2,6 +2,8 @@
 
 import base64
 import json
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from export.server.json_examples import ExamplesRequest
 from export.server.json_tensors import PredictRequest
 from export.server.servable import Signature
 
+MAX_BYTES = 1 << 20
+
 
 def signature(**dtypes):
-    return Signature("s", {name: tf.TensorSpec(None, dtype, name) for name, dtype in dtypes.items()}, {}, "")
+    return Signature("s", {name: tf.TensorSpec(None, dtype, name) for name, dtype in dtypes.items()}, {})
 
 
 def tensors(body, **dtypes):
@@ -312,6 +316,23 @@ def test_classes_and_regressed_values_are_results():
         assert regress_answer({"outputs": values}) == b'{"results": [0.1, 2.0]}'
 
 
+def test_a_repeated_key_is_found_in_one_pass():
+    body = "{" + "".join(f'"{number}": 0, ' for number in range(100_000)) + '"99999": 0}'
+    start = time.monotonic()
+    assert "'99999' twice" in refusal(body)
+    assert time.monotonic() - start < 5.0  # Comparing each with each takes minutes.
+
+
+@pytest.mark.parametrize("character", ["a", r"\n"])
+def test_a_long_text_beside_a_constant_takes_little_memory(character):
+    body = f'{{"inputs": "{character * 500_000}", "a": Inf}}'
+    tracemalloc.start()
+    tensors(body, x=tf.string)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(body)
+
+
 # --- Examples ---------------------------------------------------------------------------------------------------------
 
 
@@ -326,12 +347,12 @@ def test_examples_take_the_kind_of_their_values_and_the_shared_context():
         "context": {"user": "u", "age": 30, "price": 1.5},
         "examples": [{"item": ["a", {"b64": "AP8="}], "price": [2.5, 0.5]}, {"is_ad": [True, 3], "none": []}],
     }
-    request = ExamplesRequest.parse(json.dumps(body).encode())
+    request = ExamplesRequest.parse(json.dumps(body).encode(), MAX_BYTES)
     assert request.signature_name == "classify"
     first, second = map(features, request.examples)
     assert first == {"user": [b"u"], "age": [30], "price": [2.5, 0.5], "item": [b"a", b"\x00\xff"]}
     assert second == {"user": [b"u"], "age": [30], "price": [1.5], "is_ad": [1, 3], "none": []}
-    alone = ExamplesRequest.parse(b'{"examples": [{"x": NaN, "y": -5, "z": 1.0}]}')
+    alone = ExamplesRequest.parse(b'{"examples": [{"x": NaN, "y": -5, "z": 1.0}]}', MAX_BYTES)
     assert tf.train.Example.FromString(alone.examples[0]).features.feature["z"].float_list.value == [1.0]
     assert features(alone.examples[0])["y"] == [-5]
 
@@ -351,14 +372,22 @@ def test_examples_take_the_kind_of_their_values_and_the_shared_context():
         ('{"context": [], "examples": [{}]}', "context must be an object"),
         ('{"examples": [{}, 5]}', r"examples\[1\] must be an object of features. Received: an integer"),
         ('{"examples": []}', "an empty one"),
-        ('{"examples": {}}', "examples must be an array"),
+        ('{"examples": {}}', "examples must be an array .* Received: an object"),
+        ('{"examples": null}', "examples must be an array .* Received: null"),
         ('{"instances": [{}]}', "examples must be an array of at least one object. Received: none"),
         ('{"signature_name": null, "examples": [{}]}', "signature_name must be a string"),
     ],
 )
 def test_examples_that_do_not_fit_are_refused_by_example_and_feature(body, message):
     with pytest.raises(RequestError, match=message) as caught:
-        ExamplesRequest.parse(body.encode())
+        ExamplesRequest.parse(body.encode(), MAX_BYTES)
+    assert caught.value.http_status == 400
+
+
+def test_a_context_is_not_copied_into_examples_without_limit():
+    body = json.dumps({"context": {"user": "u" * 10_000}, "examples": [{}] * 10_000}).encode()
+    with pytest.raises(RequestError, match=r"'inputs' may take 1,000,000 bytes.* of 10,000 examples") as caught:
+        ExamplesRequest.parse(body, 1_000_000)
     assert caught.value.http_status == 400
 
 

@@ -1,6 +1,7 @@
 """Files of raw rows: what is a missing value, what is refused, and that batch borders decide nothing."""
 
 import json
+import time
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -128,6 +129,16 @@ def test_a_column_that_stands_in_a_file_twice_is_named(tmp_path, suffix):
         pa.parquet.write_table(table, path)
     with pytest.raises(ValueError, match=r"have each column once\. Received: 'user' 2 times\. Rename"):
         list(read_rows(path))
+
+
+def test_a_late_repetition_among_many_columns_is_found_in_one_pass(tmp_path):
+    path = tmp_path / "rows.csv"
+    names = [f"column_{number}" for number in range(30_000)]
+    path.write_text(",".join([*names, names[-1]]) + "\n")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"Received: 'column_29999' 2 times"):
+        list(read_rows(path))
+    assert time.monotonic() - start < 3.0  # Comparing each with each takes half a minute.
 
 
 @pytest.mark.parametrize("content", [b"", b"us\xe9r\nu1\n"])

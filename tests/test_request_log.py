@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+from grpc_calls import wait_until
 from tensorflow_serving.apis import classification_pb2, input_pb2, predict_pb2, prediction_service_pb2_grpc
 
 from clsd_tf.artifacts import read_json, write_json
@@ -253,11 +254,86 @@ def test_the_items_of_a_ranking_become_rows_with_their_user(tmp_path):
     assert written(tmp_path) == [{"age": 30, "price": price, "recent": ["x"]} for price in prices]
 
 
+def test_what_an_item_does_not_say_is_its_users(tmp_path):
+    lists = input_pb2.ExampleListWithContext(context=example({"age": 30, "price": 9.0, "recent": ["x"]}))
+    lists.examples.extend([example({"age": 31, "recent": ["y", "z"]}), example({"price": 1.0})])
+    with RequestLog(tmp_path) as log:
+        log.record(version(), "rank", {"requests": np.array([lists.SerializeToString()], object)})
+    assert written(tmp_path) == [
+        {"age": 31, "price": 9.0, "recent": ["y", "z"]},
+        {"age": 30, "price": 1.0, "recent": ["x"]},
+    ]
+
+
+def test_a_user_is_not_copied_into_items_without_limit(tmp_path):
+    many = input_pb2.ExampleListWithContext(context=example({"recent": ["x" * 100_000]}))
+    many.examples.extend([example({})] * 10_000)  # A gigabyte.
+    few = input_pb2.ExampleListWithContext(context=example({"age": 1}), examples=[example({})])
+    with RequestLog(tmp_path) as log:
+        for lists in (many, few):
+            log.record(version(), "rank", {"requests": np.array([lists.SerializeToString()], object)})
+    assert [row["age"] for row in written(tmp_path)] == [1]
+    assert log.dropped_requests == 1
+
+
+def test_items_of_a_ranking_count_as_rows(tmp_path):
+    lists = input_pb2.ExampleListWithContext(examples=[example({"age": age}) for age in range(25)])
+    with RequestLog(tmp_path, rows_per_file=20, flush_seconds=600.0) as log:
+        log.record(version(), "rank", {"requests": np.array([lists.SerializeToString()], object)})
+        wait_until(lambda: (tmp_path / "m").is_dir() and len(list((tmp_path / "m").glob("[!.]*"))) == 2)
+    assert sorted(row["age"] for row in written(tmp_path)) == list(range(25))
+
+
+def test_a_long_history_does_not_pad_thousands_of_others(tmp_path):
+    texts = [example({"recent": ["x"] * 200_000}), *[example({"age": 1})] * 20_000]
+    with RequestLog(tmp_path) as log:  # 4 * 10^9 cells otherwise.
+        for start in range(0, len(texts), 1000):
+            batch = [text.SerializeToString() for text in texts[start : start + 1000]]
+            log.record(version(), "serving_default", {"examples": np.array(batch, object)})
+    assert log.dropped_requests == 0
+    assert sum(row["age"] == 1 for row in written(tmp_path)) == 20_000
+
+
 @pytest.mark.parametrize("signature", ["debug", "other"])
 def test_other_signatures_are_passed_over(tmp_path, signature):
     with RequestLog(tmp_path) as log:
         log.record(version(), signature, {"examples": np.array([b""], object)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        [],
+        {**MANIFEST, "private_inputs": None},
+        {**MANIFEST, "private_inputs": [["user"]]},
+        {**MANIFEST, "raw_inputs": [5]},
+        {**MANIFEST, "raw_inputs": [{"name": "user"}]},
+        {**MANIFEST, "raw_inputs": [{"name": "user", "dtype": "int32"}]},
+        {**MANIFEST, "raw_inputs": [{"name": "user", "dtype": "string", "more": 1}]},
+    ],
+)
+def test_a_broken_manifest_costs_the_log_and_no_request(tmp_path, manifest, caplog):
+    with RequestLog(tmp_path) as log:
+        for _ in range(2):
+            log.record(version(manifest), "predict_raw", request([1]))
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.text.count("is not logged: its manifest must list raw_inputs and private_inputs") == 1
+
+
+def test_whatever_fails_in_the_log_does_not_end_it(tmp_path, monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("user-4711")
+
+    with RequestLog(tmp_path, rows_per_file=1) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr(log, "_write_file", fails)
+            log.record(version(), "predict_raw", request([1]))
+            wait_until(lambda: log.dropped_requests == 1)
+        log.record(version(), "predict_raw", request([2]))
+    assert [row["age"] for row in written(tmp_path)] == [2]
+    assert "requests could not be logged: RuntimeError" in caplog.text
+    assert "4711" not in caplog.text
 
 
 @pytest.mark.parametrize("manifest", [None, {}, {"raw_inputs": MANIFEST["raw_inputs"]}])

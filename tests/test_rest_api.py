@@ -6,9 +6,12 @@ import http.client
 import json
 import socket
 import time
+import urllib.parse
+import urllib.request
 
 import numpy as np
 import pytest
+from grpc_calls import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -157,14 +160,7 @@ def test_requests_are_counted_at_both_addresses(call):
         ("POST", "/v1/models/tiny/versions/-1:predict", 400),
         ("GET", "/v1/models/tiny/versions/x", 400),
         ("GET", "/", 404),
-        ("GET", "/v1/models", 404),
-        ("GET", "/v1/models/tiny/", 404),
-        ("GET", "/v1/models/..%2F..%2Fetc", 404),
-        ("POST", "/v1/models/tiny:explain", 404),
-        ("POST", "/v1/models/tiny%3Apredict:predict", 404),
-        ("GET", "/v1/models/tiny:predict", 405),
-        ("DELETE", "/v1/models/tiny", 405),
-        ("POST", "/v1/models/tiny/metadata", 405),
+        ("GET", "/v2/models/tiny", 404),
         ("POST", "/metrics", 405),
     ],
 )
@@ -176,9 +172,28 @@ def test_paths_and_methods(call, method, path, status):
 
 
 @pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/tiny/"),
+        ("GET", "/v1/models/..%2F..%2Fetc"),
+        ("POST", "/v1/models/tiny:explain"),
+        ("POST", "/v1/models/tiny%3Apredict:predict"),
+        ("GET", "/v1/models/tiny:predict"),
+        ("DELETE", "/v1/models/tiny"),
+        ("POST", "/v1/models/tiny/metadata"),
+    ],
+)
+def test_what_is_unknown_below_v1_is_malformed_as_in_tf_serving(call, method, path):
+    code, content = call(method, path, BODY if method == "POST" else None)
+    assert (code, content) == (400, {"error": f"Malformed request: {method} {urllib.parse.unquote(path)}"})
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ("", "JSON parse error"),
+        ('{"instances": null}', "instances must be an array of at least one. Received: null"),
         ("nonsense", "JSON parse error"),
         (b'{"inputs": "\xff"}', "UTF-8"),
         ('{"instances": [1]}', "'examples'"),
@@ -238,6 +253,50 @@ def test_clients_that_go_away_leave_the_server_as_it_was(server, call, caplog, c
     predict(call, BODY)
     assert "Traceback" not in caplog.text + capfd.readouterr().err
     assert "INTERNAL" not in call("GET", "/metrics")[1]
+
+
+def test_a_request_whose_client_went_away_leaves_the_queue(servable_dir):
+    with LocalServer(servable_dir, num_threads=1) as server:
+        blocker = http.client.HTTPConnection(server.rest_address, timeout=20)
+        blocker.request("POST", "/v1/models/tiny:predict", slow_body(150_000))
+        gone = http.client.HTTPConnection(server.rest_address, timeout=20)
+        gone.request("POST", "/v1/models/tiny:predict", BODY)
+        time.sleep(0.1)  # It waits in the queue.
+        gone.close()
+
+        def metrics():
+            with urllib.request.urlopen(f"http://{server.rest_address}/metrics", timeout=10) as response:
+                return response.read().decode()
+
+        wait_until(lambda: 'code="CANCELLED",method="Predict"' in metrics())
+        assert 'code="OK"' not in metrics()
+        assert blocker.getresponse().status == 200
+        assert 'clsd_queued_rows{model="tiny",signature="predict_raw"} 0.0' in metrics()
+        assert 'clsd_batch_rows_count{model="tiny",signature="predict_raw"}' not in metrics()  # It never ran.
+
+
+def test_an_error_of_the_server_does_not_quote_the_request(servable_dir, monkeypatch, caplog, capfd):
+    def fails(*_):
+        raise KeyError(f"user-{4700 + 11}")
+
+    monkeypatch.setattr("export.server.rest_api.predict_answer", fails)
+    with LocalServer(servable_dir) as server:
+        connection = http.client.HTTPConnection(server.rest_address, timeout=20)
+        connection.request("POST", "/v1/models/tiny:predict", BODY)
+        response = connection.getresponse()
+        assert response.status == 500
+        assert json.loads(response.read()) == {"error": "KeyError in the server; its log says where"}
+    told = caplog.text + capfd.readouterr().err
+    assert "KeyError while answering" in told
+    assert "4711" not in told
+
+
+def test_long_bodies_are_answered_as_short_ones(call):
+    names = ["a" * 1000] * 400
+    columns = {"x": [2.0] * 400, "names": names, "counts": [[1]] * 400}
+    answer = predict(call, {"signature_name": "predict_raw", "inputs": columns})
+    assert answer["outputs"]["ctr"] == [0.5] * 400
+    assert call("POST", "/v1/models/tiny:predict", "[" * 500_000)[1]["error"].startswith("JSON parse error")
 
 
 def test_a_deadline_ends_slow_answers_and_slow_bodies(servable_dir):

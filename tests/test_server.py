@@ -1,12 +1,16 @@
 """The local server over real gRPC: answers, refusals, hostile tensors, health, stopping."""
 
+import base64
+import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,11 +31,14 @@ from tensorflow_serving.apis import (
     model_management_pb2,
     model_service_pb2_grpc,
     predict_pb2,
+    prediction_log_pb2,
     regression_pb2,
 )
-from tiny_servables import example, examples, save_tiny
+from tiny_servables import example, examples, rank_request, save_tiny
 
 from export.server.app import LocalServer
+from export.server.registry import VersionState
+from export.warmup import WARMUP_FILE
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -74,6 +81,11 @@ def _save_shared_input(path):
                 inputs, {"outputs": info(2.0 * x)}, "tensorflow/serving/regress"
             ),
         }
+        x, factor = v1.placeholder(tf.float32, [None]), v1.placeholder(tf.float32, [None])
+        signatures["defaults"] = v1.saved_model.build_signature_def(
+            {"x": info(x), "factor": info(factor)}, {"y": info(factor * x)}, "tensorflow/serving/predict"
+        )
+        signatures["defaults"].defaults["factor"].CopyFrom(tf.make_tensor_proto([2.0]))
         builder = v1.saved_model.Builder(str(path))
         builder.add_meta_graph_and_variables(session, ["serve"], signatures)
         builder.save()
@@ -159,6 +171,40 @@ def test_the_context_fills_in_what_an_example_lacks(stub):
     )
 
     assert [one.value for one in response.result.regressions] == [0.25, 0.5]
+
+
+def test_a_context_is_not_copied_without_limit(stub):
+    context = tf.train.Example()
+    context.features.feature["note"].bytes_list.value.append(b"n" * 10_000)
+    request_input = _input(*[1.0] * 200, context=context)
+    request = regression_pb2.RegressionRequest(model_spec=model_spec("tiny", "regress"), input=request_input)
+    code, message = refused(stub.Regress, request)
+    assert code == INVALID_ARGUMENT
+    assert "input 'inputs' may take 1,048,576 bytes" in message
+
+
+def test_inputs_with_defaults_may_be_left_out(stub):
+    answer = outputs(stub.Predict(predict_request(model_spec("shared", "defaults"), x=np.float32([3.0]))))
+    assert answer["y"].tolist() == [6.0]
+    given = predict_request(model_spec("shared", "defaults"), x=np.float32([3.0]), factor=np.float32([5.0]))
+    assert outputs(stub.Predict(given))["y"].tolist() == [15.0]
+    code, message = refused(stub.Predict, predict_request(model_spec("shared", "defaults"), factor=np.float32([5.0])))
+    assert code == INVALID_ARGUMENT
+    assert "missing ['x']" in message
+
+
+@pytest.mark.parametrize("content", [b"user-4711 is no message", b"\x0a\x05ab", rank_request(1.0)[:-1]])
+def test_a_request_of_rank_that_is_no_message_is_the_clients_error(server, stub, content):
+    code, message = refused(stub.Predict, predict_request(model_spec("tiny", "rank"), requests=[content]))
+    assert code == INVALID_ARGUMENT
+    assert "cannot read input 'requests'" in message
+    assert "4711" not in message
+    body = {"signature_name": "rank", "instances": [{"b64": base64.b64encode(content).decode()}]}
+    url = f"http://{server.rest_address}/v1/models/tiny:predict"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(url, json.dumps(body).encode(), timeout=10)
+    assert caught.value.code == 400
+    assert "cannot read input 'requests'" in json.load(caught.value)["error"]
 
 
 @pytest.mark.parametrize(
@@ -321,6 +367,8 @@ def test_metadata_is_the_signatures_of_the_saved_model(stub, servable_dir):
     assert signatures.signature_def["classify"].inputs["inputs"].dtype == tf.string.as_datatype_enum
     assert response.model_spec == model_spec("tiny", version=7)
 
+    request.metadata_field.append("signature_def")  # To name it twice is the same to TF Serving.
+    assert stub.GetModelMetadata(request) == response
     request.metadata_field[:] = ["weights"]
     assert refused(stub.GetModelMetadata, request)[0] == INVALID_ARGUMENT
 
@@ -387,6 +435,39 @@ def test_stopping_finishes_what_runs_and_takes_nothing_new(servable_dir):
         assert outputs(running.result())["ctr"].tolist() == [0.5]
         server.join()
         assert refused(stub.Predict, slow_request(1.0, 1))[0] == grpc.StatusCode.UNAVAILABLE
+
+
+def test_stopping_does_not_wait_for_a_version_that_loads(servable_dir, tmp_path):
+    shutil.copytree(servable_dir / "tiny", tmp_path / "tiny")
+    server = LocalServer(tmp_path, poll_seconds=0.02)
+    server.start()
+    staging = shutil.copytree(servable_dir / "tiny" / "7", tmp_path / "staging")
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.CopyFrom(slow_request(1.0, 300_000))
+    (staging / WARMUP_FILE).parent.mkdir()
+    with tf.io.TFRecordWriter(str(staging / WARMUP_FILE)) as writer:
+        writer.write(log.SerializeToString())
+    staging.rename(tmp_path / "tiny" / "8")
+
+    def state():
+        return server.registry.states(model_spec("tiny")).get(8, VersionState(0)).state
+
+    wait_until(lambda: state() == get_model_status_pb2.ModelVersionStatus.LOADING)
+    with prediction_stub(server.grpc_address) as stub:
+        server.request_stop()
+        wait_until(lambda: _is_gone(server.rest_address))
+        assert refused(stub.Predict, slow_request(1.0, 1))[0] == grpc.StatusCode.UNAVAILABLE
+        assert state() == get_model_status_pb2.ModelVersionStatus.LOADING
+    server.join()
+
+
+def _is_gone(address):
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_a_taken_port_and_a_missing_directory_are_told(server, servable_dir, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import math
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from grpc_calls import model_spec, outputs, predict_request, prediction_stub, refused, slow_request, wait_until
-from tiny_servables import examples, save_tiny
+from tiny_servables import examples, rank_request, save_tiny
 
 from export.server.app import LocalServer
-from export.server.batching import BatchingOptions, ModelThreads, SignatureQueue, version_options
+from export.server.batching import BatchingOptions, SignatureQueue, version_options
 from export.server.errors import RequestError
 from export.server.metrics import Metrics
+from export.server.model_threads import ModelThreads
 from export.server.servable import LoadedVersion
 
 OPTIONS = BatchingOptions(max_batch_size=4, batch_timeout_seconds=0.0, max_enqueued_batches=2)
+MAX_BYTES = 1 << 20
 SLOW_STEPS = 20_000  # Long enough for the requests behind it to queue.
 
 
@@ -50,14 +53,16 @@ def recorded(servable_dir):
     return result
 
 
-def run_together(version, signature, requests, options=OPTIONS, deadlines=None, blocked=True):
+def run_together(
+    version, signature, requests, options=OPTIONS, deadlines=None, blocked=True, max_request_bytes=MAX_BYTES
+):
     """Results of requests that arrive while the only thread is busy with another signature."""
 
     async def run():
         threads = ModelThreads(1)
         metrics = Metrics()
-        queue = SignatureQueue(version, version.signatures[signature], options, threads, metrics)
-        blocker = SignatureQueue(version, version.signatures["slow"], options, threads, metrics)
+        queue = SignatureQueue(version, version.signatures[signature], options, max_request_bytes, threads, metrics)
+        blocker = SignatureQueue(version, version.signatures["slow"], options, MAX_BYTES, threads, metrics)
         block = {"x": np.float32([0]), "steps": np.int64([SLOW_STEPS])}
         first = [blocker.run(block, 1, math.inf)] if blocked else []
         rest = [
@@ -83,13 +88,37 @@ def test_requests_that_wait_run_as_one_batch_and_get_their_own_rows(recorded):
     assert recorded.calls == [1, 4]
 
 
-def test_a_batch_is_never_larger_than_the_limit_unless_one_request_is(recorded):
-    sizes = [2, 1, 2, 6]
+def test_a_batch_is_never_larger_than_the_limit_and_a_larger_request_runs_in_slices(recorded):
+    sizes = [2, 1, 2, 10]
     options = BatchingOptions(4, 0.0, 10)
     requests = [{"examples": examples(*range(size))} for size in sizes]
     results = run_together(recorded, "serving_default", requests, options)
     assert [len(result["ctr"]) for result in results] == sizes
-    assert recorded.calls == [1, 3, 2, 6]
+    assert results[3]["ctr"].tolist() == [0.5 * x for x in range(10)]
+    assert recorded.calls == [1, 3, 2, 4, 4, 2]
+
+
+def test_a_request_whose_outputs_depend_on_all_rows_runs_whole(recorded):
+    assert not recorded.signatures["rank"].is_sliceable
+    sizes = [3, 1, 2, 1, 1, 1]
+    requests = np.array([rank_request(*range(size)) for size in sizes], object)
+    (result,) = run_together(recorded, "rank", [{"requests": requests}])
+    assert result["ctr"].tolist() == [
+        [*[0.5 * x for x in reversed(range(size))], *[-1.0] * (3 - size)] for size in sizes
+    ]
+    assert recorded.calls == [1, 6]
+
+
+def test_bytes_limit_what_is_joined_and_what_waits(recorded):
+    def request(text):
+        return raw([1.0]) | {"names": np.array([text], object)}
+
+    options = BatchingOptions(100, 0.0, 10)
+    large = [request(b"a" * 400)] * 12
+    results = run_together(recorded, "predict_raw", large, options, max_request_bytes=1000)
+    codes = [result.code if isinstance(result, RequestError) else None for result in results]
+    assert codes == [None] * 9 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3  # 9 * (400 + 20) bytes are 4000 at most.
+    assert recorded.calls == [1, 2, 2, 2, 2, 1]  # Two at a time are 1000 at most.
 
 
 def test_only_rows_of_equal_shapes_are_joined(recorded):
@@ -121,9 +150,11 @@ def test_a_full_queue_refuses_and_the_waiting_requests_are_answered(version):
     assert results[7]["ctr"].tolist() == [3.5]
 
 
-def test_a_request_larger_than_the_queue_runs_when_nothing_else_waits(version):
-    (result,) = run_together(version, "serving_default", [{"examples": examples(*range(20))}])
-    assert len(result["ctr"]) == 20
+def test_a_request_with_more_rows_than_can_ever_wait_is_the_clients_error(version):
+    largest, larger = run_together(version, "serving_default", [{"examples": examples(*range(n))} for n in (8, 9)])
+    assert len(largest["ctr"]) == 8
+    assert larger.code == grpc.StatusCode.INVALID_ARGUMENT  # Not RESOURCE_EXHAUSTED: to try again is no use.
+    assert "may have 8 rows, max_batch_size times max_enqueued_batches. Received: 9" in str(larger)
 
 
 def test_a_request_whose_deadline_passed_in_the_queue_is_not_run(recorded):
@@ -156,7 +187,7 @@ def test_signatures_without_a_free_batch_dimension_run_alone(tmp_path):
 
     async def run():
         threads = ModelThreads(1)
-        queue = SignatureQueue(version, version.signatures["serving_default"], OPTIONS, threads, Metrics())
+        queue = SignatureQueue(version, version.signatures["serving_default"], OPTIONS, MAX_BYTES, threads, Metrics())
         results = await asyncio.gather(*(queue.run({"x": np.float32([x, x])}, 1, math.inf) for x in range(5)))
         threads.close()
         return results
@@ -213,13 +244,42 @@ def test_a_client_whose_deadline_passes_leaves_the_queue(servable_dir):
         assert time.monotonic() - start < 1.0
         assert outputs(running.result())["ctr"].tolist() == [0.5]
         assert outputs(stub.Predict(request, timeout=10))["ctr"].tolist() == [0.5]
+        with urllib.request.urlopen(f"http://{server.rest_address}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        # Only the second request ran.
+        assert 'clsd_batch_rows_sum{model="tiny",signature="serving_default"} 1.0' in text
+        assert 'clsd_queued_rows{model="tiny",signature="serving_default"} 0.0' in text
+
+
+def test_rows_that_wait_for_two_versions_of_a_model_count_together(version):
+    metrics = Metrics()
+
+    async def run():
+        threads = ModelThreads(1)
+        slow = SignatureQueue(version, version.signatures["slow"], OPTIONS, MAX_BYTES, threads, metrics)
+        block = asyncio.ensure_future(slow.run({"x": np.float32([0]), "steps": np.int64([SLOW_STEPS])}, 1, math.inf))
+        await asyncio.sleep(0)
+        queues = [
+            SignatureQueue(version, version.signatures["serving_default"], OPTIONS, MAX_BYTES, threads, metrics)
+            for _ in range(2)
+        ]
+        waiting = [asyncio.ensure_future(queue.run({"examples": examples(1.0)}, 1, math.inf)) for queue in queues]
+        await asyncio.sleep(0)
+        told = metrics.exposition().decode()
+        await asyncio.gather(block, *waiting)
+        threads.close()
+        return told
+
+    labels = '{model="tiny",signature="serving_default"}'
+    assert f"clsd_queued_rows{labels} 2.0" in asyncio.run(run())
+    assert f"clsd_queued_rows{labels} 0.0" in metrics.exposition().decode()
 
 
 def test_a_thousand_vanished_requests_of_different_shapes_are_cleared_away(version):
     async def run():
         threads = ModelThreads(1)
         options = BatchingOptions(1000, 0.0, 10)
-        queue = SignatureQueue(version, version.signatures["predict_raw"], options, threads, Metrics())
+        queue = SignatureQueue(version, version.signatures["predict_raw"], options, MAX_BYTES, threads, Metrics())
         blocker = asyncio.ensure_future(queue.run(raw([1.0]), 1, math.inf))
         gone = [asyncio.ensure_future(queue.run(raw([1.0], length), 1, math.inf)) for length in range(2, 1500)]
         await asyncio.sleep(0)

@@ -1,6 +1,7 @@
 """Models and versions of the local server: which are served, how they change, and what broken ones do not disturb."""
 
 import contextlib
+import pathlib
 import shutil
 import threading
 
@@ -11,11 +12,13 @@ from grpc_calls import model_spec, outputs, predict_request, prediction_stub, sl
 from tensorflow_serving.apis import get_model_status_pb2, input_pb2, prediction_log_pb2
 from tiny_servables import example, examples, save_tiny, write_config
 
+from clsd_tf.servable import version_directory
 from export.server.app import LocalServer
 from export.server.errors import RequestError
 from export.server.registry import Registry
 from export.server.servable import LoadedVersion
 from export.server.warmup_replay import replay_warmup_requests
+from export.versions import ModelVersions
 from export.warmup import WARMUP_FILE
 
 State = get_model_status_pb2.ModelVersionStatus.State
@@ -78,6 +81,8 @@ def test_without_a_config_the_newest_version_of_every_directory_is_served(regist
     publish(1), publish(2), publish(3, name="other")
     (tmp_path / "tiny" / "v9").mkdir()
     (tmp_path / "tiny" / "10.incomplete").mkdir()
+    (tmp_path / "tiny" / "²").mkdir()
+    (tmp_path / "tiny" / ("9" * 30)).mkdir()
     (tmp_path / "empty").mkdir()
 
     registry.follow()
@@ -213,6 +218,9 @@ def test_a_broken_model_does_not_keep_others_from_loading(registry, publish):
         (config(name=""), "name"),
         (config(base_path="/models/.."), "base_path"),
         (config().replace("model_config_list {", f"model_config_list {{ {ENTRY}"), "once"),
+        ("", "empty"),
+        ("# nothing yet\n", "empty"),
+        ("custom_model_config {}", "custom_model_config. Allowed: model_config_list"),
     ],
 )
 def test_a_broken_config_changes_nothing_and_is_told_once(registry, publish, tmp_path, caplog, text, message):
@@ -230,6 +238,51 @@ def test_a_broken_config_changes_nothing_and_is_told_once(registry, publish, tmp
     told = [record.getMessage() for record in caplog.records if "stay as they were" in record.getMessage()]
     assert len(told) == 1
     assert message in told[0]
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 30, "٣", "7x"])
+def test_names_that_tf_serving_reads_no_version_from_are_none_anywhere(tmp_path, name):
+    for version in ("1", name):
+        (tmp_path / "tiny" / version).mkdir(parents=True)
+        (tmp_path / "tiny" / version / "saved_model.pb").touch()
+    assert list(ModelVersions(tmp_path, "tiny").published()) == [1]
+    assert version_directory(tmp_path / "tiny").name == "1"
+
+
+def test_an_empty_config_at_first_serves_nothing(registry, publish, tmp_path):
+    publish(1)
+    (tmp_path / "models.config").write_text("")
+    registry.follow()
+    assert registry.versions() == {}
+
+
+def test_a_broken_version_with_a_dangling_link_is_tried_again_when_it_changes(registry, publish):
+    path = publish(1, name="a")
+    publish(1, name="b")
+    (path / "link").symlink_to("nowhere")
+    graph = (path / "saved_model.pb").read_bytes()
+    damage(path)
+    registry.follow()
+    assert registry.versions() == {"b": [1]}
+    (path / "saved_model.pb").write_bytes(graph)
+    registry.follow()
+    assert registry.versions() == {"a": [1], "b": [1]}
+
+
+def test_a_version_that_goes_away_while_it_is_read_does_not_keep_others_from_loading(publish, tmp_path, monkeypatch):
+    publish(1, name="a"), publish(1, name="b")
+    gone = tmp_path / "a" / "1" / "variables"
+    lstat = pathlib.Path.lstat
+
+    def lstat_or_gone(path):
+        if path.is_relative_to(gone):
+            raise FileNotFoundError(path)
+        return lstat(path)
+
+    monkeypatch.setattr(pathlib.Path, "lstat", lstat_or_gone)
+    registry = Registry(tmp_path, lambda path, name: LoadedVersion(path, name))
+    registry.follow()
+    assert registry.versions()["b"] == [1]
 
 
 def test_a_model_that_leaves_the_config_is_no_longer_served(registry, publish, tmp_path):
@@ -281,6 +334,17 @@ def broken_warmup_records():
     unknown_signature.predict_log.request.CopyFrom(
         predict_request(model_spec("tiny", "absent"), examples=examples(1.0))
     )
+    unknown_output = prediction_log_pb2.PredictionLog()
+    unknown_output.predict_log.request.CopyFrom(predict_request(model_spec("tiny"), examples=examples(1.0)))
+    unknown_output.predict_log.request.output_filter.append("absent")
+    other_tensors = warmup_logs(1.0)[3]
+    other_tensors.multi_inference_log.request.tasks.add(
+        model_spec=model_spec("tiny", "classify"), method_name="tensorflow/serving/classify"
+    )
+    unknown_method = warmup_logs(1.0)[3]
+    unknown_method.multi_inference_log.request.tasks[0].method_name = "absent"
+    no_tasks = warmup_logs(1.0)[3]
+    del no_tasks.multi_inference_log.request.tasks[:]
     streamed = prediction_log_pb2.PredictionLog()
     streamed.predict_streamed_log.SetInParent()
     return {
@@ -288,6 +352,10 @@ def broken_warmup_records():
         "empty": b"",
         "unknown input": unknown_input,
         "unknown signature": unknown_signature,
+        "unknown output": unknown_output,
+        "tasks of other tensors": other_tensors,
+        "unknown method": unknown_method,
+        "no tasks": no_tasks,
         "streamed": streamed,
         "no examples": warmup_logs()[1],
     }
@@ -299,6 +367,16 @@ def test_one_bad_warm_up_record_fails_the_version(publish, name):
     write_warmup(path, *warmup_logs(1.0)[:1], broken_warmup_records()[name])
     with pytest.raises(ValueError, match="warm-up record 2 cannot be replayed"):
         replay_warmup_requests(LoadedVersion(path, "tiny"))
+
+
+def test_a_failed_warm_up_does_not_quote_what_was_recorded(publish):
+    path = publish(2)
+    log = warmup_logs(1.0)[0]
+    log.predict_log.request.inputs["examples"].string_val[:] = [b"user-4711 is no example"]
+    write_warmup(path, log)
+    with pytest.raises(ValueError, match=r"^warm-up record 1 cannot be replayed: InvalidArgumentError$") as caught:
+        replay_warmup_requests(LoadedVersion(path, "tiny"))
+    assert caught.value.__suppress_context__  # Nor does a traceback.
 
 
 def test_a_warm_up_request_that_the_model_refuses_keeps_the_old_version_serving(publish, tmp_path):

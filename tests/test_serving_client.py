@@ -378,10 +378,10 @@ def test_an_output_of_another_name_is_not_taken_for_the_ctr(server):
 
 
 def test_the_other_protocol_is_named_as_such(server):
-    with client_of(server.grpc_address, "rest", max_attempts=1) as client, pytest.raises(ServingError):
-        client.status()
-    with client_of(server.rest_address, "grpc", max_attempts=1) as client, pytest.raises(ServingError):
-        client.status()
+    hint = r"does it speak this protocol on that port \(gRPC: 8500, REST: 8501\)"
+    for address, protocol in ((server.grpc_address, "rest"), (server.rest_address, "grpc")):
+        with client_of(address, protocol, max_attempts=1) as client, pytest.raises(ServingError, match=hint):
+            client.status()
 
 
 # --- Comparison and load ---------------------------------------------------------------------------------------------

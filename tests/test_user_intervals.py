@@ -64,6 +64,33 @@ def test_pcoc_by_hand():
     assert intervals(rows)["pcoc"] == pytest.approx([0.0, high], rel=1e-6)
 
 
+def test_gauc_of_equally_long_users_has_the_t_interval_of_the_mean_of_those_with_both_labels():
+    random = np.random.default_rng(3)
+    label = (random.random((26, 10)) < 0.4).astype(np.float64)
+    label[6:] = 0
+    pctr = np.round(random.random((26, 10)), 2)
+    aucs = [auc(*user) for user in zip(label[:6], pctr[:6], strict=True)]
+    expected = stats.t.interval(0.95, 5, loc=np.mean(aucs), scale=stats.sem(aucs))
+    rows = single_rows(label=label.ravel(), pctr=pctr.ravel(), user_hash=np.repeat(np.arange(26), 10))
+    assert 0 < expected[0] < expected[1] < 1
+    assert intervals(rows)["gauc"] == pytest.approx(expected)
+
+
+def test_only_users_who_clicked_count_among_clicks():
+    """Of clicks 1, 2, 4 of users 1, 1, 2 with intensity and click 3 of user 3 without: AUC is (1 + 1/2 + 1) / 3.
+
+    That of click 3 is the same, so that the influences of the users are (1 + 1/2 - 10/6) / 3, (1 - 5/6) / 3 and 0.
+    """
+    rows = single_rows(
+        user_hash=np.array([1, 1, 2, 3, 4, 5, 6, 7, 8]),
+        label=np.array([1.0, 1, 1, 1, 0, 0, 0, 0, 0]),
+        intensity_label=np.array([1.0, 1, 1, 0, 0, 0, 0, 0, 0]),
+        pctr=np.array([0.5, 0.3, 0.4, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]),
+    )
+    low = 5 / 6 - 4.30265273 * np.sqrt(3 / 2 * 2 * (1 / 18) ** 2)  # t quantile with 2 degrees of freedom.
+    assert intervals(rows)["intensity_auc_among_clicks"] == pytest.approx([low, 1.0])
+
+
 @pytest.mark.parametrize(
     "metric",
     ["click_rate", "auc", "gauc", "log_loss", "normalized_entropy", "pcoc", "intensity_auc",

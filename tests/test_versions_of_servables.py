@@ -4,18 +4,23 @@ import http.server
 import json
 import os
 import pathlib
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from typing import ClassVar
 
+import grpc
 import pytest
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import write_json
+from clsd_tf.artifacts import locked, write_json
+from export import promotion
 from export.manifest import MANIFEST_FILE, file_entries
 from export.models_config import ModelsConfig, require_room_for
 from export.promotion import PromotionError, promote, rollback, version_before
@@ -126,9 +131,22 @@ def test_a_failed_export_uses_no_explicit_number_and_leaves_nothing(feed):
     assert list(feed.published()) == [7]
 
 
+def test_what_killed_exports_left_goes_with_the_next_and_what_is_being_written_stays(feed):
+    publish(feed, 1)
+    (feed.path / ".5.incomplete-00ff").mkdir()
+    (feed.path / ".1.incomplete-00ff").mkdir()
+    with feed.staged(6) as (_, living):
+        publish(feed, 5)
+        prune(feed, 9)
+        hidden = {child.name for child in feed.path.iterdir() if child.name.startswith(".")}
+        assert hidden == {living.name}
+    (feed.path / ".4.incomplete-00ff").mkdir()
+    prune(feed, 9)
+    assert sorted(child.name for child in feed.path.iterdir()) == ["1", "5", "6", "history.jsonl"]
+
+
 _PUBLISH = """
 import pathlib, sys
-from export.server_status import ServerStatusError, wait_until_available
 from export.versions import ModelVersions
 versions = ModelVersions(pathlib.Path(sys.argv[1]), "feed")
 sys.stdin.readline()
@@ -275,6 +293,31 @@ def remove_manifest(path):
     (path / MANIFEST_FILE).unlink()
 
 
+def cut_off(path):
+    file = path / MANIFEST_FILE
+    file.write_text(file.read_text()[:-20])
+
+
+def entries_without_sizes(path):
+    write_json(path / MANIFEST_FILE, {"model_name": "feed", "version": 2, "files": {"saved_model.pb": {"sha256": ""}}})
+
+
+def list_of_nothing(path):
+    write_json(path / MANIFEST_FILE, [])
+
+
+def odd_verification(path):
+    write_json(path / MANIFEST_FILE, {"verification": {"max_difference": {"a": "small"}}})
+
+
+_UNREADABLE = [
+    (cut_off, "the manifest cannot be read: JSONDecodeError"),
+    (entries_without_sizes, r"the manifest cannot be read: files\.saved_model\.pb\.bytes: Field required"),
+    (list_of_nothing, "the manifest cannot be read: the whole: Input should be"),
+    (odd_verification, r"the manifest cannot be read: verification\.max_difference\.a: Input should be a valid number"),
+]
+
+
 def other_model(path):
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     write_json(path / MANIFEST_FILE, {**manifest, "model_name": "else"})
@@ -286,6 +329,7 @@ def other_model(path):
         (damage, "saved_model.pb has another SHA-256"),
         (remove_manifest, "no manifest"),
         (other_model, "the manifest is that of else 2"),
+        *_UNREADABLE,
     ],
 )
 def test_a_version_that_is_not_as_its_manifest_says_gets_no_label(feed, change, message):
@@ -298,6 +342,54 @@ def test_a_version_that_is_not_as_its_manifest_says_gets_no_label(feed, change, 
     with pytest.raises(PromotionError, match=message):
         promote(feed, "canary", 2)
     assert (feed.servable_dir / "models.config").read_bytes() == before
+
+
+@pytest.fixture
+def while_files_are_checked(feed, monkeypatch):
+    """Has a function called after the files of a version were checked; [whether the lock was free then]."""
+    check, is_free, then = promotion.problems_of, [], []
+
+    def watched(name, directory):
+        problems = check(name, directory)
+        with locked(feed.servable_dir, wait=False) as held:
+            is_free.append(held)
+        for act in then:
+            act()
+        return problems
+
+    monkeypatch.setattr(promotion, "problems_of", watched)
+    return is_free, then
+
+
+def test_files_are_checked_without_the_lock_and_the_version_must_still_be_there_after(feed, while_files_are_checked):
+    is_free, then = while_files_are_checked
+    publish(feed, 1, 2, 3)
+    for version in (2, 1, 1):
+        promote(feed, "stable", version)
+    assert is_free == [True] * 3
+    then.append(lambda: shutil.rmtree(feed.path / "2"))
+    with pytest.raises(PromotionError, match=r"Received: 2 of feed. Allowed: 1, 3"):
+        rollback(feed, "stable")
+    then[:] = [lambda: shutil.rmtree(feed.path / "3")]
+    with pytest.raises(PromotionError, match=r"Received: 3 of feed. Allowed: 1"):
+        promote(feed, "canary")
+    assert served(feed)[1] == {"stable": 1}
+
+
+def test_a_rollback_of_a_label_that_is_moved_meanwhile_is_refused(feed, while_files_are_checked):
+    publish(feed, 1, 2, 3)
+    for version in (1, 2, 2, 3):
+        promote(feed, "stable", version)
+
+    def move_on():
+        then.clear()
+        promote(feed, "stable", 3)
+
+    _, then = while_files_are_checked
+    then.append(move_on)
+    with pytest.raises(PromotionError, match="a rollback to 1; now it leads to 2"):
+        rollback(feed, "stable")
+    assert served(feed)[1] == {"stable": 3}
 
 
 def test_a_rollback_to_a_damaged_version_is_refused(feed):
@@ -333,17 +425,18 @@ def test_promotions_that_make_no_sense_are_refused(feed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig as text"),
+        ("model_config_list { config { nome: 'feed' } }", "ModelServerConfig text proto"),
         ("custom_model_config { type_url: 'x/google.protobuf.Empty' }", "Received: custom_model_config"),
         ("model_config_list { config { name: 'feed' } config { name: 'feed' } }", "Received: 2 for 'feed'"),
         ("model_config_list { config { name: 'other' } # why\n }", "comments in the middle"),
+        ("model_config_list { config { name: 'feed' base_path: '/m/other' } }", "Received: /m/other for 'feed'"),
     ],
 )
 def test_a_config_that_would_lose_something_is_refused_before_any_work(tmp_path, text, message):
     path = tmp_path / "models.config"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        require_room_for(path, "feed", "/models/feed")
+        require_room_for(path, "feed", None)
     assert path.read_text() == text
 
 
@@ -351,8 +444,9 @@ def test_comments_above_and_number_signs_in_text_are_kept(tmp_path):
     path = tmp_path / "models.config"
     path.write_text('# One.\n\n  # Two.\nmodel_config_list { config { name: \'a#b\' base_path: "/x#\\"#y" } }\n')
     config = ModelsConfig(path)
-    config.set_model("feed", "/models/feed")
+    config.set_model("feed", None)
     config.write()
+    assert ModelsConfig(path).entry("feed").base_path == "/models/feed"
     assert path.read_text().startswith("# One.\n\n  # Two.\nmodel_config_list {")
     assert ModelsConfig(path).entry("a#b").base_path == '/x#"#y'
 
@@ -361,8 +455,11 @@ def test_a_config_that_is_not_changed_is_not_written(tmp_path):
     path = tmp_path / "models.config"
     path.write_text("model_config_list{config{name:'feed',base_path:'/m/feed',model_platform:'tensorflow'}} # end")
     config = ModelsConfig(path)
-    config.set_model("feed", "/m/feed")
-    assert config.text() is None
+    for serving_base_path in (None, "/m", "/m/"):
+        config.set_model("feed", serving_base_path)
+        assert config.text() is None
+    config.set_model("feed", "/srv")
+    assert config.entry("feed").base_path == "/srv/feed"
 
 
 # Deletion.
@@ -396,6 +493,30 @@ def test_young_versions_and_the_newest_stay(feed):
     assert list(feed.published()) == [2, 3]
     with pytest.raises(ValueError, match=r"keep at least 1. Received: 0"):
         prune(feed, 0)
+
+
+def test_the_age_of_a_version_counts_from_its_publication(feed):
+    """Not from the last change of its directory, which verification may follow for long."""
+    hour_ago = time.time() - 3600
+    for number in (1, 2):
+        with feed.staged(number) as (_, staging):
+            os.utime(staging, (hour_ago, hour_ago))
+    assert dict(prune(feed, 1).kept) == {1: "younger than 10 minutes"}
+
+
+def test_files_are_deleted_without_the_lock(feed, monkeypatch):
+    publish(feed, 1, 2)
+    remove, is_free = shutil.rmtree, []
+
+    def watched(path, **how):
+        with locked(feed.servable_dir, wait=False) as held:
+            is_free.append(held)
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    assert prune(feed, 1).deleted == (1,)
+    assert is_free == [True]
+    assert sorted(child.name for child in feed.path.iterdir()) == ["2", "history.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -442,6 +563,17 @@ def test_the_list_gives_the_auc_of_cards_that_can_be_read(feed):
     assert [state.auc for state in list_versions(feed)] == [0.71, None]
 
 
+@pytest.mark.parametrize(("change", "message"), _UNREADABLE)
+def test_the_list_names_a_manifest_that_cannot_be_read_and_goes_on(feed, change, message):
+    publish(feed, 1, 2)
+    change(feed.path / "2")
+    for check in (True, False):
+        newest, oldest = list_versions(feed, check=check)
+        assert re.match(message, *newest.problems)
+        assert (newest.created, newest.max_difference) == (None, None)
+        assert (oldest.created, oldest.problems) == ("then", () if check else None)
+
+
 def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
     versions = ModelVersions(tmp_path, "old")
     (tmp_path / "old" / "3").mkdir(parents=True)
@@ -465,26 +597,36 @@ def test_the_command_says_when_a_label_has_to_wait(feed):
     assert "requests without a label go to 2" in done.stdout
 
 
+_READS_LATE = ["", "END", "LOADING", "AVAILABLE"]
+
+
 class Status(http.server.BaseHTTPRequestHandler):
-    """A server that reads models.config late: 404, then LOADING, then AVAILABLE."""
+    """A server that goes through states, and then stays in the last; "" is 404. ``on_question`` is called before."""
 
     asked: ClassVar[list[str]] = []
+    states: ClassVar[list[str]] = []
+    error = ""
+    on_question = staticmethod(lambda: None)
 
     def do_GET(self):
+        type(self).on_question()
         self.asked.append(self.path)
-        state = ["", "LOADING", "AVAILABLE"][min(len(self.asked), 3) - 1]
+        state = self.states[min(len(self.asked), len(self.states)) - 1]
         self.send_response(200 if state else 404)
         self.end_headers()
-        self.wfile.write(json.dumps({"model_version_status": [{"version": "2", "state": state}]}).encode())
+        status = {"error_code": "UNKNOWN" if self.error else "OK", "error_message": self.error}
+        entry = {"version": "2", "state": state, "status": status}
+        self.wfile.write(json.dumps({"model_version_status": [entry]} if state else {"error": "none"}).encode())
 
     def log_message(self, *arguments):
         pass
 
 
 @pytest.fixture
-def status_server():
+def status_server(monkeypatch):
+    monkeypatch.setattr(Status, "asked", [])
+    monkeypatch.setattr(Status, "states", _READS_LATE)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
-        Status.asked.clear()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -497,21 +639,49 @@ def test_the_command_waits_for_a_server_before_the_label_moves(feed, status_serv
     promote(feed, "stable", 1)
     done = run(feed, "promote", "--label=stable", f"--server={status_server}")
     assert done.returncode == 0, done.stderr
-    assert Status.asked == ["/v1/models/feed/versions/2"] * 3
+    assert Status.asked == ["/v1/models/feed/versions/2"] * 4
     assert served(feed) == ([1, 2], {"stable": 2})
     assert "stable names 2 (before: 1)" in done.stdout
 
 
-def test_a_server_that_does_not_load_or_answer_ends_the_wait(status_server):
-    Status.asked.clear()
-    with pytest.raises(ServerStatusError, match="Received: HTTP status 404 from"):
+def test_a_version_that_is_published_while_a_label_waits_does_not_get_it(feed, status_server, monkeypatch):
+    publish(feed, 1, 2)
+    promote(feed, "stable", 1)
+    monkeypatch.setattr(Status, "states", ["AVAILABLE"])
+    monkeypatch.setattr(Status, "on_question", lambda: publish(feed, 3))
+    done = run(feed, "promote", "--label=stable", f"--server={status_server}")
+    assert done.returncode == 0, done.stderr
+    assert served(feed) == ([1, 2], {"stable": 2})
+    assert list(feed.published()) == [1, 2, 3]
+
+
+def test_a_server_that_does_not_know_the_version_in_time_ends_the_wait(status_server):
+    with pytest.raises(ServerStatusError, match=rf"Received from {status_server}: NOT_FOUND, for -1 seconds"):
         wait_until_available(status_server, "feed", 2, timeout_seconds=-1)
+
+
+def test_a_version_that_failed_to_load_ends_the_wait_at_once_with_the_reason(status_server, monkeypatch):
+    monkeypatch.setattr(Status, "states", ["END"])
+    monkeypatch.setattr(Status, "error", "no such op: Frob")
+    with pytest.raises(ServerStatusError, match=r"Received from http.*: END, no such op: Frob\. The label has not"):
+        wait_until_available(status_server, "feed", 2)
+    assert len(Status.asked) == 1
+
+
+def test_who_is_no_model_server_ends_the_wait_at_once():
+    grpc_server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    with pytest.raises(ServerStatusError, match=r"UNAVAILABLE.*gRPC: 8500, REST: 8501"):
+        wait_until_available(f"http://127.0.0.1:{port}", "feed", 2)
+    grpc_server.stop(None)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        with pytest.raises(ServerStatusError, match=r"Received: no status \(URLError\)"):
-            wait_until_available(f"http://127.0.0.1:{closed.getsockname()[1]}", "feed", 2, timeout_seconds=0)
-    with pytest.raises(ValueError, match="Received: 'file:///etc'"):
-        wait_until_available("file:///etc", "feed", 2)
+        with pytest.raises(ServerStatusError, match=r"Received: UNAVAILABLE.*refused"):
+            wait_until_available(f"http://127.0.0.1:{closed.getsockname()[1]}", "feed", 2)
+    for address in ("file:///etc", "localhost:8501", "http://localhost", "https://localhost:1"):
+        with pytest.raises(ValueError, match=f"Received: '{address}'. Allowed: http://HOST:PORT"):
+            wait_until_available(address, "feed", 2)
 
 
 def test_the_command_refuses_in_one_line(feed):

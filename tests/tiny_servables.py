@@ -7,7 +7,10 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 from google.protobuf import text_format
+from tensorflow_serving.apis import input_pb2
 from tensorflow_serving.config import model_server_config_pb2
+
+from export.ranking import NO_ITEM_CTR, decode_requests
 
 
 class TinyModel(tf.Module):
@@ -46,6 +49,11 @@ class TinyModel(tf.Module):
             )
             return {"ctr": self._scale * x + extra}
 
+        def rank(requests):
+            _, items = decode_requests(requests)
+            ctr = items.with_values(self._scale * self._x(items.values)).to_tensor(NO_ITEM_CTR)
+            return {"ctr": tf.sort(ctr, direction="DESCENDING")}
+
         def regress(inputs):
             return {"outputs": self._scale * self._x(inputs)[:, tf.newaxis]}
 
@@ -59,6 +67,7 @@ class TinyModel(tf.Module):
             "predict_raw": concrete(raw, x=x, names=strings, counts=tf.TensorSpec([None, None], tf.int64)),
             "classify": concrete(classify, inputs=strings),
             "regress": concrete(regress, inputs=strings),
+            "rank": concrete(rank, requests=strings),
             "slow": concrete(slow, x=x, steps=tf.TensorSpec([None], tf.int64)),
         }
 
@@ -89,3 +98,9 @@ def example(x: float) -> bytes:
 def examples(*xs: float) -> np.ndarray:
     """Serialized tf.Examples as an object array."""
     return np.array([example(x) for x in xs], object)
+
+
+def rank_request(*xs: float) -> bytes:
+    """A serialized request for the signature ``rank``: an item of each x."""
+    items = [tf.train.Example.FromString(example(x)) for x in xs]
+    return input_pb2.ExampleListWithContext(examples=items).SerializeToString()

@@ -13,7 +13,7 @@ from typing import get_args
 
 from export.contract_rules import batching, behaviour, files, json_round_trip, layout, signatures, warmup
 from export.contract_rules.rules import Finding, NotApplicable, Rule, Status, reason_of
-from export.contract_rules.version import SAVED_MODEL, Base, Version, version_number
+from export.contract_rules.version import Base, Version, saved_model_file, version_number
 
 # In the order in which rules are applied and shown.
 _MODULES = (layout, files, signatures, behaviour, json_round_trip, warmup, batching)
@@ -66,11 +66,8 @@ def check_servable(path: pathlib.Path, batching_file: pathlib.Path | None = None
 
 def is_version(path: pathlib.Path) -> bool:
     """Whether a directory is one version: it holds a SavedModel, or its name is a number and its children's are not."""
-    children = list(path.iterdir())
-    holds_versions = any(version_number(child.name) is not None for child in children)
-    return any(child.name == SAVED_MODEL for child in children) or (
-        version_number(path.name) is not None and not holds_versions
-    )
+    holds_versions = any(version_number(child.name) is not None for child in path.iterdir())
+    return saved_model_file(path) is not None or (version_number(path.name) is not None and not holds_versions)
 
 
 def check_version(path: pathlib.Path, batching_file: pathlib.Path | None = None) -> list[Result]:

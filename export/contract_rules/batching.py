@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from google.protobuf import text_format
 
-from export.batching_parameters import BATCHING_FILE, BatchingParameters, check_batching_parameters
-from export.contract_rules.rules import Finding, NotApplicable, failed, listed, passed, version_rule, warned
+from export.batching_parameters import check_batching_parameters
+from export.contract_rules.rules import Finding, failed, listed, passed, version_rule, warned
 from export.contract_rules.version import Version
-
-
-def _parsed(version: Version):
-    """BatchingParameters of the file, whatever they say; a ValueError if they cannot be read."""
-    if version.batching_file is None:
-        raise NotApplicable(f"there is no {BATCHING_FILE}, and none was given")
-    try:
-        text = version.batching_file.read_text(encoding="utf-8")
-        return text_format.Parse(text, BatchingParameters())
-    except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{version.batching_file.name}: {error}") from error
 
 
 @version_rule(
@@ -26,11 +15,10 @@ def _parsed(version: Version):
     "the version (session_bundle_config.proto, bundle_factory_util.cc).",
 )
 def batching_file(version: Version) -> Finding:
-    try:
-        parameters = _parsed(version)
-    except ValueError as error:
-        return failed(str(error))
-    return passed(" ".join(text_format.MessageToString(parameters, as_one_line=True).split()) or "it sets nothing")
+    parsed = version.parsed_batching
+    if isinstance(parsed, Exception):
+        return failed(str(parsed))
+    return passed(" ".join(text_format.MessageToString(parsed, as_one_line=True).split()) or "it sets nothing")
 
 
 @version_rule(
@@ -39,10 +27,7 @@ def batching_file(version: Version) -> Finding:
     "with enable_large_batch_splitting, else the version does not load (batching_session.cc).",
 )
 def batching_sizes(version: Version) -> Finding:
-    try:
-        parameters = _parsed(version)
-    except ValueError as error:
-        raise NotApplicable("the file cannot be read, see the rule batching_file") from error
+    parameters = version.batching
     try:
         check_batching_parameters(parameters)
     except ValueError as error:
@@ -56,10 +41,7 @@ def batching_sizes(version: Version) -> Finding:
     "gains events that never happened (AddPadding in batching_util.h).",
 )
 def batching_padding(version: Version) -> Finding:
-    try:
-        parameters = _parsed(version)
-    except ValueError as error:
-        raise NotApplicable("the file cannot be read, see the rule batching_file") from error
+    parameters = version.batching
     variable = [
         f"{name}, input {key}"
         for name, signature in version.signatures.items()

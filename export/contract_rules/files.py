@@ -7,7 +7,7 @@ import stat
 
 from export.contract_rules.rules import Finding, NotApplicable, failed, judged, listed, passed, version_rule, warned
 from export.contract_rules.version import Version
-from export.manifest import MANIFEST_FILE, check_files, read_manifest
+from export.manifest import MANIFEST_FILE, ManifestError, check_files, read_manifest
 
 
 @version_rule(
@@ -61,8 +61,6 @@ def manifest_files(version: Version) -> Finding:
         raise NotApplicable(f"there is no {MANIFEST_FILE}")
     try:
         manifest = read_manifest(version.path)
-    except (ValueError, OSError) as error:
-        return failed(f"{MANIFEST_FILE} is no JSON: {error}")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        return failed(f"{MANIFEST_FILE} has no object named files")
-    return judged(check_files(version.path, manifest), f"{len(manifest['files'])} files have their SHA-256")
+    except ManifestError as error:
+        return failed(str(error))
+    return judged(check_files(version.path, manifest), f"{len(manifest.get('files', ()))} files have their SHA-256")

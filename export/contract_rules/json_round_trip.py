@@ -1,4 +1,7 @@
-"""Rules of REST: requests and answers as the JSON that TF Serving reads and writes (json_tensor.cc)."""
+"""Rules of REST: the JSON of requests and answers, read and written by the local server's code for it.
+
+That code follows TF Serving's json_tensor.cc, and is held to it by tests of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from export.contract_rules.behaviour import call, each_signature
-from export.contract_rules.requests import Requests
+from export.contract_rules.requests import Inputs, Requests
 from export.contract_rules.rules import Finding, NotApplicable, version_rule
 from export.contract_rules.signatures import JSON_DTYPES
 from export.contract_rules.version import Version
+from export.server.errors import RequestError
+from export.server.json_answers import predict_answer
+from export.server.json_tensors import PredictRequest
+from export.server.servable import signature_of
 
-_BYTES_SUFFIX = "_bytes"
 _ROWS = 2
 _TOLERANCE = 1e-5
 
@@ -27,66 +33,71 @@ _TOLERANCE = 1e-5
 def json_answers(version: Version) -> Finding:
     def check(requests: Requests) -> list[str]:
         _require_json_dtypes(requests)
-        problems = []
-        for name, values in call(version, requests, requests.typical(_ROWS), "a request").items():
-            try:
-                text = json.dumps(_answer_to_json(name, values), allow_nan=False)
-            except UnicodeDecodeError:
-                problems.append(f"{name} holds bytes that are no UTF-8 text. Rename it to {name}{_BYTES_SUFFIX}")
-            except ValueError:
-                problems.append(f"{name} is not finite")
-            else:
-                if not _same(_from_json(json.loads(text), values.dtype, values.shape), values):
-                    problems.append(f"{name} changes when it is written and read")
-        return problems
+        outputs = call(version, requests, requests.typical(_ROWS), "a request")
+        return [problem for name, values in outputs.items() for problem in _answer_problems(name, values)]
 
     return each_signature(version, check)
 
 
+def _answer_problems(name: str, values: np.ndarray) -> list[str]:
+    try:
+        body = predict_answer({name: values}, in_rows=True)
+        answer = json.loads(body, parse_constant=_refuse)["predictions"]
+    except RequestError as error:
+        return [str(error)]
+    except ValueError:
+        return [f"{name} is not finite"]
+    return [] if _is_same(_parsed(answer, values), values) else [f"{name} changes when it is written and read"]
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
 @version_rule(
     title="Requests written as JSON get the answers of the same tensors",
-    why="REST clients send lists, with serialized Examples as base64; another answer means that digits are lost, or "
-    "that the model does not answer the same twice (json_tensor.cc).",
+    why="REST clients send rows or columns, with serialized Examples as base64 and other strings as text; another "
+    "answer means that values are read as something else, or that the model does not answer the same twice "
+    "(json_tensor.cc).",
 )
 def json_requests(version: Version) -> Finding:
     def check(requests: Requests) -> list[str]:
         _require_json_dtypes(requests)
         inputs = requests.typical(_ROWS)
-        again = {
-            name: _from_json(json.loads(json.dumps(_request_to_json(values))), values.dtype, values.shape)
-            for name, values in inputs.items()
-        }
-        changed = [name for name in inputs if not _same(again[name], inputs[name])]
-        if changed:
-            return [f"{name} changes when it is written and read" for name in changed]
         expected = call(version, requests, inputs, "tensors")
-        received = call(version, requests, again, "JSON")
-        differing = [name for name in expected if not _same(received[name], expected[name])]
-        return [f"{name} differs between two equal requests" for name in differing]
+        problems = []
+        for form in ("instances", "inputs"):
+            try:
+                again = _read(requests, form, inputs)
+            except RequestError as error:
+                problems.append(f"{form}: {error}")
+                continue
+            changed = [name for name in inputs if not _is_same(again[name], inputs[name])]
+            problems += [f"{form}: {name} is read as something else" for name in changed]
+            if not changed:
+                received = call(version, requests, again, "JSON")
+                differing = [name for name in expected if not _is_same(received[name], expected[name])]
+                problems += [f"{form}: {name} differs between two equal requests" for name in differing]
+        return problems
 
     return each_signature(version, check)
 
 
-def _require_json_dtypes(requests: Requests) -> None:
-    infos = [*requests.signature.inputs.values(), *requests.signature.outputs.values()]
-    if any(info.dtype not in JSON_DTYPES for info in infos):
-        raise NotApplicable("has dtypes that JSON does not know, see the rule tensor_dtypes")
+def _read(requests: Requests, form: str, inputs: Inputs) -> Inputs:
+    """The tensors that a server makes of the JSON which a client makes of ``inputs``."""
+    columns = {name: _column(values, name == requests.examples_input) for name, values in inputs.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    body = json.dumps({"signature_name": requests.name, form: columns if form == "inputs" else rows})
+    return PredictRequest.parse(body.encode()).tensors(signature_of(requests.name, requests.signature))
 
 
-def _answer_to_json(name: str, values: np.ndarray) -> Any:
+def _column(values: np.ndarray, is_serialized: bool) -> list:
     if values.dtype != object:
         return values.tolist()
-    if name.endswith(_BYTES_SUFFIX):
-        return _map(values.tolist(), _base64)
-    return _map(values.tolist(), bytes.decode)
+    return _map(values.tolist(), _base64 if is_serialized else _text)
 
 
-def _request_to_json(values: np.ndarray) -> Any:
-    """Text where it is text: a client may send either."""
-    return _map(values.tolist(), _text_or_base64) if values.dtype == object else values.tolist()
-
-
-def _text_or_base64(value: bytes) -> Any:
+def _text(value: bytes) -> Any:
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -97,11 +108,17 @@ def _base64(value: bytes) -> dict[str, str]:
     return {"b64": base64.b64encode(value).decode()}
 
 
-def _from_json(value: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Nested lists -> array; ``shape`` tells the later dimensions of a list without rows."""
-    if dtype.kind != "O":
-        return np.array(value, dtype).reshape(shape)
-    result = np.empty(shape, object)
+def _require_json_dtypes(requests: Requests) -> None:
+    infos = [*requests.signature.inputs.values(), *requests.signature.outputs.values()]
+    if any(info.dtype not in JSON_DTYPES for info in infos):
+        raise NotApplicable("has dtypes that JSON does not know, see the rule tensor_dtypes")
+
+
+def _parsed(value: Any, like: np.ndarray) -> np.ndarray:
+    """What a client reads from nested lists; the shape tells the later dimensions of a list without rows."""
+    if like.dtype != object:
+        return np.array(value, like.dtype).reshape(like.shape)
+    result = np.empty(like.shape, object)
     result.ravel()[:] = _leaves(value)
     return result
 
@@ -116,7 +133,7 @@ def _map(value: Any, function) -> Any:
     return [_map(entry, function) for entry in value] if isinstance(value, list) else function(value)
 
 
-def _same(received: np.ndarray, expected: np.ndarray) -> bool:
+def _is_same(received: np.ndarray, expected: np.ndarray) -> bool:
     if received.shape != expected.shape:
         return False
     if expected.dtype.kind == "f":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections import defaultdict
 import tensorflow as tf
 from tensorflow.core.protobuf import fingerprint_pb2
 
+from clsd_tf.artifacts import locked
 from export.contract_rules.rules import (
     Finding,
     NotApplicable,
@@ -21,12 +23,13 @@ from export.contract_rules.rules import (
     version_rule,
     warned,
 )
-from export.contract_rules.version import SAVED_MODEL, Base, Version, read_meta_graph, version_number
+from export.contract_rules.version import Base, Version, read_meta_graph, saved_model_file, version_number
 
 _LEFTOVER = re.compile(
-    r"incomplete|^tmp|(^|[._-])te?mp([._-]|$|\d)|tempstate|\.part(ial)?$|\.sw[op]$|~$", re.IGNORECASE
+    r"incomplete|\.deleted-|^tmp|(^|[._-])te?mp([._-]|$|\d)|tempstate|\.part(ial)?$|\.sw[op]$|~$", re.IGNORECASE
 )
-_VARIABLE_OPS = frozenset(("VarHandleOp", "Variable", "VariableV2", "HashTableV2", "MutableHashTableV2"))
+# What checkpoints hold; a HashTableV2 is filled by an initialiser instead.
+_VARIABLE_OPS = frozenset(("VarHandleOp", "Variable", "VariableV2", "MutableHashTableV2"))
 
 
 @base_rule(
@@ -47,9 +50,9 @@ def has_versions(base: Base) -> Finding:
 )
 def names_are_versions(base: Base) -> Finding:
     problems = [
-        f"{name} holds a {SAVED_MODEL} but is no integer, so it is ignored"
+        f"{name} holds a {saved_model_file(child).name} but is no integer, so it is ignored"
         for name, child in base.children.items()
-        if name not in base.versions and not _LEFTOVER.search(name) and (child / SAVED_MODEL).exists()
+        if name not in base.versions and not _LEFTOVER.search(name) and saved_model_file(child)
     ]
     problems += [f"{name} is no directory" for name, child in base.versions.items() if not child.is_dir()]
     return judged(problems, f"{len(base.versions)} of {len(base.children)} children are versions")
@@ -72,11 +75,22 @@ def versions_are_distinct(base: Base) -> Finding:
 
 @base_rule(
     title="Nothing temporary lies beside the versions",
-    why="It is the rest of a publication that was killed, or one under way; it fills the disk, and renamed by hand it "
-    "would be served half written.",
+    why="It is the rest of a publication or a deletion that was killed; it fills the disk, and renamed by hand it "
+    "would be served in part. Only one under way may be there.",
 )
 def no_leftovers_beside(base: Base) -> Finding:
-    return judged([name for name in base.children if _LEFTOVER.search(name)], "none")
+    found = [child for name, child in base.children.items() if _LEFTOVER.search(name)]
+    abandoned = [child.name for child in found if not _is_being_written(child)]
+    if found and not abandoned:
+        return warned(f"another process is writing {listed(child.name for child in found)}")
+    return judged(abandoned, "none")
+
+
+def _is_being_written(path: pathlib.Path) -> bool:
+    """Whether a process holds its lock, as an export does of the directory that it writes."""
+    with contextlib.suppress(OSError), locked(path, wait=False) as is_free:
+        return not is_free
+    return False
 
 
 @version_rule(
@@ -100,8 +114,8 @@ def no_leftovers_inside(version: Version) -> Finding:
 
 
 @version_rule(
-    title="saved_model.pb holds a graph tagged serve",
-    why="TF Serving loads exactly this file and this tag (saved_model_bundle_factory.cc, saved_model/loader.cc).",
+    title="saved_model.pb, or without it saved_model.pbtxt, holds a graph tagged serve",
+    why="TF Serving loads exactly this file and this tag (saved_model_bundle_factory.cc, saved_model/reader.cc).",
 )
 def saved_model(version: Version) -> Finding:
     try:

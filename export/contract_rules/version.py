@@ -5,32 +5,25 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf import text_format
+from google.protobuf.message import Message
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
-from export.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.batching_parameters import BATCHING_FILE, parse_batching_parameters
 from export.contract_rules.rules import NotApplicable
+from export.versions import version_number
 from export.warmup import WARMUP_FILE
 
-SAVED_MODEL = "saved_model.pb"
+_SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")  # The first that is there is read (reader.cc).
 MAX_WARMUP_RECORDS = 1000  # WarmupConsts::kMaxNumRecords in saved_model_warmup_util.h.
 _DEFAULT_BATCH = 64
 _LARGEST_BATCH_TRIED = 4096
 _TIMEOUT_MILLISECONDS = 60_000
 _NO_SIGNATURE = ("__saved_model_init_op", "__saved_model_train_op")
-_INT64 = range(-(2**63), 2**63)
-
-
-def version_number(name: str) -> int | None:
-    """The version that TF Serving reads from a directory's name, None if it ignores it."""
-    if not re.fullmatch(r"-?[0-9]{1,19}", name.strip(" ")):
-        return None
-    number = int(name)
-    return number if number in _INT64 else None
 
 
 class Base:
@@ -100,7 +93,7 @@ class Version:
         try:
             return read_meta_graph(self.path)
         except ValueError as error:
-            raise NotApplicable(f"{SAVED_MODEL} cannot be read, see the rule saved_model") from error
+            raise NotApplicable("the SavedModel cannot be read, see the rule saved_model") from error
 
     @property
     def signatures(self) -> dict[str, meta_graph_pb2.SignatureDef]:
@@ -138,14 +131,21 @@ class Version:
             raise NotApplicable("the warm-up file cannot be read, see the rule warmup_file") from error
 
     @property
-    def batching(self):
-        """BatchingParameters."""
+    def batching(self) -> Message:
+        """BatchingParameters, whatever the numbers are."""
+        if isinstance(self.parsed_batching, Exception):
+            raise NotApplicable("the batching file cannot be read, see the rule batching_file")
+        return self.parsed_batching
+
+    @functools.cached_property
+    def parsed_batching(self) -> Message | Exception:
+        """BatchingParameters, or why the file cannot be read."""
         if self.batching_file is None:
             raise NotApplicable(f"there is no {BATCHING_FILE}, and none was given")
         try:
-            return read_batching_parameters(self.batching_file)
+            return parse_batching_parameters(self.batching_file)
         except (ValueError, OSError) as error:
-            raise NotApplicable("the batching file is wrong, see the rules batching_file and batching_sizes") from error
+            return error
 
     def max_batch_size(self, recorded: int | None) -> tuple[int, str]:
         """The largest batch to try and where the number is from; ``recorded`` is the largest warm-up batch."""
@@ -153,7 +153,7 @@ class Version:
             parameters = self.batching
         except NotApplicable:
             parameters = None
-        if parameters is not None and parameters.HasField("max_batch_size"):
+        if parameters is not None and parameters.max_batch_size.value > 0:
             size, source = parameters.max_batch_size.value, "the batching file"
         elif recorded:
             size, source = recorded, "the warm-up file"
@@ -168,19 +168,29 @@ class Version:
             self.loading.close()
 
 
+def saved_model_file(version: pathlib.Path) -> pathlib.Path | None:
+    """The file that TensorFlow reads the graph from, None if there is none."""
+    # Unlike pathlib's, these questions know no errors of permissions.
+    return next((version / name for name in _SAVED_MODELS if os.path.exists(version / name)), None)
+
+
 def read_meta_graph(version: pathlib.Path) -> meta_graph_pb2.MetaGraphDef:
     """The graph tagged ``serve`` of a version.
 
     Raises:
       ValueError: no file, no SavedModel in it, or no such graph.
     """
-    path = version / SAVED_MODEL
-    if not os.path.isfile(path):  # Unlike pathlib's, it knows no error of permissions.
-        raise ValueError(f"no file {SAVED_MODEL}")
+    path = saved_model_file(version)
+    if path is None:
+        raise ValueError(f"no file {_SAVED_MODELS[0]}")
     try:
-        saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+        saved_model = saved_model_pb2.SavedModel()
+        if path.suffix == ".pb":
+            saved_model.ParseFromString(path.read_bytes())
+        else:
+            text_format.Parse(path.read_bytes(), saved_model)
     except Exception as error:  # DecodeError, whose class depends on protobuf's implementation, or an OSError.
-        raise ValueError(f"{SAVED_MODEL} is no SavedModel: {error}") from error
+        raise ValueError(f"{path.name} is no SavedModel: {error}") from error
     tags = [sorted(graph.meta_info_def.tags) for graph in saved_model.meta_graphs]
     for graph in saved_model.meta_graphs:
         if list(graph.meta_info_def.tags) == [tf.saved_model.SERVING]:

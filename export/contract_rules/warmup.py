@@ -5,6 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
+from export.batching_parameters import largest_request
 from export.contract_rules.behaviour import answer_problems
 from export.contract_rules.requests import recorded_inputs
 from export.contract_rules.rules import Finding, NotApplicable, failed, judged, listed, reason_of, version_rule
@@ -70,6 +71,34 @@ def warmup_signatures(version: Version) -> Finding:
         problems += [f"record {number}: {problem}" for problem in _misfits(version, log)]
         names |= {name for name, _ in _inputs(log)}
     return judged(problems, listed(sorted(names)))
+
+
+@version_rule(
+    title="No warm-up record has more rows than a batch may have",
+    why="A server with batching replays them through it, and a request larger than max_batch_size is refused, also "
+    "where large batches are split, so that the load fails (saved_model_bundle_source_adapter.cc, "
+    "saved_model_bundle_factory.cc, shared_batch_scheduler.h).",
+)
+def warmup_batches(version: Version) -> Finding:
+    largest = largest_request(version.batching)
+    sizes = [(number, name, num_rows) for number, log in _logs(version) for name, num_rows in _batched_rows(log)]
+    problems = [
+        f"record {number} ({name}) has {num_rows:,} rows. Allowed: {largest:,}"
+        for number, name, num_rows in sizes
+        if num_rows > largest
+    ]
+    return judged(problems, f"at most {max((rows for *_, rows in sizes), default=0):,} of {largest:,} rows")
+
+
+def _batched_rows(log: prediction_log_pb2.PredictionLog) -> list[tuple[str, int]]:
+    """(signature, rows of the 0th dimension) where the request goes through batching.
+
+    Batching knows requests for all outputs of one signature; others run by themselves (batching_session.cc).
+    """
+    requests = _inputs(log)
+    if len(requests) != 1 or log.predict_log.request.output_filter:
+        return []
+    return [(name, len(values)) for name, inputs in requests for values in list(inputs.values())[:1] if values.ndim]
 
 
 @version_rule(

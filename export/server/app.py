@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import os
 import pathlib
 import socket
@@ -14,10 +15,11 @@ from collections.abc import Iterator
 import uvicorn
 from absl import logging
 
-from export.server.batching import BatchingOptions, ModelThreads
+from export.server.batching import BatchingOptions
 from export.server.core import PredictionCore, ServedVersion
 from export.server.grpc_api import GrpcServer
 from export.server.metrics import Metrics
+from export.server.model_threads import ModelThreads
 from export.server.models_config import read_wanted_models
 from export.server.registry import Registry
 from export.server.request_log import RequestLog
@@ -69,9 +71,15 @@ class LocalServer:
         self._rest_timeout_seconds = rest_timeout_seconds
         self._metrics = Metrics()
         self._threads = ModelThreads(num_threads or os.cpu_count() or 1)
-        options = batching or BatchingOptions()
         self.registry: Registry[ServedVersion] = Registry(
-            servable_dir, lambda path, name: ServedVersion(path, name, options, self._threads, self._metrics)
+            servable_dir,
+            functools.partial(
+                ServedVersion,
+                batching=batching or BatchingOptions(),
+                max_request_bytes=max_request_bytes,
+                threads=self._threads,
+                metrics=self._metrics,
+            ),
         )
         self._core = PredictionCore(self.registry, request_log)
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -102,6 +110,7 @@ class LocalServer:
 
     def request_stop(self) -> None:
         """Asks the server to stop: no new requests, and the running ones have grace_seconds to finish."""
+        self.registry.stop()
         with contextlib.suppress(RuntimeError):  # It has stopped already.
             self._loop.call_soon_threadsafe(self._stop_requested.set)
 
@@ -141,14 +150,19 @@ class LocalServer:
         await grpc_server.start()
         serving_http = asyncio.create_task(http_server.serve())
         self._started.set_result(None)
+        following = asyncio.create_task(self._follow_until_stopped(grpc_server))
+        await self._stop_requested.wait()
+        http_server.should_exit = True
+        await asyncio.gather(grpc_server.stop(self._grace_seconds), serving_http)
+        await following  # A version that loads cannot be interrupted.
+        await asyncio.to_thread(self._threads.close)  # What runs still tells this loop that it ended.
+
+    async def _follow_until_stopped(self, grpc_server: GrpcServer) -> None:
         while not self._stop_requested.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop_requested.wait(), self._poll_seconds)
                 break
             await self._follow(grpc_server)
-        http_server.should_exit = True
-        await asyncio.gather(grpc_server.stop(self._grace_seconds), serving_http)
-        await asyncio.to_thread(self._threads.close)  # What runs still tells this loop that it ended.
 
     async def _follow(self, grpc_server: GrpcServer) -> None:
         try:

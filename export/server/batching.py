@@ -11,15 +11,17 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 import numpy as np
 
 from export.batching_parameters import BATCHING_FILE, read_batching_parameters
-from export.server.errors import RequestError
+from export.server.errors import RequestError, invalid_argument
 from export.server.metrics import Metrics
+from export.server.model_threads import ModelThreads
 from export.server.servable import LoadedVersion, Signature
+from export.server.tensors import num_bytes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -29,10 +31,11 @@ class BatchingOptions:
     """Limits of one signature's batches; None leaves a number to the version's batching_params.pbtxt.
 
     Attributes:
-      max_batch_size: rows that run together, >= 1; a larger request runs alone. 1000 by default, as in TF Serving.
+      max_batch_size: rows that run together, >= 1; a larger request runs alone, in slices of this size where the
+        signature allows it. 1000 by default, as in TF Serving.
       batch_timeout_seconds: how long rows wait for others, >= 0; 0 by default: only while the models are busy.
       max_enqueued_batches: batches of max_batch_size that may wait, >= 1; beyond them requests are refused. 10 by
-        default.
+        default. No request may have more rows than all of them.
     """
 
     max_batch_size: int | None = None
@@ -46,6 +49,7 @@ class BatchingOptions:
 
 
 _DEFAULTS = BatchingOptions(1000, 0.0, 10)
+_MAX_QUEUED_REQUEST_SIZES = 4  # The bytes that wait for a signature, in requests of the largest size.
 
 
 def version_options(version: pathlib.Path, flags: BatchingOptions) -> BatchingOptions:
@@ -68,50 +72,11 @@ def version_options(version: pathlib.Path, flags: BatchingOptions) -> BatchingOp
     return flags.or_else(stored.or_else(_DEFAULTS))
 
 
-class ModelThreads:
-    """The threads in which models run, given to queues in turn.
-
-    Args:
-      num_threads: calls of signatures that run at the same time, >= 1.
-    """
-
-    def __init__(self, num_threads: int):
-        self._pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="model")
-        self._free = num_threads
-        self._waiting: collections.deque[Callable[[], bool]] = collections.deque()
-
-    def request_turn(self, start: Callable[[], bool]) -> None:
-        """Calls ``start`` as soon as a thread is free, now or later; it returns whether it called `run`."""
-        self._waiting.append(start)
-        if self._free:
-            self._free -= 1
-            self._next_turn()
-
-    def run(self, work: Callable[[], object], done: Callable[[concurrent.futures.Future], None]) -> None:
-        """Runs ``work`` in the thread of this turn; ``done`` gets its future, in the event loop."""
-        loop = asyncio.get_running_loop()
-
-        def finish(future: concurrent.futures.Future) -> None:
-            self._next_turn()
-            done(future)
-
-        self._pool.submit(work).add_done_callback(lambda future: loop.call_soon_threadsafe(finish, future))
-
-    def _next_turn(self) -> None:
-        while self._waiting:
-            if self._waiting.popleft()():
-                return
-        self._free += 1
-
-    def close(self) -> None:
-        """Waits for what runs."""
-        self._pool.shutdown()
-
-
 @dataclasses.dataclass(eq=False)
 class _Waiting:
     inputs: Arrays
     rows: int
+    num_bytes: int
     deadline: float  # In time.monotonic() seconds; inf for none.
     result: asyncio.Future
 
@@ -123,6 +88,7 @@ class SignatureQueue:
       version: that answers.
       signature: of the version.
       options: none of them None.
+      max_request_bytes: of a joined batch, too; four times as many may wait.
       threads: shared by all queues of the server.
       metrics: told of batches and of the queue's length.
     """
@@ -132,27 +98,33 @@ class SignatureQueue:
         version: LoadedVersion,
         signature: Signature,
         options: BatchingOptions,
+        max_request_bytes: int,
         threads: ModelThreads,
         metrics: Metrics,
     ):
         self._version = version
         self._signature = signature
         self._options = options
+        self._max_request_bytes = max_request_bytes
         self._threads = threads
         self._metrics = metrics
-        self._queued_rows = 0
+        self._queued_rows = self._queued_bytes = 0
         self._turns = 0  # Asked for and not yet taken.
         # One queue per trailing shapes, since only such rows can be joined. The first is served first.
         self._queues: collections.OrderedDict[tuple, collections.deque[_Waiting]] = collections.OrderedDict()
 
     @property
     def is_full(self) -> bool:
-        """Whether a request of one row would be refused."""
-        return self._queued_rows >= self._max_queued_rows
+        """Whether any request would be refused."""
+        return self._queued_rows >= self._max_queued_rows or self._queued_bytes >= self._max_queued_bytes
 
     @property
     def _max_queued_rows(self) -> int:
         return self._options.max_batch_size * self._options.max_enqueued_batches
+
+    @property
+    def _max_queued_bytes(self) -> int:
+        return _MAX_QUEUED_REQUEST_SIZES * self._max_request_bytes
 
     async def run(self, inputs: Arrays, rows: int, deadline: float) -> dict[str, np.ndarray]:
         """Runs a request, with others when it has to wait.
@@ -163,15 +135,23 @@ class SignatureQueue:
           deadline: in ``time.monotonic()`` seconds, inf for none; a request that waits longer is not run.
 
         Raises:
-          RequestError: RESOURCE_EXHAUSTED, the queue is full; DEADLINE_EXCEEDED.
+          RequestError: INVALID_ARGUMENT, more rows than can ever wait; RESOURCE_EXHAUSTED, the queue is full;
+            DEADLINE_EXCEEDED.
           Exception: what the signature raised for this request.
         """
         rows = max(rows, 1)  # A request without rows takes a place, too.
-        if self._queued_rows and self._queued_rows + rows > self._max_queued_rows:
+        if rows > self._max_queued_rows:
+            raise invalid_argument(
+                f"a request may have {self._max_queued_rows} rows, max_batch_size times max_enqueued_batches. "
+                f"Received: {rows}. Send several requests, or raise --max_batch_size"
+            )
+        size = sum(map(num_bytes, inputs.values()))
+        has_room = self._queued_rows + rows <= self._max_queued_rows
+        if not has_room or (self._queued_bytes and self._queued_bytes + size > self._max_queued_bytes):
             raise self.refusal()
-        waiting = _Waiting(inputs, rows, deadline, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(inputs, rows, size, deadline, asyncio.get_running_loop().create_future())
         self._queues.setdefault(self._joinable(inputs), collections.deque()).append(waiting)
-        self._add_queued(rows)
+        self._count(waiting, 1)
         if self._options.batch_timeout_seconds and self._queued_rows < self._options.max_batch_size:
             asyncio.get_running_loop().call_later(self._options.batch_timeout_seconds, self._ask_for_turn)
         else:
@@ -191,9 +171,11 @@ class SignatureQueue:
             return (object(),)  # Equal to nothing else: runs alone.
         return tuple(array.shape[1:] for _, array in sorted(inputs.items()))
 
-    def _add_queued(self, rows: int) -> None:
-        self._queued_rows += rows
-        self._metrics.set_queued_rows(self._version.model_name, self._signature.name, self._queued_rows)
+    def _count(self, waiting: _Waiting, sign: int) -> None:
+        """Counts a request that joins the queue (1) or leaves it (-1)."""
+        self._queued_rows += sign * waiting.rows
+        self._queued_bytes += sign * waiting.num_bytes
+        self._metrics.add_queued_rows(self._version.model_name, self._signature.name, sign * waiting.rows)
 
     def _ask_for_turn(self) -> None:
         if self._turns < len(self._queues):
@@ -214,13 +196,13 @@ class SignatureQueue:
     def _next_batch(self) -> list[_Waiting]:
         """Takes requests from the first queue, up to the largest batch, but none that nobody waits for any more."""
         batch: list[_Waiting] = []
-        rows = 0
+        rows = size = 0
         now = time.monotonic()
         while self._queues and not batch:
             key, queue = self._queues.popitem(last=False)
-            while queue and (not batch or rows + queue[0].rows <= self._options.max_batch_size):
+            while queue and (not batch or self._fits(rows + queue[0].rows, size + queue[0].num_bytes)):
                 waiting = queue.popleft()
-                self._add_queued(-waiting.rows)
+                self._count(waiting, -1)
                 if waiting.result.done():  # The client went away.
                     continue
                 if waiting.deadline <= now:
@@ -228,15 +210,19 @@ class SignatureQueue:
                     continue
                 batch.append(waiting)
                 rows += waiting.rows
+                size += waiting.num_bytes
             if queue:
                 self._queues[key] = queue  # To the end: other shapes are next.
         return batch
+
+    def _fits(self, rows: int, size: int) -> bool:
+        return rows <= self._options.max_batch_size and size <= self._max_request_bytes
 
     def _run(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray] | Exception]:
         """In a model thread: what each request gets. A request that fails must not fail its neighbours."""
         try:
             if len(requests) == 1:
-                return [self._version.run(self._signature.name, requests[0])]
+                return [self._run_sliced(requests[0])]
             return self._run_joined(requests)
         except Exception as error:  # Whatever it is, it belongs to one request.
             if len(requests) == 1:
@@ -244,16 +230,36 @@ class SignatureQueue:
             half = len(requests) // 2
             return self._run(requests[:half]) + self._run(requests[half:])
 
+    def _run_sliced(self, request: Arrays) -> dict[str, np.ndarray]:
+        """A request beyond max_batch_size takes no more memory at a time than a batch."""
+        limit = self._options.max_batch_size
+        if not self._signature.is_sliceable or _num_rows(request) <= limit:
+            return self._version.run(self._signature.name, request)
+        slices = [
+            self._run_rows({name: array[start : start + limit] for name, array in request.items()})
+            for start in range(0, _num_rows(request), limit)
+        ]
+        return {name: np.concatenate([outputs[name] for outputs in slices]) for name in slices[0]}
+
     def _run_joined(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-        joined = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
-        ends = np.cumsum([len(next(iter(request.values()))) for request in requests]).tolist()
-        outputs = self._version.run(self._signature.name, joined)
-        if any(len(array) != ends[-1] for array in outputs.values()):
-            raise ValueError("the signature does not give one output row per input row")
+        outputs = self._run_rows(
+            {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
+        )
+        ends = np.cumsum(list(map(_num_rows, requests))).tolist()
         starts = [0, *ends[:-1]]
         return [
             {name: array[start:end] for name, array in outputs.items()} for start, end in zip(starts, ends, strict=True)
         ]
+
+    def _run_rows(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        outputs = self._version.run(self._signature.name, inputs)
+        if any(len(array) != _num_rows(inputs) for array in outputs.values()):
+            raise ValueError("the signature does not give one output row per input row")
+        return outputs
+
+
+def _num_rows(inputs: Arrays) -> int:
+    return len(next(iter(inputs.values())))
 
 
 def _deliver(batch: Sequence[_Waiting], future: concurrent.futures.Future) -> None:

@@ -7,11 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 import numpy as np
+import tensorflow as tf
+from tensorflow_serving.apis import model_pb2
 
 from export.server.errors import RequestError, invalid_argument
-from export.server.servable import Signature
+from export.server.servable import LoadedVersion, Signature
 
 INPUTS = "inputs"  # The one input of classify and regress.
+
+
+def signature_name(spec: model_pb2.ModelSpec) -> str:
+    """The signature that a request means."""
+    return spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
@@ -191,3 +198,40 @@ def check_examples(examples: Sequence[bytes]) -> dict[str, np.ndarray]:
     array = np.empty(len(examples), object)
     array[:] = examples
     return {INPUTS: array}
+
+
+def check_tasks(tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
+    """The tasks of MultiInference, each with its method: some, of one model, of different signatures.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT, or UNIMPLEMENTED for a method that does not exist.
+    """
+    if not tasks:
+        raise invalid_argument("a MultiInference request has at least one task. Received: none")
+    models = {spec.name for spec, _ in tasks}
+    if len(models) > 1:
+        raise invalid_argument(f"all tasks must name the same model. Received: {sorted(models)}")
+    names = [signature_name(spec) for spec, _ in tasks]
+    if len(set(names)) < len(names):
+        raise invalid_argument(f"tasks must name different signatures. Received: {names}")
+    for _, method in tasks:
+        if method not in EXAMPLE_METHODS:
+            raise RequestError(
+                grpc.StatusCode.UNIMPLEMENTED, f"method_name is one of {list(EXAMPLE_METHODS)}. Received: {method!r}"
+            )
+
+
+def check_same_tensor(loaded: LoadedVersion, tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
+    """The signatures of MultiInference read one tensor, since TF Serving feeds only one.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT.
+    """
+    names = [signature_name(spec) for spec, _ in tasks]
+    declared = [loaded.signature_defs[name] for name in names if name in loaded.signature_defs]
+    tensors = {info.name for signature in declared for info in signature.inputs.values()}
+    if len(declared) > 1 and len(tensors) > 1:
+        raise invalid_argument(
+            "the signatures of a MultiInference request must read the same tensor of the graph. "
+            f"Received: {names}, which read {sorted(tensors)}"
+        )

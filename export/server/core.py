@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 
-from export.server.batching import BatchingOptions, ModelThreads, SignatureQueue, version_options
+from export.server.batching import BatchingOptions, SignatureQueue, version_options
 from export.server.checks import (
     CLASSIFY,
     EXAMPLE_METHODS,
@@ -23,9 +23,13 @@ from export.server.checks import (
     check_examples,
     check_inputs,
     check_output_filter,
+    check_same_tensor,
+    check_tasks,
+    signature_name,
 )
 from export.server.errors import RequestError, internal_error, invalid_argument
 from export.server.metrics import Metrics
+from export.server.model_threads import ModelThreads
 from export.server.registry import Registry
 from export.server.request_log import RequestLog
 from export.server.servable import LoadedVersion, Signature
@@ -33,6 +37,9 @@ from export.server.warmup_replay import replay_warmup_requests
 
 # TensorFlow's words for the feature of a tf.Example that it cannot use. Its other words may quote the request.
 _FEATURE = re.compile(r"^Name: <unknown>, (?:Feature|Key): (\w{1,100})", re.MULTILINE)
+
+# What graphs raise for values that they do not take; DataLossError is that of decode_proto, in `rank`.
+_REFUSALS = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.errors.DataLossError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +56,20 @@ class ServedVersion:
     """A loaded version that has replayed its warm-up requests, with a queue for each signature."""
 
     def __init__(
-        self, path: pathlib.Path, model_name: str, batching: BatchingOptions, threads: ModelThreads, metrics: Metrics
+        self,
+        path: pathlib.Path,
+        model_name: str,
+        *,
+        batching: BatchingOptions,
+        max_request_bytes: int,
+        threads: ModelThreads,
+        metrics: Metrics,
     ):
         options = version_options(path, batching)
         self.loaded = LoadedVersion(path, model_name)
         replay_warmup_requests(self.loaded)
         self.queues = {
-            name: SignatureQueue(self.loaded, signature, options, threads, metrics)
+            name: SignatureQueue(self.loaded, signature, options, max_request_bytes, threads, metrics)
             for name, signature in self.loaded.signatures.items()
         }
 
@@ -93,7 +107,7 @@ class PredictionCore:
           RequestError: with TF Serving's code.
         """
         with self._registry.lease(spec) as served:
-            name = _signature_name(spec)
+            name = signature_name(spec)
             if name not in served.loaded.signatures:
                 raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.')
             signature = served.loaded.signatures[name]
@@ -141,11 +155,9 @@ class PredictionCore:
           RequestError: with TF Serving's code. As there, the signatures must read the same tensor of the graph, so two
             signatures that TensorFlow 2 saved never go together.
         """
-        if not tasks:
-            raise invalid_argument("a MultiInference request has at least one task. Received: none")
-        _check_tasks(tasks)
+        check_tasks(tasks)
         with self._registry.lease(tasks[0][0]) as served:
-            _check_same_tensor(served.loaded, [_signature_name(spec) for spec, _ in tasks])
+            check_same_tensor(served.loaded, tasks)
             return [
                 await self._infer(served, spec, EXAMPLE_METHODS[method], examples, timeout_seconds)
                 for spec, method in tasks
@@ -189,7 +201,7 @@ class PredictionCore:
         examples: Sequence[bytes],
         timeout_seconds: float | None,
     ) -> Answer:
-        name = _signature_name(spec)
+        name = signature_name(spec)
         if name not in served.loaded.signatures:
             raise invalid_argument(f"No signature was found with the name: {name}")
         signature = served.loaded.signatures[name]
@@ -208,23 +220,19 @@ class PredictionCore:
         if queue.is_full:  # Asked before the request is converted: a refusal must cost little.
             raise queue.refusal()
         deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        inputs = inputs_of(signature)
+        inputs = signature.defaults | dict(inputs_of(signature))
         rows = check_inputs(signature, inputs)
         try:
             outputs = await queue.run(inputs, rows, deadline)
         except RequestError:
             raise
-        except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
+        except _REFUSALS as error:
             raise _refused_by_the_graph(signature, error) from None
         except Exception as error:
             raise internal_error(error) from None
         if self.request_log is not None:
             self.request_log.record(served.loaded, signature.name, inputs)
         return outputs
-
-
-def _signature_name(spec: model_pb2.ModelSpec) -> str:
-    return spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
 
 
 def _answer(served: ServedVersion, signature: Signature, outputs: dict[str, np.ndarray]) -> Answer:
@@ -239,27 +247,3 @@ def _refused_by_the_graph(signature: Signature, error: tf.errors.OpError) -> Req
         f"the model cannot read input {names}{at} of signature {signature.name!r}. Received: values that it refuses. "
         "Allowed: what the signature and its tf.Example features declare"
     )
-
-
-def _check_tasks(tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
-    models = {spec.name for spec, _ in tasks}
-    if len(models) > 1:
-        raise invalid_argument(f"all tasks must name the same model. Received: {sorted(models)}")
-    names = [_signature_name(spec) for spec, _ in tasks]
-    if len(set(names)) < len(names):
-        raise invalid_argument(f"tasks must name different signatures. Received: {names}")
-    for _, method in tasks:
-        if method not in EXAMPLE_METHODS:
-            raise RequestError(
-                grpc.StatusCode.UNIMPLEMENTED, f"method_name is one of {list(EXAMPLE_METHODS)}. Received: {method!r}"
-            )
-
-
-def _check_same_tensor(loaded: LoadedVersion, signature_names: Sequence[str]) -> None:
-    declared = [loaded.signature_defs[name] for name in signature_names if name in loaded.signature_defs]
-    tensors = {info.name for signature in declared for info in signature.inputs.values()}
-    if len(declared) > 1 and len(tensors) > 1:
-        raise invalid_argument(
-            "the signatures of a MultiInference request must read the same tensor of the graph. "
-            f"Received: {list(signature_names)}, which read {sorted(tensors)}"
-        )

@@ -107,20 +107,22 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
         return response
 
     async def _classify(self, request, context) -> classification_pb2.ClassificationResponse:
-        examples = examples_of(request.input)
+        examples = examples_of(request.input, self._max_bytes)
         answer = await self._core.classify(request.model_spec, examples, context.time_remaining())
         return classification_pb2.ClassificationResponse(
             model_spec=_model_spec(answer), result=_classifications(answer)
         )
 
     async def _regress(self, request, context) -> regression_pb2.RegressionResponse:
-        examples = examples_of(request.input)
+        examples = examples_of(request.input, self._max_bytes)
         answer = await self._core.regress(request.model_spec, examples, context.time_remaining())
         return regression_pb2.RegressionResponse(model_spec=_model_spec(answer), result=_regressions(answer))
 
     async def _multi_inference(self, request, context) -> inference_pb2.MultiInferenceResponse:
         tasks = [(task.model_spec, task.method_name) for task in request.tasks]
-        answers = await self._core.multi_inference(tasks, examples_of(request.input), context.time_remaining())
+        answers = await self._core.multi_inference(
+            tasks, examples_of(request.input, self._max_bytes), context.time_remaining()
+        )
         response = inference_pb2.MultiInferenceResponse()
         for answer in answers:
             result = response.results.add(model_spec=_model_spec(answer))
@@ -132,7 +134,7 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     async def _metadata(self, request) -> get_model_metadata_pb2.GetModelMetadataResponse:
         _check_has_model_spec(request)
-        if list(request.metadata_field) != ["signature_def"]:
+        if set(request.metadata_field) != {"signature_def"}:
             raise invalid_argument(f"metadata_field is signature_def. Received: {list(request.metadata_field)}")
         return self._core.metadata(request.model_spec)
 

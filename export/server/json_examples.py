@@ -16,6 +16,7 @@ import tensorflow as tf
 from export.server.errors import invalid_argument
 from export.server.json_tensors import decode_base64, signature_name_of
 from export.server.json_text import Constant, parse_object, shown, type_name
+from export.server.tensors import with_context
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _KINDS = {
@@ -41,17 +42,23 @@ class ExamplesRequest:
     examples: Sequence[bytes]
 
     @classmethod
-    def parse(cls, body: bytes) -> ExamplesRequest:
-        """Raises RequestError that names example and feature, never a value."""
+    def parse(cls, body: bytes, max_bytes: int) -> ExamplesRequest:
+        """Raises RequestError that names example and feature, never a value.
+
+        Args:
+          body: JSON.
+          max_bytes: that the examples may take, each with the context.
+        """
         content = parse_object(body)
         context = _serialized(content["context"], "context") if "context" in content else b""
         examples = content.get("examples")
         if type(examples) is not list or not examples:
-            received = "none" if "examples" not in content else type_name(examples) if examples else "an empty one"
+            received = (
+                "none" if "examples" not in content else "an empty one" if examples == [] else type_name(examples)
+            )
             raise invalid_argument(f"examples must be an array of at least one object. Received: {received}")
-        # Messages that stand one after the other are merged by whoever parses them.
-        serialized = [context + _serialized(value, f"examples[{index}]") for index, value in enumerate(examples)]
-        return cls(signature_name_of(content), serialized)
+        serialized = [_serialized(value, f"examples[{index}]") for index, value in enumerate(examples)]
+        return cls(signature_name_of(content), with_context(context, serialized, max_bytes))
 
 
 def _serialized(features: Any, place: str) -> bytes:

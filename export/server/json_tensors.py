@@ -50,7 +50,7 @@ class PredictRequest:
         in_rows = "instances" in content
         values = content["instances" if in_rows else "inputs"]
         if in_rows and (type(values) is not list or not values):
-            received = type_name(values) if values else "an empty one"
+            received = "an empty one" if values == [] else type_name(values)
             raise invalid_argument(f"instances must be an array of at least one. Received: {received}")
         return cls(signature_name_of(content), in_rows, values)
 

@@ -6,6 +6,7 @@ and so are bytes that are no UTF-8 and escapes of half a character.
 
 from __future__ import annotations
 
+import collections
 import json
 import re
 from typing import Any
@@ -14,8 +15,9 @@ from export.server.errors import invalid_argument
 
 _MAX_NAME_CHARACTERS = 100
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # Or one of the two halves that make a character.
-# Strings end at the end of the text at the latest: otherwise a body of quotes takes quadratic time.
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"?|-NaN|-?Inf(?:inity)?', re.DOTALL)
+# What repeats is a class: a group would remember each repetition, 2 GB for a long text. Strings end at the end of the
+# text at the latest: otherwise a body of quotes takes quadratic time.
+_STRING_OR_CONSTANT = re.compile(r'"[^"]*"?|-NaN|-?Inf(?:inity)?')
 _CONSTANTS = {"-NaN": "NaN", "Inf": "Infinity", "-Inf": "-Infinity"}
 
 
@@ -58,14 +60,26 @@ def _decode(text: str) -> Any:
     except json.JSONDecodeError:
         if "Inf" not in text and "-NaN" not in text:
             raise
-    return _DECODER.decode(_STRING_OR_CONSTANT.sub(lambda found: _CONSTANTS.get(found[0], found[0]), text))
+    return _DECODER.decode(_with_known_constants(text))
+
+
+def _with_known_constants(text: str) -> str:
+    """The constants that TF Serving reads, outside of strings, as Python's decoder calls them."""
+    # Of the same length; every quote that is left begins or ends a string.
+    plain = text.replace(r"\\", "__").replace(r"\"", "__")
+    parts, end = [], 0
+    for found in _STRING_OR_CONSTANT.finditer(plain):
+        if found[0] in _CONSTANTS:
+            parts += [text[end : found.start()], _CONSTANTS[found[0]]]
+            end = found.end()
+    return "".join([*parts, text[end:]])
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise invalid_argument(f"a JSON object must have each key once. Received: {shown(twice)} twice or more often")
     return value
 

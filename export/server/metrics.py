@@ -35,7 +35,7 @@ class Metrics:
         )
         self._batches = prometheus_client.Histogram(
             "clsd_batch_rows",
-            "Rows that ran together.",
+            "Rows of a run; those of a request beyond max_batch_size count once.",
             ["model", "signature"],
             buckets=_BATCH_ROWS,
             registry=self._registry,
@@ -71,9 +71,9 @@ class Metrics:
         """Counts a run of a signature."""
         self._batches.labels(model, signature).observe(rows)
 
-    def set_queued_rows(self, model: str, signature: str, rows: int) -> None:
-        """The rows that wait now."""
-        self._queued.labels(model, signature).set(rows)
+    def add_queued_rows(self, model: str, signature: str, rows: int) -> None:
+        """Rows that wait from now on; negative for rows that no longer do. All versions of a model count together."""
+        self._queued.labels(model, signature).inc(rows)
 
     def count_refused(self, model: str) -> None:
         """Counts a request that a full queue refused."""

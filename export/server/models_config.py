@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from google.protobuf import text_format
-from tensorflow_serving.config import file_system_storage_path_source_pb2, model_server_config_pb2
+from tensorflow_serving.config import model_server_config_pb2
 
-CONFIG_FILE = "models.config"
-VersionPolicy = file_system_storage_path_source_pb2.FileSystemStoragePathSourceConfig.ServableVersionPolicy
+from export.models_config import CONFIG_FILE, loaded_versions, parse_models_config
+from export.versions import version_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,31 +16,32 @@ class WantedModel:
     """One model that should be served.
 
     Attributes:
-      name: as requests give it.
+      entry: of models.config: the name, which versions to serve, and their labels; the newest one by default.
       path: the local directory of its versions.
-      policy: which of them to serve; the newest when not set.
-      labels: label -> version.
     """
 
-    name: str
+    entry: model_server_config_pb2.ModelConfig
     path: pathlib.Path
-    policy: VersionPolicy
-    labels: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def labels(self) -> dict[str, int]:
+        return dict(self.entry.version_labels)
 
     def versions(self) -> dict[int, pathlib.Path]:
-        """The versions on disk that the policy wants: number -> directory."""
+        """The versions on disk that should be served: number -> directory."""
         found = _versions_on_disk(self.path)
-        if self.policy.HasField("all"):
-            wanted = set(found)
-        elif self.policy.HasField("specific"):
-            wanted = set(self.policy.specific.versions) & found.keys()
-        else:
-            wanted = set(sorted(found)[-max(self.policy.latest.num_versions, 1) :])
-        return {number: found[number] for number in sorted(wanted)}
+        return {number: found[number] for number in sorted(loaded_versions(self.entry, found))}
 
 
-def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel]:
+def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel] | None:
     """Reads models.config, or lists the directories of numbered versions.
+
+    Returns:
+      None for an empty models.config, upon which TF Serving takes no action (server_core.cc).
 
     Raises:
       FileNotFoundError: no such directory.
@@ -53,23 +53,23 @@ def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel]:
     if file.is_file():
         return _read_config(file)
     children = sorted(child for child in servable_dir.iterdir() if not child.name.startswith("."))
-    return [WantedModel(child.name, child, VersionPolicy(), {}) for child in children if _versions_on_disk(child)]
+    return [
+        WantedModel(model_server_config_pb2.ModelConfig(name=child.name), child)
+        for child in children
+        if _versions_on_disk(child)
+    ]
 
 
 def _versions_on_disk(path: pathlib.Path) -> dict[int, pathlib.Path]:
-    # As TF Serving: a child is a version if its whole name is a number. A temporary name is none.
-    if not path.is_dir():
-        return {}
-    children = [child for child in path.iterdir() if child.name.isascii() and child.name.isdigit() and child.is_dir()]
-    return {int(child.name): child for child in children if int(child.name) < 2**63}
+    children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
+    numbered = {child: version_number(child.name) for child in children}
+    return {number: child for child, number in numbered.items() if number is not None}
 
 
-def _read_config(file: pathlib.Path) -> list[WantedModel]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
-    except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise ValueError(f"{CONFIG_FILE} must be a ModelServerConfig text proto. Received: {error}") from error
+def _read_config(file: pathlib.Path) -> list[WantedModel] | None:
+    config = parse_models_config(file.read_text(encoding="utf-8"), file)
+    if config.WhichOneof("config") is None:
+        return None
     entries = config.model_config_list.config
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
@@ -87,4 +87,4 @@ def _wanted(entry: model_server_config_pb2.ModelConfig, servable_dir: pathlib.Pa
     directory = pathlib.PurePosixPath(entry.base_path).name
     if directory in ("", ".."):
         raise ValueError(f"the base_path of a model ends in its directory. Received: {entry.base_path!r}")
-    return WantedModel(entry.name, servable_dir / directory, entry.model_version_policy, dict(entry.version_labels))
+    return WantedModel(entry, servable_dir / directory)

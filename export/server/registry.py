@@ -13,6 +13,7 @@ import grpc
 from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
+from export.models_config import CONFIG_FILE
 from export.server.errors import RequestError, invalid_argument
 from export.server.models_config import WantedModel, read_wanted_models
 
@@ -55,6 +56,7 @@ class Registry(Generic[V]):
         self._broken: dict[tuple[str, int], frozenset] = {}  # What could not be loaded, as it was on disk.
         self._problems: set[str] = set()
         self._told: set[str] = set()
+        self._is_stopped = False
 
     @contextlib.contextmanager
     def lease(self, spec: model_pb2.ModelSpec) -> Iterator[V]:
@@ -125,25 +127,36 @@ class Registry(Generic[V]):
         """
         self._told, self._problems = self._problems, set()
         try:
-            wanted = {model: model.versions() for model in read_wanted_models(self._servable_dir)}
+            models = read_wanted_models(self._servable_dir)
+            wanted = {model: model.versions() for model in models or ()}
         except (ValueError, OSError) as error:
             self._tell(f"the served models stay as they were: {error}")
+            return
+        if models is None:
+            self._tell(f"the served models stay as they were: {CONFIG_FILE} is empty")
             return
         for model, versions in wanted.items():
             self._apply(model, versions.keys())  # Labels do not wait for versions that load.
             for number, path in versions.items():
-                if number not in self._loaded(model.name):
+                if number not in self._loaded(model.name) and not self._is_stopped:
                     self._try_to_load(model.name, number, path)
                     self._apply(model, versions.keys())
             self._tell_missing(model, versions.keys())
         for name in self.versions().keys() - {model.name for model in wanted}:
             self._publish(name, keep=set(), labels={})
 
+    def stop(self) -> None:
+        """Loads no further versions; from any thread."""
+        self._is_stopped = True
+
     def _loaded(self, name: str) -> Set[int]:
         return self._served.get(name, {}).keys()
 
     def _try_to_load(self, name: str, number: int, path: pathlib.Path) -> None:
-        on_disk = _files(path)
+        try:
+            on_disk = _files(path)
+        except OSError:  # Say, it was deleted meanwhile; whatever is there at the next poll is tried.
+            on_disk = frozenset()
         if self._broken.get((name, number)) == on_disk:
             return
         self._set_state(name, number, VersionState(State.LOADING))
@@ -189,7 +202,7 @@ class Registry(Generic[V]):
     def _tell_missing(self, model: WantedModel, found: Set[int]) -> None:
         if not found:
             self._tell(f"model {model.name!r} has no version to serve. Its versions are directories named by a number")
-        for number in sorted(set(model.policy.specific.versions) - found):
+        for number in sorted(set(model.entry.model_version_policy.specific.versions) - found):
             self._tell(f"version {number} of model {model.name!r} is wanted, but not there")
         for label, number in model.labels.items():
             if number not in self._loaded(model.name):
@@ -204,5 +217,5 @@ class Registry(Generic[V]):
 
 def _files(path: pathlib.Path) -> frozenset:
     """What tells a repaired version from the broken one."""
-    stats = [(str(file), file.stat()) for file in path.rglob("*")]
+    stats = [(str(file), file.lstat()) for file in path.rglob("*")]
     return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

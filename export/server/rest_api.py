@@ -1,14 +1,16 @@
 """TF Serving's REST API over the core: predict, classify, regress, metadata, status, and the server's metrics.
 
 Bodies are JSON whatever their content type says, as curl -d sends them. Errors are {"error": "..."} with TF Serving's
-status; beside it 404 for paths that do not exist, 405 for methods and 413 for bodies that are too long.
+status: 400 for paths and methods below /v1/ that it does not know (http_rest_api_handler.cc); elsewhere 404 and 405;
+and 413 for bodies that are too long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import json_format, message
@@ -20,15 +22,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
-from export.server.core import PredictionCore
-from export.server.errors import RequestError, invalid_argument
+from export.server.core import Answer, PredictionCore
+from export.server.errors import RequestError, internal_error, invalid_argument
 from export.server.json_answers import classify_answer, dump, predict_answer, regress_answer
 from export.server.json_examples import ExamplesRequest
 from export.server.json_tensors import PredictRequest
 from export.server.metrics import Metrics
 
 _MAX_VERSION = 2**63 - 1
+_SHORT_BODY_BYTES = 256 << 10  # Is parsed in less time than it takes to ask a thread.
+_MAX_PATH_CHARACTERS = 200
 _CLOSED_BY_CLIENT = 499  # Nobody receives it: nginx' status for logs.
+
+T = TypeVar("T")
 
 
 class _NameConvertor(StringConvertor):
@@ -109,6 +115,9 @@ class _RestApi:
             except ClientDisconnect:
                 code = grpc.StatusCode.CANCELLED
                 return Response(status_code=_CLOSED_BY_CLIENT)
+            except Exception as error:  # Starlette would log its message.
+                refusal = internal_error(error)
+                return _error(refusal.http_status, str(refusal))
             finally:
                 self._metrics.observe_request(
                     protocol="rest",
@@ -121,20 +130,22 @@ class _RestApi:
         return counted
 
     async def predict(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        content = PredictRequest.parse(await self._body(request))
+        content = await self._parsed(request, PredictRequest.parse)
         spec.signature_name = content.signature_name
-        answer = await self._core.predict(spec, content.tensors)
+        answer = await _while_connected(request, self._core.predict(spec, content.tensors))
         return predict_answer(answer.outputs, content.in_rows)
 
     async def classify(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        content = ExamplesRequest.parse(await self._body(request))
+        content = await self._parsed(request, self._parse_examples)
         spec.signature_name = content.signature_name
-        return classify_answer((await self._core.classify(spec, content.examples)).outputs)
+        answer = await _while_connected(request, self._core.classify(spec, content.examples))
+        return classify_answer(answer.outputs)
 
     async def regress(self, spec: model_pb2.ModelSpec, request: Request) -> bytes:
-        content = ExamplesRequest.parse(await self._body(request))
+        content = await self._parsed(request, self._parse_examples)
         spec.signature_name = content.signature_name
-        return regress_answer((await self._core.regress(spec, content.examples)).outputs)
+        answer = await _while_connected(request, self._core.regress(spec, content.examples))
+        return regress_answer(answer.outputs)
 
     async def metadata(self, spec: model_pb2.ModelSpec, _: Request) -> bytes:
         response = self._core.metadata(spec)
@@ -144,6 +155,14 @@ class _RestApi:
 
     async def status(self, spec: model_pb2.ModelSpec, _: Request) -> bytes:
         return dump(_to_dict(self._core.status(spec)))
+
+    def _parse_examples(self, body: bytes) -> ExamplesRequest:
+        return ExamplesRequest.parse(body, self._max_request_bytes)
+
+    async def _parsed(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """The body, parsed in a thread if that takes long: others are answered meanwhile."""
+        body = await self._body(request)
+        return parse(body) if len(body) <= _SHORT_BODY_BYTES else await asyncio.to_thread(parse, body)
 
     async def _body(self, request: Request) -> bytes:
         self._require_length(int(request.headers.get("content-length", 0)))
@@ -157,6 +176,30 @@ class _RestApi:
     def _require_length(self, size: int) -> None:
         if size > self._max_request_bytes:
             raise HTTPException(413, f"a request's body must have at most {self._max_request_bytes:,} bytes")
+
+
+async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """Awaits an answer as long as its client does.
+
+    Raises:
+      ClientDisconnect: it went away; the answer is cancelled, and leaves the queue.
+    """
+    answering = asyncio.create_task(answer)
+    gone = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns when the client closes its connection; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _model_spec(request: Request) -> model_pb2.ModelSpec:
@@ -179,7 +222,10 @@ def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Res
     return Response(dump({"error": text}), status, headers, media_type="application/json")
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    path = request.url.path
+    if error.status_code in (404, 405) and path.lower().startswith("/v1/"):
+        return _error(400, f"Malformed request: {request.method} {path[:_MAX_PATH_CHARACTERS]}")
     texts = {404: "there is no such path. Allowed: /v1/models/<model>, with /versions/<version> or /labels/<label>, "
                   "and :predict, :classify, :regress or /metadata",
              405: "predict, classify and regress take POST, everything else GET"}  # fmt: skip

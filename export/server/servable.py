@@ -21,13 +21,13 @@ class Signature:
       name: as requests give it.
       inputs: input name -> dtype and shape; an unknown rank or dimension stays unknown.
       outputs: the same of the outputs.
-      method: the method name that the SavedModel declares; TF 2 always writes ``tensorflow/serving/predict``.
+      defaults: values of the inputs that requests may leave out.
     """
 
     name: str
     inputs: dict[str, tf.TensorSpec]
     outputs: dict[str, tf.TensorSpec]
-    method: str
+    defaults: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def input_forms(self) -> dict[str, tuple[np.dtype, list[int | None] | None]]:
@@ -42,6 +42,11 @@ class Signature:
         """Whether rows of several requests may run as one: every tensor has a free 0th dimension."""
         specs = [*self.inputs.values(), *self.outputs.values()]
         return bool(self.inputs) and all(spec.shape.rank and spec.shape[0] is None for spec in specs)
+
+    @functools.cached_property
+    def is_sliceable(self) -> bool:
+        """Whether the rows of one request may run apart: the further dimensions of outputs depend on no other row."""
+        return self.is_batchable and all(spec.shape[1:].is_fully_defined() for spec in self.outputs.values())
 
 
 class LoadedVersion:
@@ -69,7 +74,7 @@ class LoadedVersion:
         self.manifest = _manifest(path)
         self._loaded = tf.saved_model.load(str(path))  # Kept: it owns the variables of the signatures.
         self._functions = dict(self._loaded.signatures.items())
-        self.signatures = {name: _signature(name, self.signature_defs[name]) for name in self._functions}
+        self.signatures = {name: signature_of(name, self.signature_defs[name]) for name in self._functions}
 
     def run(self, signature_name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Calls a signature; string tensors are object arrays of bytes.
@@ -108,8 +113,10 @@ def _manifest(path: pathlib.Path) -> dict | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _signature(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
-    return Signature(name, _specs(declared.inputs), _specs(declared.outputs), declared.method_name)
+def signature_of(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
+    """The signature that a SavedModel declares."""
+    defaults = {key: tf.make_ndarray(value) for key, value in declared.defaults.items()}
+    return Signature(name, _specs(declared.inputs), _specs(declared.outputs), defaults)
 
 
 def _specs(tensors: Mapping[str, meta_graph_pb2.TensorInfo]) -> dict[str, tf.TensorSpec]:

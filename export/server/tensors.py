@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -147,12 +148,38 @@ def _check_count(name: str, values: int, elements: int, shape: tuple[int, ...]) 
         )
 
 
-def examples_of(request_input: input_pb2.Input) -> list[bytes]:
+def examples_of(request_input: input_pb2.Input, max_bytes: int) -> list[bytes]:
     """The serialized tf.Examples of a Classify or Regress request.
 
-    A context is put before each example: in a protobuf the later value of a feature wins, so the example's own does.
+    Args:
+      request_input: examples, with or without a context.
+      max_bytes: that they may take, each with the context.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT, they would take more.
     """
     if request_input.WhichOneof("kind") == "example_list_with_context":
-        context = request_input.example_list_with_context.context.SerializeToString()
-        return [context + one.SerializeToString() for one in request_input.example_list_with_context.examples]
+        parts = request_input.example_list_with_context
+        examples = [one.SerializeToString() for one in parts.examples]
+        return with_context(parts.context.SerializeToString(), examples, max_bytes)
     return [one.SerializeToString() for one in request_input.example_list.examples]
+
+
+def with_context(context: bytes, examples: Sequence[bytes], max_bytes: int) -> list[bytes]:
+    """Puts a context before each example: in a protobuf the later value of a feature wins, so the example's own does.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT, the result would take more than ``max_bytes``.
+    """
+    size = len(context) * len(examples) + sum(map(len, examples))
+    if size > max_bytes:
+        raise invalid_argument(
+            f"the examples of input 'inputs' may take {max_bytes:,} bytes, each with the context. Received: {size:,}, "
+            f"of {len(examples):,} examples and a context of {len(context):,} bytes. Send fewer examples in a request"
+        )
+    return [context + one for one in examples]
+
+
+def num_bytes(array: np.ndarray) -> int:
+    """What an array takes in memory, its strings included."""
+    return array.nbytes + (sum(map(len, array.ravel().tolist())) if array.dtype == object else 0)

@@ -7,7 +7,19 @@ from collections.abc import Iterable
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, prediction_log_pb2
 
-from export.server.checks import CLASSIFY, EXAMPLE_METHODS, REGRESS, ExampleMethod, check_examples, check_inputs
+from export.server.checks import (
+    CLASSIFY,
+    EXAMPLE_METHODS,
+    REGRESS,
+    ExampleMethod,
+    check_examples,
+    check_inputs,
+    check_output_filter,
+    check_same_tensor,
+    check_tasks,
+    signature_name,
+)
+from export.server.errors import RequestError
 from export.server.servable import LoadedVersion, Signature
 from export.server.tensors import examples_of, to_array
 from export.warmup import WARMUP_FILE
@@ -16,11 +28,16 @@ _MAX_RECORDS = 1000
 _MAX_TENSOR_BYTES = 1 << 30  # The file is the publisher's, not a client's.
 
 
+class _BrokenRecordError(ValueError):
+    """A record that breaks a rule; the message quotes no value."""
+
+
 def replay_warmup_requests(version: LoadedVersion) -> int:
     """Runs every record of assets.extra/tf_serving_warmup_requests once. Returns their number; 0 without a file.
 
     Raises:
-      ValueError: a record cannot be replayed. One bad record fails the version, as in TF Serving.
+      ValueError: a record cannot be replayed. One bad record fails the version, as in TF Serving. TensorFlow's messages
+        may quote the rows that were recorded, so only the kind of the error is told.
     """
     file = version.path / WARMUP_FILE
     if not file.is_file():
@@ -29,10 +46,12 @@ def replay_warmup_requests(version: LoadedVersion) -> int:
     try:
         for number, record in enumerate(tf.data.TFRecordDataset(str(file)).as_numpy_iterator(), start=1):
             if number > _MAX_RECORDS:
-                raise ValueError(f"at most {_MAX_RECORDS} records. Received: more")
+                raise _BrokenRecordError(f"at most {_MAX_RECORDS} records. Received: more")
             _replay(version, prediction_log_pb2.PredictionLog.FromString(record))
     except Exception as error:  # A record may be broken in any way.
-        raise ValueError(f"warm-up record {number} cannot be replayed: {error}") from error
+        told = isinstance(error, (RequestError, _BrokenRecordError))
+        reason = str(error) if told else type(error).__name__
+        raise ValueError(f"warm-up record {number} cannot be replayed: {reason}") from None
     return number
 
 
@@ -48,16 +67,20 @@ def _replay(version: LoadedVersion, log: prediction_log_pb2.PredictionLog) -> No
         _infer(version, [(request.model_spec, REGRESS)], request.input)
     elif kind == "multi_inference_log":
         request = log.multi_inference_log.request
-        _infer(version, [(task.model_spec, EXAMPLE_METHODS[task.method_name]) for task in request.tasks], request.input)
+        tasks = [(task.model_spec, task.method_name) for task in request.tasks]
+        check_tasks(tasks)
+        check_same_tensor(version, tasks)
+        _infer(version, [(spec, EXAMPLE_METHODS[method]) for spec, method in tasks], request.input)
     else:
-        raise ValueError(f"a record is a predict, classify, regress or multi-inference log. Received: {kind}")
+        raise _BrokenRecordError(f"a record is a predict, classify, regress or multi-inference log. Received: {kind}")
 
 
 def _predict(version: LoadedVersion, request: predict_pb2.PredictRequest) -> None:
     signature = _signature(version, request.model_spec)
     if unknown := request.inputs.keys() - signature.inputs.keys():
-        raise ValueError(f"signature {signature.name!r} lacks the inputs {sorted(unknown)}")
-    inputs = {
+        raise _BrokenRecordError(f"signature {signature.name!r} lacks the inputs {sorted(unknown)}")
+    check_output_filter(signature, request.output_filter)
+    inputs = signature.defaults | {
         name: to_array(name, proto, signature.inputs[name], _MAX_TENSOR_BYTES) for name, proto in request.inputs.items()
     }
     check_inputs(signature, inputs)
@@ -67,7 +90,7 @@ def _predict(version: LoadedVersion, request: predict_pb2.PredictRequest) -> Non
 def _infer(
     version: LoadedVersion, tasks: Iterable[tuple[model_pb2.ModelSpec, ExampleMethod]], request_input: input_pb2.Input
 ) -> None:
-    examples = examples_of(request_input)
+    examples = examples_of(request_input, _MAX_TENSOR_BYTES)
     for spec, method in tasks:
         signature = _signature(version, spec)
         method.check_signature(signature)
@@ -77,7 +100,7 @@ def _infer(
 
 
 def _signature(version: LoadedVersion, spec: model_pb2.ModelSpec) -> Signature:
-    name = spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
+    name = signature_name(spec)
     if name not in version.signatures:
-        raise ValueError(f"the signatures are {sorted(version.signatures)}. Received: {name!r}")
+        raise _BrokenRecordError(f"the signatures are {sorted(version.signatures)}. Received: {name!r}")
     return version.signatures[name]
