@@ -141,8 +141,6 @@ def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) ->
     A feature that is absent or empty takes its missing value; of several values of a scalar the first counts.
     Histories are ragged, [batch, any]: padded to the longest, one request could take the memory of thousands.
     """
-    if not raw_inputs:
-        return {}
     # Ragged throughout: a fixed-length feature without a value fails the request, and with it its whole batch.
     spec = {
         entry.name: tf.io.RaggedFeature(_RAW_DTYPES[entry.dtype], row_splits_dtype=tf.int64) for entry in raw_inputs

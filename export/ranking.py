@@ -27,24 +27,21 @@ class Sides(NamedTuple):
 
     Attributes:
       user: from the context: the user's key, columns of user tables, and what the user did before.
-      item: from the items: the item's key and columns of item tables.
-      either: other columns of the log, which may tell of the moment or of the item: from an item that has the value,
-        else from the context.
+      item: from each item, or where it has no value from the context: the item's key, columns of item tables, and other
+        columns of the log, which may tell of the item or of the moment.
     """
 
     user: tuple[RawInput, ...]
     item: tuple[RawInput, ...]
-    either: tuple[RawInput, ...]
 
 
 def sides_of(spec: FeatureSpec) -> Sides:
     """Sorts the raw inputs of a spec."""
-    of_items = {column for table in spec.item_tables.values() for column in table.column_names} | {spec.item_key}
-    in_the_log = set(spec.tables.log.column_names) - of_items - {spec.user_key}
+    of_items = {column for table in spec.item_tables.values() for column in table.column_names}
+    of_items |= set(spec.tables.log.column_names) - {spec.user_key}
     return Sides(
-        user=tuple(x for x in spec.raw_inputs if x.name not in of_items | in_the_log),
-        item=tuple(x for x in spec.raw_inputs if x.name in of_items),
-        either=tuple(x for x in spec.raw_inputs if x.name in in_the_log),
+        user=tuple(entry for entry in spec.raw_inputs if entry.name not in of_items),
+        item=tuple(entry for entry in spec.raw_inputs if entry.name in of_items),
     )
 
 
@@ -73,14 +70,14 @@ def rank_function(
     def rank(requests: tf.Tensor) -> dict[str, tf.Tensor]:
         context, items = decode_requests(requests)
         row_of = items.value_rowids()
-        of_user = parse_raw_examples(context, [*sides.user, *sides.either])
-        of_item = parse_raw_examples(items.values, list(dict.fromkeys([*sides.item, *sides.either, key])))
-        for entry in sides.either:
+        of_user = parse_raw_examples(context, spec.raw_inputs)
+        of_item = parse_raw_examples(items.values, list(dict.fromkeys([*sides.item, key])))
+        for entry in sides.item:
             shared = tf.gather(of_user[entry.name], row_of)
             of_item[entry.name] = tf.where(is_missing(of_item[entry.name]), shared, of_item[entry.name])
         users = transform(of_user, inputs={entry.name for entry in sides.user})
         features = {name: SharedRows(values, row_of) for name, values in users.items()}
-        features |= transform(of_item, inputs={entry.name for entry in (*sides.item, *sides.either)})
+        features |= transform(of_item, inputs={entry.name for entry in sides.item})
         ctr = items.with_values(model(_for_model(features, model, group_names)))
         ids = items.with_values(of_item[key.name]).to_tensor(no_id)
         ctr = ctr.to_tensor(NO_ITEM_CTR)

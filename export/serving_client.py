@@ -111,10 +111,9 @@ class ServingClient:
         """Orders items for one user by one request to the signature ``rank``.
 
         Args:
-          user: values that all items share: of the user, of the moment, or of the items, since a server does not tell
-            which ones its model reads of items. They are sent as the context and again with each item.
-          items: for each item its id and the values that the model reads of items: columns of item tables. A value that
-            the model reads of the user belongs into ``user``; here it would not be seen.
+          user: values that all items share, of the user or of the moment: the request's context.
+          items: for each item its id and the values that are its own. What the model reads of users (columns of user
+            tables, histories, windows) belongs into ``user``; here it would not be seen.
 
         Returns:
           (item id, ctr), the highest ctr first; as many as the model's ``top_k`` allows.
@@ -147,9 +146,8 @@ class ServingClient:
         of_items = _items_inputs(rows, self.raw_inputs, of_user)
         context = encode_raw_rows(typed_rows(rows_of([user]), of_user), of_user) if of_user else [b""]
         request = input_pb2.ExampleListWithContext(context=tf.train.Example.FromString(context[0]))
-        # No name stands in both, and messages one after the other are read as one.
-        examples = [context[0] + example for example in encode_raw_rows(typed_rows(rows, of_items), of_items)]
         # On the wire a list of bytes is what a list of messages is: nothing is parsed here.
+        examples = encode_raw_rows(typed_rows(rows, of_items), of_items)
         return request.SerializeToString() + tf.train.BytesList(value=examples).SerializeToString()
 
     def _predict(self, signature: str, name: str, values: Sequence[bytes], *outputs: str) -> dict[str, Any]:

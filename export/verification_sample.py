@@ -59,12 +59,10 @@ def verification_sample(
     columns = {name: raw.column(name) for name in names}
     for name, values in expected.items():
         columns[f"_expected_{name}"] = pa.array(np.concatenate([values, *[edge_outputs[name].numpy()] * 2]))
-    sides = sides_of(spec)
     table = pa.table({**columns, "_example": pa.array(examples, pa.binary())})
     return table.replace_schema_metadata(
         {
-            "item_inputs": json.dumps([entry.name for entry in sides.item]),
-            "either_inputs": json.dumps([entry.name for entry in sides.either]),
+            "item_inputs": json.dumps([entry.name for entry in sides_of(spec).item]),
             "item_key": spec.item_key,
             "num_edge_rows": str(2 * len(edges)),
         }

@@ -88,12 +88,11 @@ def _run(signatures, examples: np.ndarray, batch_size: int) -> dict[str, np.ndar
 
 def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes]) -> float:
     """Many items of one user, against serving_default with an Example of each pair; users with and without values."""
-    of_item, of_either = (set(json.loads(metadata[key])) for key in (b"item_inputs", b"either_inputs"))
-    item_key = metadata[b"item_key"].decode()
+    item_inputs, item_key = json.loads(metadata[b"item_inputs"]), metadata[b"item_key"].decode()
     items = [tf.train.Example.FromString(example) for example in examples[:_NUM_RANKED]]
     worst = 0.0
     for user in (examples[0], examples[len(examples) // 2], examples[-1], b""):
-        pairs = [_pair(tf.train.Example.FromString(user), item, of_item, of_either) for item in items]
+        pairs = [_pair(tf.train.Example.FromString(user), item, item_inputs) for item in items]
         expected = signatures["serving_default"](examples=tf.constant(pairs))["ctr"].numpy()
         order = np.argsort(-expected, kind="stable")
         ranked = signatures["rank"](requests=tf.constant([rank_request(user, examples[:_NUM_RANKED])]))
@@ -108,12 +107,9 @@ def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes
     return worst
 
 
-def _pair(user: tf.train.Example, item: tf.train.Example, of_item: set[str], of_either: set[str]) -> bytes:
-    """One Example for both; what either side may bring is the item's where it has a value."""
-    for name in of_item:
-        if name in user.features.feature:
-            del user.features.feature[name]
-    for name in of_item | of_either:
+def _pair(user: tf.train.Example, item: tf.train.Example, item_inputs: list[str]) -> bytes:
+    """One Example for both: an item's input is the item's where it has a value."""
+    for name in item_inputs:
         feature = item.features.feature[name]  # Empty if it was absent.
         if feature.WhichOneof("kind") and getattr(feature, feature.WhichOneof("kind")).value:
             user.features.feature[name].CopyFrom(feature)

@@ -9,11 +9,10 @@ from clsd_tf.assembly import load_model
 from clsd_tf.backbones.base import feature_inputs
 from clsd_tf.clsd import ClsdConfig, ClsdModel
 from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.examples import parse_raw_examples
 from clsd_tf.features import parse_spec
 from clsd_tf.transform import FeatureTransform
 from export.profile import ExportProfile
-from export.ranking import Sides, rank_function, sides_of
+from export.ranking import rank_function, sides_of
 from export.signatures import serving_signatures
 
 
@@ -146,14 +145,13 @@ def test_tables_say_where_inputs_are_read(feed_dataset, shop_content):
         return [entry.name for entry in entries]
 
     feed = sides_of(feed_dataset.spec)
-    assert names(feed.item) == ["item_id", "category", "tags", "duration_seconds"]
+    assert names(feed.item) == ["item_id", "device", "category", "tags", "duration_seconds"]
     assert names(feed.user) == ["user_id", "age", "recent_items", "gender"]
-    assert names(feed.either) == ["device"]
     shop = sides_of(parse_spec(shop_content, "shop"))
-    assert (names(shop.item), names(shop.either)) == (["item_id", "tags", "price"], [])
+    assert names(shop.item) == ["item_id", "tags", "price"]
 
 
-def test_columns_of_the_log_are_read_from_the_item_or_from_the_user(signatures):
+def test_columns_of_the_log_are_read_from_the_item_or_else_from_the_user(signatures):
     def ctr_of(device):
         both = pair(USERS[0], example(item_id="i1", category="c1", device=device))
         return signatures["serving_default"](examples=tf.constant([both]))["ctr"].numpy()[0]
@@ -163,19 +161,6 @@ def test_columns_of_the_log_are_read_from_the_item_or_from_the_user(signatures):
     items = [example(item_id="i1", category="c1"), example(item_id="i1", category="c1", device="tv")]
     for item, device in zip(items, ("phone", "tv"), strict=True):
         assert rank(signatures, request(on_phone, [item]))[1][0, 0] == pytest.approx(ctr_of(device), abs=1e-6)
-
-
-def test_a_spec_without_user_inputs_ranks(parts, feed_dataset, monkeypatch):
-    """Items alone: the context holds nothing that is read."""
-    spec, (model, transform) = feed_dataset.spec, parts
-    everything = Sides((), spec.raw_inputs, ())
-    monkeypatch.setattr("export.ranking.sides_of", lambda _: everything)
-    found = tf.function(rank_function(spec, transform, model, None), autograph=False)
-    whole = tf.train.Example.FromString(pair(USERS[0], ITEMS[1]))
-    expected = model(transform(parse_raw_examples(tf.constant([pair(USERS[0], ITEMS[1])]), spec.raw_inputs)))
-    assert found(tf.constant([request(None, [whole])]))["ctr"].numpy()[0, 0] == pytest.approx(
-        float(expected[0]), abs=1e-6
-    )
 
 
 def test_other_keras_models_rank_as_well(feed_dataset, parts):
