@@ -6,7 +6,7 @@ import pathlib
 
 import tensorflow as tf
 
-from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
+from clsd_tf.examples import is_missing, parse_raw_examples, raw_tensor_specs
 from clsd_tf.model_inputs import MISSING_INT64, RawInput
 from export.ranking import decode_requests
 
@@ -46,10 +46,11 @@ class FeedModel(tf.Module):
             context, items = decode_requests(requests)
             item_row = items.value_rowids()
             entries = {entry.name: entry for entry in RAW_INPUTS}
-            users = parse_raw_examples(context, [entries[name] for name in ("age", "recent", "user")])
+            users = parse_raw_examples(context, RAW_INPUTS)
             of_items = parse_raw_examples(items.values, [entries["price"], RawInput("item_id", "int64")])
             shared = {name: tf.gather(values, item_row) for name, values in users.items()}
-            ctr = items.with_values(self.ctr(price=of_items["price"], **shared)["ctr"]).to_tensor(-1.0)
+            price = tf.where(is_missing(of_items["price"]), shared.pop("price"), of_items["price"])
+            ctr = items.with_values(self.ctr(price=price, **shared)["ctr"]).to_tensor(-1.0)
             ids = items.with_values(of_items["item_id"]).to_tensor(MISSING_INT64)
             order = tf.argsort(ctr, direction="DESCENDING")
             return {"item_ids": tf.gather(ids, order, batch_dims=1), "ctr": tf.gather(ctr, order, batch_dims=1)}
