@@ -50,7 +50,7 @@ _WORK_DIR = flags.DEFINE_string("work_dir", None, "The run that was exported.", 
 _SERVABLE_DIR = flags.DEFINE_string("servable_dir", None, "Where it was exported to.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "Its name.", required=True)
 _LOAD_SECONDS = flags.DEFINE_float("load_seconds", 60.0, "How long the server is overloaded.", 1.0)
-_ROWS_PER_REQUEST = flags.DEFINE_integer("rows_per_request", 500, "Rows of a request under load.", 1)
+_ROWS_PER_REQUEST = flags.DEFINE_integer("rows_per_request", 1000, "Rows of a request under load.", 1)
 _NUM_MALFORMED = flags.DEFINE_integer("num_malformed", 5000, "Malformed requests of both protocols together.", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the numbers.")
 

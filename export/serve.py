@@ -59,7 +59,7 @@ _REQUEST_LOG_SAMPLE_RATE = flags.DEFINE_float(
 )
 
 
-_SWITCH_SECONDS = 5e-4
+_SWITCH_SECONDS = 5e-5
 
 
 def main(argv) -> None:
@@ -78,7 +78,7 @@ def _share_cores(num_threads: int) -> None:
     # Requests run side by side, so within an op a second thread has nothing to gain: a third off the slowest answers.
     tf.config.threading.set_inter_op_parallelism_threads(num_threads)
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    # Loading is a second of Python, which else would keep the event loop waiting for 5 ms at each of its steps.
+    # Loading is a second of Python, which else would keep the event loop waiting for 5 ms at each of its many steps.
     sys.setswitchinterval(_SWITCH_SECONDS)
 
 

@@ -34,7 +34,7 @@ class BatchingOptions:
       max_batch_size: rows that run together, >= 1; a larger request runs alone, in slices of this size where the
         signature allows it. 1000 by default, as in TF Serving.
       batch_timeout_seconds: how long rows wait for others, >= 0; 0 by default: only while the models are busy.
-      max_enqueued_batches: batches of max_batch_size that may wait, >= 1; beyond them requests are refused. 10 by
+      max_enqueued_batches: batches of max_batch_size that may wait, >= 1; beyond them requests are refused. 64 by
         default. No request may have more rows than all of them.
     """
 
@@ -48,7 +48,8 @@ class BatchingOptions:
         return dataclasses.replace(others, **given)
 
 
-_DEFAULTS = BatchingOptions(1000, 0.0, 10)
+# TF Serving's queue of 10 batches would be full while a version loads, which takes time from requests here.
+_DEFAULTS = BatchingOptions(1000, 0.0, 64)
 _MAX_QUEUED_REQUEST_SIZES = 4  # The bytes that wait for a signature, in requests of the largest size.
 
 
