@@ -196,11 +196,11 @@ def test_signatures_without_a_free_batch_dimension_run_alone(tmp_path):
 
 
 def test_the_file_of_a_version_sets_limits_that_flags_override(tmp_path):
-    assert version_options(tmp_path, BatchingOptions()) == BatchingOptions(1000, 0.0, 10)
+    assert version_options(tmp_path, BatchingOptions()) == BatchingOptions(1000, 0.0, 64)
     file = tmp_path / "batching_params.pbtxt"
     file.write_text("max_batch_size { value: 64 } batch_timeout_micros { value: 2000 }")
-    assert version_options(tmp_path, BatchingOptions()) == BatchingOptions(64, 0.002, 10)
-    assert version_options(tmp_path, BatchingOptions(max_batch_size=8)) == BatchingOptions(8, 0.002, 10)
+    assert version_options(tmp_path, BatchingOptions()) == BatchingOptions(64, 0.002, 64)
+    assert version_options(tmp_path, BatchingOptions(max_batch_size=8)) == BatchingOptions(8, 0.002, 64)
     file.write_text("max_batch_size: 64")
     with pytest.raises(ValueError, match=r"batching_params\.pbtxt must be a BatchingParameters"):
         version_options(tmp_path, BatchingOptions())
