@@ -298,3 +298,4 @@ def test_threads_end_with_the_server(servable_dir):
     with LocalServer(servable_dir):
         pass
     wait_until(lambda: threading.active_count() <= before)
+    assert threading.active_count() <= before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
 from export.batching_parameters import largest_request
@@ -23,7 +24,7 @@ def _logs(version: Version) -> list[tuple[int, prediction_log_pb2.PredictionLog]
     for number, record in enumerate(version.warmup_records, start=1):
         try:
             logs.append((number, prediction_log_pb2.PredictionLog.FromString(record)))
-        except Exception:  # DecodeError, told by the rule warmup_file.
+        except DecodeError:  # Told by the rule warmup_file.
             continue
     return logs
 
