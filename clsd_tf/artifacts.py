@@ -143,6 +143,12 @@ class DatasetLayout:
     def vocabulary(self, name: str) -> pathlib.Path:
         return self.vocabularies / f"{name}.txt"
 
+    def vocabulary_values(self, name: str) -> list[str]:
+        """The values of a vocabulary in the order of their ids; [] if there is none of this name."""
+        path = self.vocabulary(name)
+        # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
+        return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
+
     def shard(self, split: str, index: int, num_shards: int, compressed: bool) -> pathlib.Path:
         suffix = ".tfrecord.gz" if compressed else ".tfrecord"
         return self.records / f"{split}-{index:05d}-of-{num_shards:05d}{suffix}"

@@ -434,3 +434,32 @@ def load_spec(path: str | pathlib.Path) -> FeatureSpec:
 
 def _not_a_column(what: str, name: str, allowed: list[str]) -> str:
     return f"{what} must be a declared column. Received: {name!r}. Allowed: {', '.join(allowed)}"
+
+
+def meaning_differences(spec: FeatureSpec, previous: FeatureSpec) -> list[str]:
+    """What gives values another meaning in ``spec`` than in ``previous``, for the features and user groups of both.
+
+    Values of vocabularies aside, and what decides which values a vocabulary gets.
+    """
+    old = {entry.name: _meaning(entry) for entry in (*previous.features, *previous.user_groups)}
+    new = {entry.name: _meaning(entry) for entry in (*spec.features, *spec.user_groups)}
+    return [
+        f"{name}.{key}. Received: {new[name].get(key)!r}. Allowed: {old[name].get(key)!r}"
+        for name in new
+        if name in old
+        for key in sorted(new[name].keys() | old[name].keys())
+        if new[name].get(key) != old[name].get(key)
+    ]
+
+
+def _meaning(entry: Feature | UserGroup) -> dict[str, Any]:
+    match entry:
+        case IdFeature():
+            rule = entry.resolved_vocabulary
+            meaning = entry.model_dump(exclude={"name", "vocabulary", "hash_buckets", "hash", "max_values"})
+            meaning["vocabulary.num_oov_indices"] = rule.num_oov_indices if rule else None
+            return {**meaning, "hash": entry.resolved_hash.model_dump() if entry.resolved_hash else None}
+        case HistoryFeature():
+            return {"type": entry.type, "of": entry.of}
+        case NumericFeature() | UserGroup():
+            return entry.model_dump(exclude={"name"})

@@ -24,7 +24,7 @@ import apache_beam as beam
 from clsd_tf.artifacts import SPLITS, DatasetDir, DatasetLayout, read_json, staged_directory, write_json
 from clsd_tf.console import step
 from clsd_tf.features import FeatureSpec, HistoryFeature, NumericFeature
-from clsd_tf.model_inputs import Statistics
+from clsd_tf.model_inputs import NumericStatistics, Statistics
 from clsd_tf.sketches import Histogram
 from pipelines import encoding, ingest, joining, outcome, results, sources
 from pipelines.checks import user_id_salt
@@ -34,7 +34,7 @@ from pipelines.fitting import NumericSummary
 from pipelines.outcome import BadInputError
 from pipelines.provenance import check_same_salt, write_manifest
 from pipelines.splits import expected_rows, split_cut_offs
-from pipelines.vocabularies import check_compatible, previous_boundaries
+from pipelines.vocabularies import check_compatible, previous_numbers
 
 _BYTES_PER_PARTITION = 16 << 20
 _MAX_PARTITIONS = 4096  # Every exchange file has a part for each: beyond 64 GB of log partitions grow instead.
@@ -49,8 +49,8 @@ class BuildConfig:
       max_bad_fraction: the largest share of bad rows of a table, in [0, 1].
       rows_per_shard: a split gets about rows / rows_per_shard shards; a worker holds one shard in memory.
       compressed: GZIP the shards.
-      grow_from: a dataset directory whose ids keep their meaning: its vocabularies are continued,
-        and its boundaries of quantile buckets stay.
+      grow_from: a dataset directory whose ids and numbers keep their meaning: its vocabularies are continued, also
+        beyond ``max_size``, and its statistics of numeric features stay as they were fitted.
       beam_arguments: pipeline options for Beam, for example ``["--runner=FlinkRunner"]``.
     """
 
@@ -122,12 +122,14 @@ class _Build:
         self.layout = DatasetLayout(staging)
         self.counts: dict[str, Any] = {}
         self._salt = user_id_salt(spec)
-        self._previous_boundaries: dict[str, tuple[float, ...]] = {}
+        self._previous_numbers: dict[str, NumericStatistics] = {}
+        self._grown_from: str | None = None
         if config.grow_from:
             previous = DatasetDir(config.grow_from)
             check_compatible(spec, previous.spec)
             check_same_salt(previous.layout, spec, self._salt)
-            self._previous_boundaries = previous_boundaries(previous, spec)
+            self._previous_numbers = previous_numbers(previous, spec)
+            self._grown_from = previous.fingerprint
         self._scratch = staging / "scratch"
         self._seconds: dict[str, float] = {}
         for directory in (self.layout.vocabularies, self.layout.records, self._scratch):
@@ -254,17 +256,15 @@ class _Build:
                     f"the vocabulary of {name!r} is empty. Received: no value with min_count={rule.min_count} in the "
                     "training split. Lower min_count, or use hash_buckets"
                 )
-        fitted = {}
+        fitted = dict(self._previous_numbers)
         for feature in self.spec.features:
-            if isinstance(feature, NumericFeature):
+            if isinstance(feature, NumericFeature) and feature.name not in fitted:
                 if feature.name not in numeric:
                     raise BadInputError(
                         f"numeric feature {feature.name!r} has no value in the training split. Received: column "
                         f"{feature.column!r} with only missing values. Remove the feature"
                     )
-                found = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
-                boundaries = self._previous_boundaries.get(feature.name, found.boundaries)
-                fitted[feature.name] = dataclasses.replace(found, boundaries=boundaries)
+                fitted[feature.name] = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
         self.layout.statistics.write_text(Statistics(lengths, fitted).to_json(), encoding="utf-8")
 
     # --- 3. encode
@@ -302,7 +302,13 @@ class _Build:
             leftover.unlink()
         write_json(self.layout.counts, self.counts)
         write_manifest(
-            self.layout, self.spec, salt=self._salt, inputs=inputs, counts=self.counts, seconds=self._seconds
+            self.layout,
+            self.spec,
+            grown_from=self._grown_from,
+            salt=self._salt,
+            inputs=inputs,
+            counts=self.counts,
+            seconds=self._seconds,
         )
         self.layout.mark_complete(self.spec)
 

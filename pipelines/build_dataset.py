@@ -29,7 +29,10 @@ _SPLIT_RULE = flags.DEFINE_enum(
     "split_rule", None, ["time", "random", "user", "last_n_per_user"], "Overrides the spec's split rule."
 )
 _GROW_FROM = flags.DEFINE_string(
-    "grow_from", None, "Dataset directory, say of the day before, whose vocabularies go on: an id keeps its meaning."
+    "grow_from",
+    None,
+    "Dataset directory, say of the day before, whose vocabularies and scales go on: ids and numbers "
+    "keep their meaning.",
 )
 _MAX_BAD_FRACTION = flags.DEFINE_float("max_bad_fraction", 0.01, "More bad rows than this fail the job.", 0.0, 1.0)
 _ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 250_000, "About how many rows a TFRecord file holds.", 1)

@@ -33,7 +33,7 @@ from pipelines.fitting import FitSummary
 from pipelines.joins import Profiles, join_rows
 from pipelines.sources import ROW_ID
 from pipelines.splits import split_indices
-from pipelines.vocabularies import VocabularyCounts, previous_values, rank
+from pipelines.vocabularies import VocabularyCounts, rank
 
 # Bounds the summaries that meet on one worker at the end, however long the log is; and how many workers can join.
 MAX_UNITS = 32
@@ -235,7 +235,7 @@ def _merge_summaries(summaries: Iterable[tuple[int, FitSummary]], layout: Datase
 def _fit_vocabulary(name: str, units: Sequence[int], plan: JoinPlan, layout: DatasetLayout) -> tuple[str, float]:
     """Writes a vocabulary; gives its name and by how much its counts may be too low."""
     merged = VocabularyCounts.merge_all(_read_counts(plan.vocabulary_path(unit), name, plan.spec) for unit in units)
-    previous = previous_values(DatasetLayout(plan.grow_from), name) if plan.grow_from else []
+    previous = DatasetLayout(plan.grow_from).vocabulary_values(name) if plan.grow_from else []
     values = rank(merged.values[name], plan.spec.vocabularies[name], previous)
     results.write_lines(str(layout.vocabulary(name)), values)
     return name, merged.errors(plan.spec)[name]

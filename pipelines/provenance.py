@@ -24,6 +24,7 @@ def write_manifest(
     layout: DatasetLayout,
     spec: FeatureSpec,
     *,
+    grown_from: str | None,
     salt: bytes | None,
     inputs: Sequence[Mapping[str, Any]],
     counts: Mapping[str, Any],
@@ -34,6 +35,7 @@ def write_manifest(
     Args:
       layout: of a directory that is complete but for its marker.
       spec: of the dataset.
+      grown_from: fingerprint of the dataset whose ids go on in this one, if any.
       salt: of user ids; a check value of it is written, never the salt.
       inputs: table, file name, bytes and SHA-256 of each file that was read.
       counts: of the build.
@@ -43,6 +45,7 @@ def write_manifest(
     manifest = {
         "dataset_fingerprint": layout.fingerprint(),
         "spec": {"name": spec.name, "fingerprint": spec.fingerprint},
+        "grown_from": grown_from,
         "inputs": inputs,
         "user_id_salt_check": _salt_check(salt),
         "code": code_versions(),

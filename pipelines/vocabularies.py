@@ -9,22 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.artifacts import DatasetDir, DatasetLayout
+from clsd_tf.artifacts import DatasetDir
 from clsd_tf.features import (
-    Feature,
     FeatureSpec,
-    HistoryFeature,
     IdFeature,
     MultiValuedFeature,
     NumericFeature,
-    UserGroup,
     Vocabulary,
+    meaning_differences,
 )
+from clsd_tf.model_inputs import NumericStatistics
 from clsd_tf.sketches import TopValues
 from clsd_tf.validation import SpecError
 
@@ -132,61 +130,27 @@ def rank(counts: TopValues, rule: Vocabulary, previous: Sequence[str] = ()) -> l
     return [*previous, *new.to_pylist()]
 
 
-def previous_values(layout: DatasetLayout, name: str) -> list[str]:
-    """The vocabulary of a dataset that another one grows from, in the order of ids; [] if it has none of this name."""
-    path = layout.vocabulary(name)
-    # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
-    return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
+def previous_numbers(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, NumericStatistics]:
+    """The statistics of the numeric features that ``dataset`` and one of ``spec`` share, by name: they must stay.
 
-
-def previous_boundaries(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, tuple[float, ...]]:
-    """The quantile buckets that ``dataset`` and one of ``spec`` share: feature name -> boundaries, which must stay."""
-    bucketised = [
-        feature.name
-        for feature in spec.features
-        if isinstance(feature, NumericFeature) and feature.scaling == "quantile_buckets"
-    ]
-    fitted = dataset.statistics.numeric
-    return {name: fitted[name].boundaries for name in bucketised if name in fitted}
+    Quantile buckets give ids, and scaled numbers meet weights that were trained on the earlier scale.
+    """
+    numeric = {feature.name for feature in spec.features if isinstance(feature, NumericFeature)}
+    return {name: found for name, found in dataset.statistics.numeric.items() if name in numeric}
 
 
 def check_compatible(spec: FeatureSpec, previous: FeatureSpec) -> None:
-    """Checks that every feature and user group that two specs share gives its ids the same meaning in both.
+    """Checks that every feature and user group that two specs share means the same in both.
 
     Values of vocabularies aside: those of ``previous`` are kept in their places. Features may come and go.
 
     Raises:
       SpecError: names the features and what differs.
     """
-    old = {entry.name: _id_meaning(entry) for entry in (*previous.features, *previous.user_groups)}
-    new = {entry.name: _id_meaning(entry) for entry in (*spec.features, *spec.user_groups)}
-    problems = [
-        f"{name}.{key}. Received: {new[name].get(key)!r}. Allowed: {old[name].get(key)!r}"
-        for name in new
-        if name in old
-        for key in sorted(new[name].keys() | old[name].keys())
-        if new[name].get(key) != old[name].get(key)
-    ]
+    problems = meaning_differences(spec, previous)
     if problems:
         raise SpecError(
-            "a dataset that grows from another keeps the meaning of its ids, so these must be as in the spec of the "
-            "other:\n  " + "\n  ".join(problems) + "\nKeep them, give the feature another name, or build without "
-            "an earlier dataset"
+            "a dataset that grows from another keeps the meaning of its ids and numbers, so these must be as in the "
+            "spec of the other:\n  " + "\n  ".join(problems) + "\nKeep them, give the feature another name, or build "
+            "without an earlier dataset"
         )
-
-
-def _id_meaning(entry: Feature | UserGroup) -> dict[str, Any]:
-    """What gives the ids of a feature or user group their meaning, beside the values of its vocabulary."""
-    match entry:
-        case IdFeature():
-            rule = entry.resolved_vocabulary
-            meaning = entry.model_dump(exclude={"name", "vocabulary", "hash_buckets", "hash", "max_values"})
-            meaning["vocabulary.num_oov_indices"] = rule.num_oov_indices if rule else None
-            return {**meaning, "hash": entry.resolved_hash.model_dump() if entry.resolved_hash else None}
-        case HistoryFeature():
-            return {"type": entry.type, "of": entry.of}
-        case NumericFeature():
-            is_id = entry.scaling == "quantile_buckets"
-            return {"type": entry.type, **(entry.model_dump(exclude={"name", "type"}) if is_id else {})}
-        case UserGroup():
-            return entry.model_dump(exclude={"name"})

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import tensorflow as tf
-from shop import T0, build, events, records, refused, users, vocabulary, write_shop
+from shop import T0, build, events, items, records, refused, users, vocabulary, write_shop
 
 from clsd_tf.artifacts import SPLITS, read_json
 from clsd_tf.examples import packed_columns
@@ -24,17 +24,25 @@ def test_ids_keep_their_meaning_when_a_dataset_grows_from_another(shop_spec, sho
     assert vocabulary(grown, "item") == [*before, "new-a", "new-b"]
     ids = {record["item"][0] for record in records(grown, "train")}
     assert 1 + 2 + before.index("i3") in ids  # 2 out-of-vocabulary ids.
+    assert read_json(grown.layout.manifest)["grown_from"] == shop_dataset.fingerprint
     assert vocabulary(grown, "item_tags") == [*vocabulary(shop_dataset, "item_tags"), "z"]
 
 
-def test_quantile_buckets_keep_their_boundaries_when_a_dataset_grows_from_another(shop_spec, shop_dataset, tmp_path):
-    raw = write_shop(tmp_path / "raw", user_rows=[{**row, "age": row["age"] + 40} for row in users()])
-    before = shop_dataset.statistics.numeric["user_age"]
-    grown = build(shop_spec, raw, tmp_path / "dataset", grow_from=shop_dataset.path).statistics.numeric["user_age"]
-    assert grown.boundaries == before.boundaries
-    assert grown.mean > before.mean + 30
-    anew = build(shop_spec, raw, tmp_path / "anew").statistics.numeric["user_age"]
-    assert anew.boundaries != before.boundaries
+def test_numbers_keep_their_meaning_when_a_dataset_grows_from_another(shop_spec, shop_dataset, tmp_path):
+    older = [{**row, "age": row["age"] + 40} for row in users()]
+    dearer = [{**row, "price": 10 * row["price"]} for row in items()]
+    raw = write_shop(tmp_path / "raw", user_rows=older, item_rows=dearer)
+    before = shop_dataset.statistics.numeric
+    grown = build(shop_spec, raw, tmp_path / "dataset", grow_from=shop_dataset.path)
+    assert grown.statistics.numeric == before
+    # Standardised log1p of the new prices by the old mean and deviation.
+    prices = {np.log1p(np.float32(row["price"])) for row in dearer}
+    expected = sorted((price - before["item_price"].mean) / before["item_price"].std for price in prices)
+    found = np.unique(read_columns(grown, "train", ["item_price"])["item_price"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    anew = build(shop_spec, raw, tmp_path / "anew").statistics.numeric
+    assert anew["user_age"].boundaries != before["user_age"].boundaries
+    assert anew["item_price"].mean > before["item_price"].mean + 1
 
 
 def test_growing_from_ids_of_another_meaning_is_refused(shop_content, shop_dir, shop_dataset, tmp_path):
@@ -49,6 +57,7 @@ def test_growing_from_ids_of_another_meaning_is_refused(shop_content, shop_dir, 
 def test_manifest_says_from_what_and_by_what_a_dataset_was_built(shop_dataset, shop_dir, shop_spec):
     manifest = read_json(shop_dataset.layout.manifest)
     assert manifest["dataset_fingerprint"] == shop_dataset.fingerprint
+    assert manifest["grown_from"] is None
     assert manifest["spec"] == {"name": "shop", "fingerprint": shop_spec.fingerprint}
     expected = [
         {

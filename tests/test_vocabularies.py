@@ -19,7 +19,7 @@ from clsd_tf.model_inputs import Statistics
 from clsd_tf.sketches import TopValues
 from clsd_tf.transform import FeatureTransform, VocabularyLookup
 from clsd_tf.validation import SpecError
-from pipelines.vocabularies import VocabularyCounts, check_compatible, previous_values, rank
+from pipelines.vocabularies import VocabularyCounts, check_compatible, rank
 
 COLUMNS = {"user_id": pa.string(), "item_id": pa.int64(), "tags": pa.string(), "sample_weight": pa.float64()}
 CONTENT = {
@@ -266,7 +266,7 @@ ODD_VALUES = ["a b", " a", "a\x0bb", "\x0c", "\x85", "\u2028", "a\x1cb", "ü", "
 def test_previous_vocabularies_are_read_value_by_value(dataset_of):
     vocabularies = {"item": ["7", "-3"], "tags": ODD_VALUES, "user": []}
     dataset = dataset_of(SPEC, vocabularies)
-    assert {name: previous_values(dataset.layout, name) for name in vocabularies} == vocabularies
+    assert {name: dataset.layout.vocabulary_values(name) for name in vocabularies} == vocabularies
     # TensorFlow reads the file line by line, too: 0 missing, 1 out of vocabulary.
     ids = VocabularyLookup(dataset.layout.vocabulary("tags"), 1)(tf.constant(ODD_VALUES)).numpy()
     assert ids.tolist() == list(range(2, 2 + len(ODD_VALUES)))
@@ -276,7 +276,7 @@ def test_features_may_come_and_go(dataset_of):
     dataset = dataset_of(SPEC, {"item": ["7"], "tags": [], "user": ["u"]})
     spec = changed(("features", 2, "name"), "viewer")
     check_compatible(spec, dataset.spec)
-    previous = {name: previous_values(dataset.layout, name) for name in spec.vocabularies}
+    previous = {name: dataset.layout.vocabulary_values(name) for name in spec.vocabularies}
     assert previous == {"item": ["7"], "tags": [], "viewer": []}
     grown = ranked(VocabularyCounts.of(log(item_id=[1, 7], user_id=["u", "v"]), spec), spec, previous)
     assert grown == {"item": ["7", "1"], "tags": [], "viewer": ["u", "v"]}
@@ -291,7 +291,8 @@ def test_features_may_come_and_go(dataset_of):
         (("features", 3, "hash_buckets"), 10, "hashed.hash. Received: {'buckets': 10, "),
         (("features", 3, "hash_buckets"), None, "hashed.hash. Received: None. Allowed: {'buckets': 9, "),
         (("features", 4, "num_buckets"), 5, "age.num_buckets. Received: 5. Allowed: 4"),
-        (("features", 4, "scaling"), "none", "age.num_buckets. Received: None. Allowed: 4"),
+        (("features", 4, "scaling"), "none", "age.scaling. Received: 'none'. Allowed: 'quantile_buckets'"),
+        (("features", 4, "log1p"), True, "age.log1p. Received: True. Allowed: False"),
         (("features", 5, "of"), "user", "past_items.of. Received: 'user'. Allowed: 'item'"),
         (("user_groups", 0, "boundaries"), [31], "age_group.boundaries. Received: (31.0,). Allowed: (30.0,)"),
     ],
