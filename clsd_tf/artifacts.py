@@ -231,17 +231,22 @@ class DatasetDir:
 
 
 class WorkDir:
-    """What one training run leaves: config, checkpoints, TensorBoard events, history, best weights, evaluation."""
+    """What one training run leaves: config, lineage, checkpoints, events, history, best weights, evaluations."""
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
+        self.trained_on = self.path / "trained_on.json"
+        self.lineage = self.path / "lineage.json"
         self.history = self.path / "history.json"
         self.checkpoints = self.path / "checkpoints"
         self.best_weights = self.path / "best_weights" / "weights"
         self.tensorboard = self.path / "tensorboard"
         self.calibration = self.path / "calibration.json"
         self.report = self.path / "report.html"
+        self.prequential = self.path / "prequential.json"
+        self.days = self.path / "days.json"
+        self.days_report = self.path / "days.html"
         self.success = self.path / _SUCCESS
 
     def evaluation(self, split: str) -> pathlib.Path:
@@ -269,15 +274,43 @@ class WorkDir:
             yield
 
     @property
+    def has_checkpoint(self) -> bool:
+        return (self.checkpoints / "checkpoint").is_file()
+
+    @property
     def is_complete(self) -> bool:
         return self.success.is_file()
 
     def mark_complete(self) -> None:
-        write_json(self.success, {"dataset_fingerprint": self.resolved_config["dataset_fingerprint"]})
+        """Writes ``_SUCCESS``; the last thing that a run does."""
+        fingerprints = {
+            "dataset_fingerprint": self.resolved_config["dataset_fingerprint"],
+            "work_fingerprint": self._digest(),
+        }
+        write_json(self.success, fingerprints)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over what a finished run has become: config, lineage, weights and calibration."""
+        return read_json(self.success)["work_fingerprint"]
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        weights = sorted(self.best_weights.parent.glob(f"{self.best_weights.name}.*"))
+        for path in (self.config, self.lineage, *weights, self.calibration):
+            if path.exists():
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
 
     @property
     def resolved_config(self) -> dict[str, Any]:
         return read_json(self.config)
+
+    def require_finished(self) -> None:
+        """Raises ArtifactError for a run that has not finished."""
+        if not self.is_complete:
+            raise _incomplete("work", self.path, "Run `python -m pipelines.train` (again) first")
 
     def require_complete(self, dataset: DatasetDir) -> None:
         """Refuses a run that has not finished, or that was trained on another dataset.
@@ -285,8 +318,7 @@ class WorkDir:
         Raises:
           ArtifactError: names what was received and what to do.
         """
-        if not self.is_complete:
-            raise _incomplete("work", self.path, "Run `python -m pipelines.train` (again) first")
+        self.require_finished()
         self.require_same_dataset(dataset)
 
     def require_same_dataset(self, dataset: DatasetDir) -> None:

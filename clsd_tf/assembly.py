@@ -86,8 +86,13 @@ def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
       ArtifactError: the run is not complete, or was trained on another dataset.
     """
     work_dir.require_complete(dataset)
+    return restored_model(work_dir, dataset.inputs)
+
+
+def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> ClsdModel:
+    """As ``load_model``, for a run that has finished, given the inputs that it was trained on."""
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
-    model = build_model(config, dataset.inputs)
+    model = build_model(config, inputs)
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     if config.calibration.method != "none":
         if not work_dir.calibration.is_file():

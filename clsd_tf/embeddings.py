@@ -106,6 +106,12 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         )
 
     @property
+    def row_ranges(self) -> dict[str, range]:
+        """Vocabulary -> its rows in the one variable of all tables."""
+        sizes = {entry.vocabulary: entry.vocabulary_size for entry in self._inputs.categorical}
+        return {name: range(self._offsets[name], self._offsets[name] + size) for name, size in sizes.items()}
+
+    @property
     def has_tables(self) -> bool:
         return bool(self._inputs.categorical)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,23 @@ def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any
       ready for JSON. Rows of weight 0 and groups without rows are left out, and groups of fewer than 20 users are part
       of "other"; a metric that is not defined on its rows is None.
     """
-    columns = scored_rows(model, dataset, split)
-    groups = {
-        group.name: {label: measure(rows) for label, rows in rows_by_label(columns, group)}
-        for group in dataset.inputs.groups
-    }
     return {
         "split": split,
         "dataset_fingerprint": dataset.fingerprint,
         "label": dataset.spec.label,
         "intensity_label": dataset.spec.intensity_label,
+        **measure_with_groups(scored_rows(model, dataset, split), dataset.inputs.groups),
+    }
+
+
+def measure_with_groups(columns: dict[str, np.ndarray | None], groups: Sequence[GroupInput]) -> dict[str, Any]:
+    """``overall``, ``uncalibrated`` and ``groups`` of scored rows, see ``evaluate``."""
+    return {
         "overall": measure(columns),
         "uncalibrated": measure({**columns, "pctr": columns["uncalibrated"]}),
-        "groups": groups,
+        "groups": {
+            group.name: {label: measure(rows) for label, rows in rows_by_label(columns, group)} for group in groups
+        },
     }
 
 

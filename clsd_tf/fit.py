@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from clsd_tf import input_pipeline
-from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import (
     CheckpointAndStop,
@@ -21,7 +21,9 @@ from clsd_tf.callbacks import (
 )
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
 from clsd_tf.input_pipeline import RowValues
+from clsd_tf.lineage import TrainedOn, lineage
 from clsd_tf.train_config import TrainConfig
+from clsd_tf.warm_start import warm_start
 
 
 def fit(
@@ -30,6 +32,7 @@ def fit(
     work_dir: WorkDir,
     *,
     title: str | None,
+    init_from: WorkDir | None = None,
     row_weights: RowValues | None = None,
     teacher_scores: Callable[[], RowValues | None] = lambda: None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
@@ -40,6 +43,7 @@ def fit(
       config: the run.
       work_dir: gets config, checkpoints, history, best weights and TensorBoard events.
       title: what progress lines call the run; None for no progress lines.
+      init_from: a finished run to go on from, see ``warm_start``; needed until the first checkpoint is there.
       row_weights: weight per training row, multiplied with its sample weight.
       teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
         Called once everything else is known to be in order: a teacher may train for hours.
@@ -48,14 +52,19 @@ def fit(
       The model with its best weights, and the history: one dict per epoch.
 
     Raises:
-      ArtifactError: the work directory belongs to another config or dataset.
+      ArtifactError: the work directory belongs to another config, dataset or lineage; or ``init_from`` does not fit.
       TrainingDivergedError, ConfidenceGuardError: the run went wrong.
       ValueError: loss warm-up would never end.
     """
-    first_counted_step = _loss_warmup_steps(config, dataset)
     model = build_model(config, dataset.inputs)
-    claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
-    keeper = CheckpointAndStop(work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step)
+    if not work_dir.has_checkpoint:
+        if init_from is not None:
+            warm_start(model, config, dataset, init_from)
+        _require_loss_warmup_to_end(config, dataset, first_step=int(model.optimizer.iterations))
+    claim(work_dir, config, dataset, init_from)  # Only now: a config that cannot run must not occupy the directory.
+    keeper = CheckpointAndStop(
+        work_dir, patience_epochs=config.patience_epochs, first_counted_step=_loss_warmup_steps(config)
+    )
     first_epoch = keeper.resume(model)
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
         batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores())
@@ -82,15 +91,17 @@ def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
     return -(-dataset.num_rows("train") // config.batch_size)
 
 
-def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
-    """Writes the resolved config, or checks that the one there is the same.
+def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from: WorkDir | None = None) -> None:
+    """Writes resolved config, lineage and what ids mean, or checks that those there are the same.
 
     Raises:
-      ArtifactError: the directory belongs to another config or dataset.
+      ArtifactError: the directory belongs to another config, dataset or lineage.
     """
     resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint}
     if not work_dir.config.exists():
         work_dir.path.mkdir(parents=True, exist_ok=True)
+        write_json(work_dir.trained_on, TrainedOn.of(dataset).to_dict())
+        write_json(work_dir.lineage, lineage(dataset, init_from))
         write_json(work_dir.config, resolved)
         return
     work_dir.require_same_dataset(dataset)
@@ -102,18 +113,29 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
             f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
             "Choose another --work_dir"
         )
+    ancestors, allowed = lineage(dataset, init_from)["ancestors"], read_json(work_dir.lineage)["ancestors"]
+    if ancestors != allowed:
+        raise ArtifactError(
+            f"{work_dir.path} belongs to a run that goes on from another. Received: --init_from with fingerprint "
+            f"{_last_fingerprint(ancestors)}. Allowed: {_last_fingerprint(allowed)}. Choose another --work_dir"
+        )
 
 
-def _loss_warmup_steps(config: TrainConfig, dataset: DatasetDir) -> int:
-    if config.method == "bce":
-        return 0
-    last_step = config.max_epochs * steps_per_epoch(dataset, config)
-    if config.clsd.resolved_loss_warmup_steps >= last_step:
+def _last_fingerprint(ancestors: Sequence[Mapping[str, Any]]) -> str | None:
+    return ancestors[-1]["work_fingerprint"] if ancestors else None
+
+
+def _loss_warmup_steps(config: TrainConfig) -> int:
+    return 0 if config.method == "bce" else config.clsd.resolved_loss_warmup_steps
+
+
+def _require_loss_warmup_to_end(config: TrainConfig, dataset: DatasetDir, first_step: int) -> None:
+    last_step = first_step + config.max_epochs * steps_per_epoch(dataset, config)
+    if _loss_warmup_steps(config) >= last_step:
         raise ValueError(
             "clsd.loss_warmup_steps must be below the run's number of steps, or confidence never enters the loss. "
             f"Received: {config.clsd.resolved_loss_warmup_steps}. Allowed: less than {last_step}"
         )
-    return config.clsd.resolved_loss_warmup_steps
 
 
 def _training_batches(

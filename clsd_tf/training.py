@@ -19,7 +19,12 @@ from clsd_tf.train_config import TrainConfig
 
 
 def train(
-    dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir, *, title: str | None = "train"
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    *,
+    title: str | None = "train",
+    init_from: WorkDir | None = None,
 ) -> list[dict[str, Any]]:
     """Runs or resumes a training run; a finished one is left as it is.
 
@@ -29,19 +34,20 @@ def train(
       work_dir: gets config, checkpoints, history, best weights, calibration, TensorBoard events and, last,
         ``_SUCCESS``.
       title: what progress lines call the run; None for no progress lines.
+      init_from: a finished run to go on from, see ``warm_start``; None to begin anew.
 
     Returns:
       The history: one dict per epoch.
 
     Raises:
-      ArtifactError: the work directory belongs to another config or dataset.
+      ArtifactError: the work directory belongs to another config, dataset or lineage; or ``init_from`` does not fit.
       TrainingDivergedError: the loss is not finite.
       ConfidenceGuardError: confidence collapsed.
       ValueError: the config does not fit the dataset.
     """
     with work_dir.exclusive():
         if work_dir.is_complete:
-            claim(work_dir, config, dataset)
+            claim(work_dir, config, dataset, init_from)
             return read_json(work_dir.history)
         group = _calibration_group(dataset, config)
         model, history = fit(
@@ -49,6 +55,7 @@ def train(
             config,
             work_dir,
             title=title,
+            init_from=init_from,
             row_weights=_intense_clicks_only(dataset) if config.clicks == "intense" else None,
             teacher_scores=lambda: teacher_scores(dataset, config, title),
         )

@@ -54,9 +54,13 @@ class VocabularyLookup(tf.Module):
 
     def __call__(self, values: tf.Tensor) -> tf.Tensor:
         ranks = self._ranks.lookup(values)
-        oov_ids = 1 + tf.strings.to_hash_bucket_fast(values, self._num_oov_indices)
-        ids = tf.where(ranks >= 0, 1 + self._num_oov_indices + ranks, oov_ids)
+        ids = tf.where(ranks >= 0, 1 + self._num_oov_indices + ranks, oov_ids(values, self._num_oov_indices))
         return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+
+
+def oov_ids(values: tf.Tensor, num_oov_indices: int) -> tf.Tensor:
+    """Ids in [1, num_oov_indices] of text that is in no vocabulary."""
+    return 1 + tf.strings.to_hash_bucket_fast(values, num_oov_indices)
 
 
 class HashLookup(tf.Module):

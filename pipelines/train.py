@@ -21,6 +21,7 @@ from clsd_tf.training import train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")
+_INIT_FROM = flags.DEFINE_string("init_from", None, "Work directory of a finished run to go on from, say yesterday's.")
 _CONFIG = flags.DEFINE_string("config", None, "YAML file with settings; the rest keeps its default.")
 _SET = flags.DEFINE_multi_string("set", [], "key=value, applied on top of --config; may be repeated.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config and stop.")
@@ -39,7 +40,8 @@ def main(argv) -> None:
     console.warn(teacher_warning(config))
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
-    history = train(DatasetDir(_DATASET_DIR.value), config, work_dir)
+    init_from = WorkDir(_INIT_FROM.value) if _INIT_FROM.value else None
+    history = train(DatasetDir(_DATASET_DIR.value), config, work_dir, init_from=init_from)
     kept = history[-1]
     if config.patience_epochs is not None:
         kept = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])

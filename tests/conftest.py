@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 import yaml
 from shop import build, events, items, write_shop
+from shop_days import build_days
 
 import feature_specs
 from clsd_tf.artifacts import DatasetDir, WorkDir
@@ -120,6 +121,12 @@ def shop_dataset(shop_dir, shop_spec, tmp_path_factory):
     """Built from ``shop_dir`` in compressed shards of 30 rows."""
     path = tmp_path_factory.mktemp("shop_dataset") / "dataset"
     return build(shop_spec, shop_dir, path, max_bad_fraction=0.01, rows_per_shard=30, compressed=True)
+
+
+@pytest.fixture(scope="session")
+def shop_days(shop_spec, tmp_path_factory):
+    """The datasets of three days, each grown from the one before; read-only."""
+    return build_days(shop_spec, tmp_path_factory.mktemp("shop_days"))
 
 
 @pytest.fixture(scope="session")

@@ -45,10 +45,16 @@ class AdGate(tf.keras.layers.Layer):
         ids = [feature for feature in self.features if feature in sizes]
         offsets = itertools.accumulate((sizes[feature] for feature in ids), initial=0)
         self._offsets = dict(zip(ids, offsets, strict=False))
-        num_ids = sum(sizes[feature] for feature in ids)
+        self._sizes = {feature: sizes[feature] for feature in ids}
+        num_ids = sum(self._sizes.values())
         self._tables = tf.keras.layers.Embedding(num_ids, self.config.embedding_dim, name="tables") if ids else None
         self._mlp = mlp(self.config.hidden_units, dropout=0.0)
         self._output = tf.keras.layers.Dense(1, kernel_initializer="zeros", name="correction")
+
+    @property
+    def row_ranges(self) -> dict[str, range]:
+        """Feature with ids -> its rows in the one variable of all tables."""
+        return {name: range(start, start + self._sizes[name]) for name, start in self._offsets.items()}
 
     @property
     def groups(self) -> tuple[GroupInput, ...]:

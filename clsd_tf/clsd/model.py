@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -93,6 +93,20 @@ class ClsdModel(tfrs.Model):
     def calibration(self, layer: tf.keras.layers.Layer | None) -> None:
         self._calibration = layer
         self.predict_function = None  # Keras would go on with the function that it traced before.
+
+    @property
+    def training_state(self) -> dict[str, Sequence[tf.Variable]]:
+        """All that training goes on from, by part: weights, slots and step counts of optimizers, moving means."""
+        parts = {
+            "backbone": self.backbone.variables,
+            "optimizer": self.optimizer.variables,
+            "moving means": [*self._click_means.variables, *self.guard_state.variables],
+        }
+        if self.ad_gate is not None:
+            parts |= {"AdGate": self.ad_gate.variables, "optimizer of AdGate": self.ad_gate_optimizer.variables}
+        if self._teacher_backbone is not None:
+            parts["EMA teacher"] = self._teacher_backbone.variables
+        return {name: list(variables) for name, variables in parts.items()}
 
     @property
     def weights_clicks(self) -> bool:

@@ -1,0 +1,65 @@
+"""Walks a range of days: each is scored by the model of the day before, which then goes on training on it.
+
+Example:
+  python -m pipelines.build_dataset --spec=feed --input_dir=raw/2026-11-02 --dataset_dir=datasets/2026-11-02 \\
+    --grow_from=datasets/2026-11-01
+  python -m pipelines.train_daily --datasets=datasets/{date} --work_dirs=runs/{date} --first_date=2026-11-01 \\
+    --last_date=2026-11-02 --set max_epochs=1
+
+The datasets, one a day (UTC), each grown from the one before, must be there. Prints how well each day was predicted
+ahead (prequential evaluation), and leaves it as days.json and days.html in the work directory of the last day, with
+its lineage. A killed walk goes on when the same command is started again; days that are done stay as they are.
+"""
+
+import datetime as dt
+
+from absl import flags
+
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.artifacts import read_json, write_json, write_text
+from clsd_tf.assembly import make_deterministic
+from clsd_tf.daily import days_between, table_rows, walk
+from clsd_tf.daily_report import render_days
+from clsd_tf.evaluation import HEADLINES
+from clsd_tf.train_config import load_config, teacher_warning
+
+_DATASETS = flags.DEFINE_string("datasets", None, "Dataset directories, {date} for the day.", required=True)
+_WORK_DIRS = flags.DEFINE_string("work_dirs", None, "Work directories, {date} for the day.", required=True)
+_FIRST_DATE = flags.DEFINE_string("first_date", None, "First day, YYYY-MM-DD.", required=True)
+_LAST_DATE = flags.DEFINE_string("last_date", None, "Last day, YYYY-MM-DD.", required=True)
+_CONFIG = flags.DEFINE_string("config", None, "YAML file with settings; the rest keeps its default.")
+_SET = flags.DEFINE_multi_string("set", [], "key=value, applied on top of --config; may be repeated.")
+
+
+def _date(flag: flags.FlagHolder) -> dt.date:
+    try:
+        return dt.datetime.strptime(flag.value, "%Y-%m-%d").date()
+    except ValueError as error:
+        raise ValueError(f"--{flag.name} must be a date YYYY-MM-DD. Received: {flag.value!r}") from error
+
+
+def main(argv) -> None:
+    config = load_config(_CONFIG.value, _SET.value)
+    days = days_between(_date(_FIRST_DATE), _date(_LAST_DATE), _DATASETS.value, _WORK_DIRS.value)
+    console.warn(teacher_warning(config))
+    make_deterministic()
+    done = []
+    for day in walk(days, config):
+        done.append(day)
+        auc = day["prequential"] and day["prequential"]["overall"]["auc"]
+        console.console.print(f"{day['date']}: AUC {console.format_number(auc)} ahead, then trained", soft_wrap=True)
+    last = days[-1].work_dir
+    write_json(last.days, done)
+    lineage = read_json(last.lineage)
+    write_text(last.days_report, render_days(done, lineage))
+    columns = ["day", "trained rows", *(heading for _, heading in HEADLINES)]
+    console.print_table("Each day, predicted by the model of the day before", columns, table_rows(done))
+    runs = [*lineage["ancestors"], {"work_fingerprint": last.fingerprint, **lineage["run"]}]
+    columns = ["run", "dataset", "trained rows", "first event", "last event"]
+    keys = ("work_fingerprint", "dataset_fingerprint", "rows", "first_event", "last_event")
+    console.print_table("Lineage", columns, [[run[key] for key in keys] for run in runs])
+    console.console.print(f"{last.days} and {last.days_report}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,251 @@
+"""A walk over days: each is measured by a model that has seen nothing of it, then trained on."""
+
+import datetime as dt
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from shop import build
+from shop_days import DATES
+from sklearn.metrics import log_loss, roc_auc_score
+
+from clsd_tf import input_pipeline
+from clsd_tf.artifacts import SPLITS, ArtifactError, WorkDir, read_json, write_json
+from clsd_tf.assembly import load_model, restored_model
+from clsd_tf.daily import days_between, walk
+from clsd_tf.features import parse_spec
+from clsd_tf.lineage import TrainedOn
+from clsd_tf.prequential import EarlierModel, measure_ahead
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+ROOT = pathlib.Path(__file__).parent.parent
+_SETTINGS = ["method=bce", "backbone=fm", "embedding_dim=4", "batch_size=32", "max_epochs=1", "learning_rate=0.02"]
+
+
+@pytest.fixture(scope="module")
+def datasets(shop_days):
+    """The pattern of the paths of the three days' datasets."""
+    return str(shop_days[0].path.parent / "{date}")
+
+
+def days_of(datasets, directory, first=DATES[0], last=DATES[-1]):
+    return days_between(first, last, datasets, str(directory / "{date}"))
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(*_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def walked(datasets, config, tmp_path_factory):
+    """(the three days, what the walk gave of them). Read-only."""
+    days = days_of(datasets, tmp_path_factory.mktemp("walked"))
+    return days, list(walk(days, config, title=None))
+
+
+# Measured ahead.
+
+
+def rows_of(dataset, name):
+    return np.concatenate([input_pipeline.read_columns(dataset, split, [name])[name] for split in SPLITS])
+
+
+def test_each_day_is_measured_by_the_model_of_the_day_before(walked):
+    days, found = walked
+    assert [day["date"] for day in found] == [str(date) for date in DATES]
+    assert found[0]["prequential"] is None
+    for earlier, day, entry in zip(days, days[1:], found[1:], strict=False):
+        model = EarlierModel(earlier.work_dir, day.dataset)
+        batches = [input_pipeline.batches(day.dataset, split, batch_size=64) for split in SPLITS]
+        pctr = np.concatenate([model.predict(batch) for batch in batches])
+        label = rows_of(day.dataset, "label")
+        overall = entry["prequential"]["overall"]
+        assert overall["rows"] == len(label) == 300
+        assert overall["auc"] == pytest.approx(roc_auc_score(label, pctr), abs=1e-6)
+        assert overall["log_loss"] == pytest.approx(log_loss(label, pctr), rel=1e-5)
+        assert entry["prequential"]["scored_by"] == earlier.work_dir.fingerprint
+        # A model that has seen the day is another one.
+        own = load_model(day.work_dir, day.dataset).predict(batches[0], verbose=0)
+        assert np.abs(own - pctr[: len(own)]).max() > 1e-3
+        assert entry["prequential"]["groups"]["city_group"]["other"]["rows"] > 0
+
+
+def test_new_values_are_out_of_vocabulary_for_the_earlier_model(walked, shop_content, tmp_path):
+    # Built so that no vocabulary may grow: what is new becomes out of vocabulary by the transform itself.
+    earlier, day = walked[0][:2]
+    for index in (1, 2, 3):
+        shop_content["features"][index].setdefault("vocabulary", {})["max_size"] = 1
+    raw = day.dataset.path.parent.parent / f"raw-{day.date}"
+    as_served = build(parse_spec(shop_content, "shop"), raw, tmp_path / "dataset", grow_from=earlier.dataset.path)
+    assert as_served.inputs == earlier.dataset.inputs != day.dataset.inputs
+    plain = restored_model(earlier.work_dir, TrainedOn.read(earlier.work_dir).inputs)
+    ahead = EarlierModel(earlier.work_dir, day.dataset)
+    for split in SPLITS:
+        expected = plain.predict(input_pipeline.batches(as_served, split, batch_size=64), verbose=0)
+        received = ahead.predict(input_pipeline.batches(day.dataset, split, batch_size=64))
+        np.testing.assert_array_equal(received, expected)
+    new = rows_of(day.dataset, "item") != rows_of(as_served, "item")
+    assert 10 < new.sum() < 100
+
+
+def test_a_model_is_not_measured_on_what_it_may_have_seen(walked):
+    first, second, third = walked[0]
+    with pytest.raises(ArtifactError, match=r"events begin at 2023-11-17.* Allowed: after 2023-11-17T17:56"):
+        measure_ahead(third.work_dir, third.dataset)
+    with pytest.raises(ArtifactError, match=r"events begin at 2023-11-15.* Allowed: after 2023-11-16T17:56"):
+        measure_ahead(second.work_dir, first.dataset)
+
+
+def test_ids_are_the_same_on_all_days(shop_days):
+    for name in shop_days[0].spec.vocabularies:
+        first, second, third = (dataset.layout.vocabulary_values(name) for dataset in shop_days)
+        assert first == second[: len(first)]
+        assert second == third[: len(second)]
+        assert len(first) < len(second) < len(third)
+
+
+# Going on.
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def test_days_that_are_done_stay_as_they_are(walked, config):
+    days, found = walked
+    directory = days[0].work_dir.path.parent
+    before = contents(directory)
+    assert list(walk(days, config, title=None)) == found
+    assert contents(directory) == before
+
+
+def test_a_walk_that_ended_between_measuring_and_training_goes_on(walked, datasets, config, tmp_path):
+    days, found = walked
+    shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
+    (tmp_path / str(DATES[1])).mkdir()
+    measured = WorkDir(tmp_path / str(DATES[1])).prequential
+    shutil.copy2(days[1].work_dir.prequential, measured)
+    written_at = measured.stat().st_mtime_ns
+    assert list(walk(days_of(datasets, tmp_path, last=DATES[1]), config, title=None)) == found[:2]
+    assert measured.stat().st_mtime_ns == written_at
+
+
+def test_a_later_walk_goes_on_from_days_that_are_done(walked, datasets, config, tmp_path):
+    days, found = walked
+    for day in days[:2]:
+        shutil.copytree(day.work_dir.path, tmp_path / str(day.date))
+    later = list(walk(days_of(datasets, tmp_path, first=DATES[1]), config, title=None))
+    assert later == found[1:]
+    lineage = read_json(WorkDir(tmp_path / str(DATES[2])).lineage)
+    assert lineage == read_json(days[2].work_dir.lineage)
+
+
+def test_a_measurement_by_another_run_is_refused(walked, datasets, config, tmp_path):
+    days, _ = walked
+    shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
+    (tmp_path / str(DATES[1])).mkdir()
+    measured = {**read_json(days[1].work_dir.prequential), "scored_by": "0123456789abcdef"}
+    write_json(WorkDir(tmp_path / str(DATES[1])).prequential, measured)
+    with pytest.raises(ArtifactError, match=r"measured by another run .* Received: {'scored_by': '0123456789abcdef'"):
+        list(walk(days_of(datasets, tmp_path), config, title=None))
+
+
+# What is refused before anything is trained.
+
+
+def test_missing_days_are_named(datasets, tmp_path):
+    with pytest.raises(ArtifactError, match=r"needs a complete dataset. Missing: 2023-11-13, 2023-11-14, 2023-11-18"):
+        days_of(datasets, tmp_path, dt.date(2023, 11, 13), dt.date(2023, 11, 18))
+
+
+def test_a_dataset_of_another_day_is_refused(shop_days, tmp_path):
+    path = tmp_path / "2023-11-14"
+    shutil.copytree(shop_days[0].path, path)
+    day = dt.date(2023, 11, 14)
+    with pytest.raises(ArtifactError, match=r"with events from 2023-11-15 .* Allowed: 2023-11-14"):
+        days_between(day, day, str(tmp_path / "{date}"), str(tmp_path / "runs" / "{date}"))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "pattern", "message"),
+    [
+        (DATES[1], DATES[0], "{date}", r"Received: 2023-11-16 to 2023-11-15"),
+        (DATES[0], DATES[1], "{day}", r"work_dirs must hold {date}.* Received: '{day}'"),
+    ],
+)
+def test_a_range_without_days_or_a_path_without_date_is_refused(datasets, first, last, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        days_between(first, last, datasets, pattern)
+
+
+# The command.
+
+
+def command(datasets, directory):
+    return [
+        sys.executable, "-m", "pipelines.train_daily", f"--datasets={datasets}", f"--work_dirs={directory}/{{date}}",
+        f"--first_date={DATES[0]}", f"--last_date={DATES[-1]}", *(f"--set={setting}" for setting in _SETTINGS),
+        "--set=hidden_units=[8]",
+    ]  # fmt: skip
+
+
+def run(arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_command_shows_how_each_day_was_predicted_and_the_lineage(walked, datasets, tmp_path):
+    days, found = walked
+    for day in days:  # All is done already: it only has to tell.
+        shutil.copytree(day.work_dir.path, tmp_path / str(day.date))
+    shown = run(command(datasets, tmp_path))
+    output = shown.communicate(timeout=240)[0]
+    assert shown.returncode == 0, output
+    last = WorkDir(tmp_path / str(DATES[2]))
+    assert read_json(last.days) == found
+    page = last.days_report.read_text()
+    assert page.count("<svg") == 3  # Overall, and AUC by each of two user groups.
+    for entry in found[1:]:
+        assert f"{entry['prequential']['overall']['auc']:.4f}" in output
+        assert f"{entry['prequential']['overall']['auc']:.4f}" in page
+    for ancestor in read_json(last.lineage)["ancestors"]:
+        assert ancestor["work_fingerprint"] in output
+        assert ancestor["work_fingerprint"] in page
+
+
+@pytest.mark.long
+def test_a_walk_that_is_killed_goes_on_and_ends_as_an_uninterrupted_one(walked, datasets, config, tmp_path):
+    _, found = walked
+    killed = run(command(datasets, tmp_path))
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / str(DATES[1]) / "prequential.json").exists():
+            assert killed.poll() is None, killed.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+    first, second = (WorkDir(tmp_path / str(date)) for date in DATES[:2])
+    assert first.is_complete
+    assert not second.is_complete
+    before = contents(first.path)
+    again = run(command(datasets, tmp_path))
+    output = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, output
+    assert contents(first.path) == before
+    received = read_json(WorkDir(tmp_path / str(DATES[2])).days)
+    assert [day["date"] for day in received] == [str(date) for date in DATES]
+    for entry, expected in zip(received[1:], found[1:], strict=True):
+        assert entry["prequential"]["overall"] == expected["prequential"]["overall"]
+        assert entry["prequential"]["groups"] == expected["prequential"]["groups"]

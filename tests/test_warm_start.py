@@ -1,0 +1,254 @@
+"""A run that goes on from an earlier one: what is carried over, what begins anew, what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from shop import build, vocabulary
+from shop_days import DATES
+
+from clsd_tf import input_pipeline
+from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
+from clsd_tf.assembly import build_model, load_model, predict_logits, restored_model
+from clsd_tf.features import parse_spec
+from clsd_tf.lineage import TrainedOn
+from clsd_tf.training import train
+from clsd_tf.warm_start import warm_start
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+_SETTINGS = (
+    "batch_size=32",
+    "max_epochs=1",
+    "patience_epochs=null",
+    "clsd.loss_warmup_steps=2",
+    "clsd.normaliser_momentum=0.9",
+    "clsd.ad_gate.features=[age_group, user_city]",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(*_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def first_run(shop_days, config, tmp_path_factory):
+    """A run on the first day, with AdGate that reads a vocabulary which grows. Read-only."""
+    work_dir = WorkDir(tmp_path_factory.mktemp("runs") / "first")
+    train(shop_days[0], config, work_dir, title=None)
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def started(shop_days, config, first_run):
+    """(model of the second day that begins anew, the same after its warm start, the earlier model)."""
+    fresh, warm = (build_model(config, shop_days[1].inputs) for _ in range(2))
+    warm_start(warm, config, shop_days[1], first_run)
+    earlier = build_model(config, shop_days[0].inputs)
+    newest = tf.train.latest_checkpoint(str(first_run.checkpoints))
+    tf.train.Checkpoint(model=earlier).restore(newest).expect_partial().assert_existing_objects_matched()
+    return fresh, warm, earlier
+
+
+# What is carried over.
+
+
+def slots(optimizer, rows):
+    """The slots of the tables: variables with a row for each id."""
+    return [variable.numpy() for variable in optimizer.variables if variable.shape[:1] == [rows]]
+
+
+def tables(dataset, names):
+    """Name -> rows of its ids, put together by hand: missing, out of vocabulary, then values."""
+    entries = {entry.vocabulary: entry.vocabulary_size for entry in dataset.inputs.categorical}
+    sizes = entries | {group.name: len(group.labels) for group in dataset.inputs.groups}
+    starts = dict(zip(names, np.cumsum([0, *(sizes[name] for name in names)]), strict=False))
+    return {name: np.arange(starts[name], starts[name] + sizes[name]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("part", "optimizer", "names"),
+    [
+        (
+            "backbone",
+            "optimizer",
+            ["user", "item", "user_city", "item_tags", "user_age"],
+        ),
+        ("ad_gate", "ad_gate_optimizer", ["age_group", "user_city"]),
+    ],
+)
+def test_known_ids_keep_weights_and_slots_and_new_ones_begin_anew(shop_days, started, part, optimizer, names):
+    before, now = (tables(dataset, names) for dataset in shop_days[:2])
+    totals = [sum(map(len, rows.values())) for rows in (before, now)]
+    assert totals[1] > totals[0]
+    fresh, warm, earlier = (
+        [
+            *(weight.numpy() for weight in getattr(model, part).trainable_variables if weight.shape[0] == total),
+            *slots(getattr(model, optimizer), total),
+        ]
+        for model, total in zip(started, (totals[1], totals[1], totals[0]), strict=True)
+    )
+    assert len(warm) == len(earlier) == 3  # A table, and Adam's two moments of it.
+    for name in names:
+        old, new = before[name], now[name]
+        for index in range(3):
+            np.testing.assert_array_equal(warm[index][new[: len(old)]], earlier[index][old])
+            np.testing.assert_array_equal(warm[index][new[len(old) :]], fresh[index][new[len(old) :]])
+    assert np.abs(warm[1]).sum() > 0
+    assert len(now["user_city"]) == len(before["user_city"]) + 1
+
+
+def test_everything_else_is_carried_over_with_its_slots(started):
+    _, warm, earlier = started
+    steps = int(earlier.optimizer.iterations)
+    assert steps == 8  # 240 rows in batches of 32.
+    old, new = earlier.training_state, warm.training_state
+    assert new.keys() == {"backbone", "optimizer", "moving means", "AdGate", "optimizer of AdGate"}
+    for part, variables in new.items():
+        same = [(a.numpy(), b.numpy()) for a, b in zip(old[part], variables, strict=True) if a.shape == b.shape]
+        for before, now in same:
+            np.testing.assert_array_equal(before, now)
+        assert len(same) == len(variables) - {"backbone": 1, "optimizer": 2, "AdGate": 1, "optimizer of AdGate": 2}.get(
+            part, 0
+        )
+    assert any(np.any(variable.numpy() != 0) for variable in new["moving means"])
+
+
+def test_before_training_it_predicts_as_the_earlier_run_where_all_values_are_known(shop_days, started, first_run):
+    _, warm, _ = started
+    earlier = restored_model(first_run, TrainedOn.read(first_run).inputs)
+    known = 0
+    for features, _, _ in input_pipeline.batches(shop_days[1], "train", batch_size=64):
+        is_known = tf.ones([len(features["item"])], tf.bool)
+        for entry in shop_days[0].inputs.categorical:
+            inside = features[entry.name] < entry.vocabulary_size
+            is_known &= inside if inside.shape.rank == 1 else tf.reduce_all(inside, axis=1)
+        rows = {name: tf.boolean_mask(values, is_known) for name, values in features.items()}
+        np.testing.assert_array_equal(warm.logits(rows), earlier.logits(rows))
+        known += len(rows["item"])
+    assert 50 < known < shop_days[1].num_rows("train")
+
+
+def test_it_goes_on_from_the_weights_that_the_earlier_run_serves(shop_days, tiny, tmp_path):
+    # Learns much too fast: the best epoch is not the last.
+    config = tiny("method=bce", "batch_size=32", "learning_rate=0.2", "max_epochs=6", "patience_epochs=3")
+    work_dir = WorkDir(tmp_path / "run")
+    history = train(shop_days[0], config, work_dir, title=None)
+    aucs = [entry["val_auc"] for entry in history]
+    assert max(aucs) > aucs[-1]
+    model = build_model(config, shop_days[0].inputs)
+    warm_start(model, config, shop_days[0], work_dir)
+    served = predict_logits(load_model(work_dir, shop_days[0]), shop_days[0], "test")
+    np.testing.assert_array_equal(predict_logits(model, shop_days[0], "test"), served)
+    assert int(model.optimizer.iterations) == 8 * len(history)
+
+
+# Runs.
+
+
+def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_days, first_run, tiny, tmp_path):
+    # 8 steps before and 8 of this run: loss warm-up ends within it, though it is longer than this run alone.
+    config = tiny(*_SETTINGS, "learning_rate=0.01", "clsd.loss_warmup_steps=12")
+    history = train(shop_days[1], config, WorkDir(tmp_path / "run"), title=None, init_from=first_run)
+    assert history[0]["competes"]
+    assert history[0]["max_click_confidence"] > 1
+    with pytest.raises(ValueError, match=r"loss_warmup_steps .* Received: 12. Allowed: less than 8"):
+        train(shop_days[1], config, WorkDir(tmp_path / "anew"), title=None)
+
+
+@pytest.fixture(scope="module")
+def chain(shop_days, tiny, tmp_path_factory):
+    """Work directories of three runs of a small model, each going on from the one before."""
+    config = tiny("backbone=lr", "method=bce", "batch_size=128", "max_epochs=1", "calibration.method=none")
+    runs = []
+    for dataset, date in zip(shop_days, DATES, strict=True):
+        copy = DatasetDir(shutil.copytree(dataset.path, tmp_path_factory.mktemp("copies") / str(date)))
+        runs.append(WorkDir(tmp_path_factory.mktemp("runs") / str(date)))
+        train(copy, config, runs[-1], title=None, init_from=runs[-2] if runs[1:] else None)
+        shutil.rmtree(copy.path)  # The next run must do without it.
+    return config, runs
+
+
+def test_lineage_names_all_runs_before(shop_days, chain):
+    config, (first, second, third) = chain
+    found = read_json(third.lineage)
+    runs = [*found["ancestors"], found["run"]]
+    assert [run["dataset_fingerprint"] for run in runs] == [dataset.fingerprint for dataset in shop_days]
+    assert [run.get("work_fingerprint") for run in runs] == [first.fingerprint, second.fingerprint, None]
+    assert [run["rows"] for run in runs] == [240] * 3
+    for run, date in zip(runs, DATES, strict=True):
+        assert run["first_event"] == f"{date}T00:00:00+00:00"
+        assert run["last_event"] == f"{date}T17:56:00+00:00"  # Event 269 of 300: test rows were not seen.
+    with pytest.raises(ArtifactError, match=rf"--init_from .* None. Allowed: {second.fingerprint}"):
+        train(shop_days[2], config, third, title=None)
+    with pytest.raises(ArtifactError, match=rf"--init_from .* {first.fingerprint}. Allowed: {second.fingerprint}"):
+        train(shop_days[2], config, third, title=None, init_from=first)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("backbone=dnn", "backbone. Received: 'dnn'. Allowed: 'deepfm'"),
+        ("embedding_dim=5", "embedding_dim. Received: 5. Allowed: 4"),
+        ("hidden_units=[9]", r"hidden_units. Received: \[9\]. Allowed: \[8\]"),
+        ("method=bce", "method. Received: 'bce'. Allowed: 'clsd'"),
+        ("clsd.mu=0", "clsd.mu > 0. Received: False. Allowed: True"),
+        ("clsd.ad_gate.features=[age_group]", r"clsd.ad_gate.features. Received: \['age_group'\]"),
+    ],
+)
+def test_a_model_that_is_built_differently_is_refused(shop_days, first_run, tiny, tmp_path, change, message):
+    work_dir = WorkDir(tmp_path / "run")
+    with pytest.raises(ArtifactError, match=message):
+        train(shop_days[1], tiny(*_SETTINGS, change), work_dir, title=None, init_from=first_run)
+    assert not work_dir.config.exists()
+
+
+def test_a_dataset_that_did_not_grow_from_the_run_s_is_refused(shop_days, first_run, config, tmp_path):
+    shutil.copytree(shop_days[1].path, tmp_path / "dataset")
+    layout = DatasetLayout(tmp_path / "dataset")
+    first, second, *rest = vocabulary(shop_days[1], "item")
+    layout.vocabulary("item").write_text("".join(f"{value}\n" for value in (second, first, *rest)))
+    statistics = read_json(layout.statistics)
+    statistics["numeric"]["item_price"]["mean"] += 1
+    layout.statistics.write_text(json.dumps(statistics))
+    layout.mark_complete(shop_days[1].spec)
+    with pytest.raises(ArtifactError) as error:
+        train(DatasetDir(layout.root), config, WorkDir(tmp_path / "run"), title=None, init_from=first_run)
+    assert "vocabulary of item. Received: 9 values. Allowed: the 8 of the run in their order" in str(error.value)
+    assert "statistics of item_price. Received: " in str(error.value)
+    assert "vocabulary of user_city" not in str(error.value)
+
+
+def test_a_shrunk_vocabulary_is_refused(shop_days, chain, tmp_path):
+    config, (_, second, _) = chain
+    with pytest.raises(ArtifactError, match=r"vocabulary of item. Received: 8 values. Allowed: the 9 of the run"):
+        train(shop_days[0], config, WorkDir(tmp_path / "run"), title=None, init_from=second)
+
+
+def test_another_spec_is_refused(shop_content, shop_days, first_run, config, tmp_path):
+    shop_content["label"] = "clicked == 0"
+    shop_content["features"][0]["hash_buckets"] = 11
+    del shop_content["features"][4]
+    raw = shop_days[1].path.parent.parent / f"raw-{DATES[1]}"
+    other = build(parse_spec(shop_content, "shop"), raw, tmp_path / "dataset")
+    with pytest.raises(ArtifactError) as error:
+        train(other, config, WorkDir(tmp_path / "run"), title=None, init_from=first_run)
+    for text in (
+        "label. Received: 'clicked == 0'. Allowed: 'clicked == 1'",
+        "user.hash. Received: {'buckets': 11",
+        "input item_price. Received: None. Allowed: a number",
+    ):
+        assert text in str(error.value)
+
+
+def test_a_run_that_has_not_finished_is_refused(shop_days, first_run, config, tmp_path):
+    unfinished = WorkDir(shutil.copytree(first_run.path, tmp_path / "unfinished"))
+    unfinished.success.unlink()
+    with pytest.raises(ArtifactError, match="a work directory is complete when it holds _SUCCESS"):
+        train(shop_days[1], config, WorkDir(tmp_path / "run"), title=None, init_from=unfinished)
