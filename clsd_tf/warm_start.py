@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir
 from clsd_tf.assembly import build_model
-from clsd_tf.callbacks import best_weights
+from clsd_tf.checkpoints import best_weights
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.lineage import TrainedOn
 from clsd_tf.train_config import TrainConfig, parse_config

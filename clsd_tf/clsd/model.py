@@ -109,6 +109,11 @@ class ClsdModel(tfrs.Model):
         return {name: list(variables) for name, variables in parts.items()}
 
     @property
+    def epoch_variables(self) -> list[tf.Variable]:
+        """What starts anew in each epoch: the state of the metrics and of the means per user group."""
+        return [variable for part in (*self.metrics, *self._per_group) for variable in part.variables]
+
+    @property
     def weights_clicks(self) -> bool:
         """Whether confidence ever enters the loss."""
         return self.config.lambda_ + self.config.mu > 0
