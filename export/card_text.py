@@ -193,7 +193,15 @@ def _calibration(card: ModelCard) -> str:
 
 def _training(card: ModelCard) -> str:
     config = json.dumps(card.training.config, indent=1, sort_keys=True)
-    return f"{_block('bash', card.training.command)}\n\nThe whole config:\n\n{_block('json', config)}"
+    parts = [_block("bash", card.training.command)]
+    if card.training.earlier_runs:
+        rows = [
+            [run.work_fingerprint, run.dataset_fingerprint, f"{run.rows:,}", run.first_event, run.last_event]
+            for run in card.training.earlier_runs
+        ]
+        headings = ["run", "dataset", "training rows", "first event", "last event"]
+        parts += ["It goes on from these runs, the oldest first:", _table(headings, rows)]
+    return "\n\n".join([*parts, "The whole config:", _block("json", config)])
 
 
 def _export(card: ModelCard) -> str:

@@ -88,11 +88,25 @@ class Calibration(_Part):
     after: dict[str, float | None]
 
 
+class EarlierRun(_Part):
+    """A run that this one goes on from: fingerprints, training rows, and the span of events it has seen, ISO, UTC."""
+
+    work_fingerprint: str
+    dataset_fingerprint: str
+    rows: int
+    first_event: str
+    last_event: str
+
+
 class Training(_Part):
-    """How to train the model again: a command with placeholders for directories, and the whole config."""
+    """How to train the model again: a command with placeholders for directories, and the whole config.
+
+    ``earlier_runs``, oldest first, are those that the run goes on from.
+    """
 
     command: str
     config: dict[str, Any]
+    earlier_runs: list[EarlierRun]
 
 
 class Export(_Part):
@@ -162,7 +176,7 @@ def write_model_card(
             for group in dataset.inputs.groups
         },
         calibration=_calibration(model, columns),
-        training=Training(command=training_command(config), config=config),
+        training=_training(config, work_dir),
         export=Export(
             profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
         ),
@@ -208,6 +222,12 @@ def _data(dataset: DatasetDir) -> Data:
         splits=built["splits"],
         inputs=[{**entry, "file": entry["file"].replace("\\", "/").rsplit("/", 1)[-1]} for entry in built["inputs"]],
     )
+
+
+def _training(config: Mapping[str, Any], work_dir: WorkDir) -> Training:
+    earlier_runs = read_json(work_dir.lineage)["ancestors"]
+    init_from = " --init_from=EARLIER_WORK_DIR" if earlier_runs else ""
+    return Training(command=training_command(config) + init_from, config=config, earlier_runs=earlier_runs)
 
 
 def training_command(config: Mapping[str, Any]) -> str:

@@ -46,8 +46,11 @@ def main(argv) -> None:
     done = []
     for day in walk(days, config):
         done.append(day)
-        auc = day["prequential"] and day["prequential"]["overall"]["auc"]
-        console.console.print(f"{day['date']}: AUC {console.format_number(auc)} ahead, then trained", soft_wrap=True)
+        measured = day["prequential"]
+        ahead = (
+            f"AUC {console.format_number(measured['overall']['auc'])} ahead" if measured else "nothing measured ahead"
+        )
+        console.console.print(f"{day['date']}: {ahead}, {day['trained_rows']:,} rows trained", soft_wrap=True)
     last = days[-1].work_dir
     write_json(last.days, done)
     lineage = read_json(last.lineage)

@@ -22,11 +22,13 @@ from clsd_tf.daily import days_between, walk
 from clsd_tf.features import parse_spec
 from clsd_tf.lineage import TrainedOn
 from clsd_tf.prequential import EarlierModel, measure_ahead
+from clsd_tf.train_config import load_config
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 ROOT = pathlib.Path(__file__).parent.parent
 _SETTINGS = ["method=bce", "backbone=fm", "embedding_dim=4", "batch_size=32", "max_epochs=1", "learning_rate=0.02"]
+_CONFIG = load_config(None, _SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +42,10 @@ def days_of(datasets, directory, first=DATES[0], last=DATES[-1]):
 
 
 @pytest.fixture(scope="module")
-def config(tiny):
-    return tiny(*_SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def walked(datasets, config, tmp_path_factory):
+def walked(datasets, tmp_path_factory):
     """(the three days, what the walk gave of them). Read-only."""
     days = days_of(datasets, tmp_path_factory.mktemp("walked"))
-    return days, list(walk(days, config, title=None))
+    return days, list(walk(days, _CONFIG, title=None))
 
 
 # Measured ahead.
@@ -119,43 +116,43 @@ def contents(directory):
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
-def test_days_that_are_done_stay_as_they_are(walked, config):
+def test_days_that_are_done_stay_as_they_are(walked):
     days, found = walked
     directory = days[0].work_dir.path.parent
     before = contents(directory)
-    assert list(walk(days, config, title=None)) == found
+    assert list(walk(days, _CONFIG, title=None)) == found
     assert contents(directory) == before
 
 
-def test_a_walk_that_ended_between_measuring_and_training_goes_on(walked, datasets, config, tmp_path):
+def test_a_walk_that_ended_between_measuring_and_training_goes_on(walked, datasets, tmp_path):
     days, found = walked
     shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
     (tmp_path / str(DATES[1])).mkdir()
     measured = WorkDir(tmp_path / str(DATES[1])).prequential
     shutil.copy2(days[1].work_dir.prequential, measured)
     written_at = measured.stat().st_mtime_ns
-    assert list(walk(days_of(datasets, tmp_path, last=DATES[1]), config, title=None)) == found[:2]
+    assert list(walk(days_of(datasets, tmp_path, last=DATES[1]), _CONFIG, title=None)) == found[:2]
     assert measured.stat().st_mtime_ns == written_at
 
 
-def test_a_later_walk_goes_on_from_days_that_are_done(walked, datasets, config, tmp_path):
+def test_a_later_walk_goes_on_from_days_that_are_done(walked, datasets, tmp_path):
     days, found = walked
     for day in days[:2]:
         shutil.copytree(day.work_dir.path, tmp_path / str(day.date))
-    later = list(walk(days_of(datasets, tmp_path, first=DATES[1]), config, title=None))
+    later = list(walk(days_of(datasets, tmp_path, first=DATES[1]), _CONFIG, title=None))
     assert later == found[1:]
     lineage = read_json(WorkDir(tmp_path / str(DATES[2])).lineage)
     assert lineage == read_json(days[2].work_dir.lineage)
 
 
-def test_a_measurement_by_another_run_is_refused(walked, datasets, config, tmp_path):
+def test_a_measurement_by_another_run_is_refused(walked, datasets, tmp_path):
     days, _ = walked
     shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
     (tmp_path / str(DATES[1])).mkdir()
     measured = {**read_json(days[1].work_dir.prequential), "scored_by": "0123456789abcdef"}
     write_json(WorkDir(tmp_path / str(DATES[1])).prequential, measured)
     with pytest.raises(ArtifactError, match=r"measured by another run .* Received: {'scored_by': '0123456789abcdef'"):
-        list(walk(days_of(datasets, tmp_path), config, title=None))
+        list(walk(days_of(datasets, tmp_path), _CONFIG, title=None))
 
 
 # What is refused before anything is trained.
@@ -193,7 +190,6 @@ def command(datasets, directory):
     return [
         sys.executable, "-m", "pipelines.train_daily", f"--datasets={datasets}", f"--work_dirs={directory}/{{date}}",
         f"--first_date={DATES[0]}", f"--last_date={DATES[-1]}", *(f"--set={setting}" for setting in _SETTINGS),
-        "--set=hidden_units=[8]",
     ]  # fmt: skip
 
 
@@ -224,7 +220,7 @@ def test_the_command_shows_how_each_day_was_predicted_and_the_lineage(walked, da
 
 
 @pytest.mark.long
-def test_a_walk_that_is_killed_goes_on_and_ends_as_an_uninterrupted_one(walked, datasets, config, tmp_path):
+def test_a_walk_that_is_killed_goes_on_and_ends_as_an_uninterrupted_one(walked, datasets, tmp_path):
     _, found = walked
     killed = run(command(datasets, tmp_path))
     try:

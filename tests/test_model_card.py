@@ -1,6 +1,7 @@
 """The model card of a version: true numbers, a command that trains the same again, and words that hold for the run."""
 
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from clsd_tf import input_pipeline
-from clsd_tf.artifacts import read_json, write_json
+from clsd_tf.artifacts import WorkDir, read_json, write_json
 from clsd_tf.assembly import load_model, predict
 from clsd_tf.evaluation import evaluate
 from clsd_tf.train_config import load_config
@@ -25,11 +26,9 @@ def model(clsd_run, feed_dataset):
 
 @pytest.fixture(scope="module")
 def write(model, feed_dataset, clsd_run):
-    def write_card(directory, quantisation=None):
+    def write_card(directory, quantisation=None, work_dir=clsd_run.work_dir):
         facts = {"profile": {"calibration": True}, "quantisation": quantisation, "verification": VERIFICATION}
-        return write_model_card(
-            directory, model, feed_dataset, clsd_run.work_dir, model_name="feed", version=7, **facts
-        )
+        return write_model_card(directory, model, feed_dataset, work_dir, model_name="feed", version=7, **facts)
 
     return write_card
 
@@ -45,6 +44,21 @@ def test_the_json_is_the_card_that_its_schema_describes(written):
     directory, card = written
     assert ModelCard.model_validate_json((directory / CARD_JSON).read_text()) == card
     assert read_auc(directory) == card.overall.metrics["auc"].value > 0.5
+
+
+def test_the_card_of_a_run_that_goes_on_names_the_runs_before(write, written, clsd_run, tmp_path):
+    assert "--init_from" not in written[1].training.command
+    lineage, earlier = read_json(clsd_run.work_dir.lineage), []
+    for name in ("0123456789abcdef", "fedcba9876543210"):
+        earlier.append({**lineage["run"], "work_fingerprint": name, "rows": 1234})
+    work_dir = WorkDir(shutil.copytree(clsd_run.work_dir.path, tmp_path / "run"))
+    write_json(work_dir.lineage, {**lineage, "ancestors": earlier})
+    card = write(tmp_path / "card", work_dir=work_dir)
+    assert [run.model_dump() for run in card.training.earlier_runs] == earlier
+    assert card.training.command == written[1].training.command + " --init_from=EARLIER_WORK_DIR"
+    text = (tmp_path / "card" / CARD_MARKDOWN).read_text()
+    assert text.index("| 0123456789abcdef | ") < text.index("| fedcba9876543210 | ")
+    assert "| 1,234 |" in text
 
 
 def test_the_same_run_gives_the_same_bytes(written, write, tmp_path):
