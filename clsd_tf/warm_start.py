@@ -126,7 +126,7 @@ def _carry_over(
         )
     for before, now in zip(old, new, strict=True):
         if before.shape == now.shape:
-            now.assign(before)
+            now.assign(before.numpy())
             continue
         places = layouts.get((before.shape[0], now.shape[0])) if before.shape[1:] == now.shape[1:] else None
         if places is None:

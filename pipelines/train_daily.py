@@ -9,6 +9,10 @@ Example:
 The datasets, one a day (UTC), each grown from the one before, must be there. Prints how well each day was predicted
 ahead (prequential evaluation), and leaves it as days.json and days.html in the work directory of the last day, with
 its lineage. A killed walk goes on when the same command is started again; days that are done stay as they are.
+
+Runs train on the training splits alone, and validation rows stop and calibrate them. Since every row of a day is a test
+of the model before it, the datasets need no large test split: say split: {rule: random, train: 0.98, validation: 0.01,
+test: 0.01} in the spec. Days of one epoch suit --set clsd.teacher=self, which needs no models beforehand.
 """
 
 import datetime as dt

@@ -53,6 +53,7 @@ def test_the_card_of_a_run_that_goes_on_names_the_runs_before(write, written, cl
         earlier.append({**lineage["run"], "work_fingerprint": name, "rows": 1234})
     work_dir = WorkDir(shutil.copytree(clsd_run.work_dir.path, tmp_path / "run"))
     write_json(work_dir.lineage, {**lineage, "ancestors": earlier})
+    (tmp_path / "card").mkdir()
     card = write(tmp_path / "card", work_dir=work_dir)
     assert [run.model_dump() for run in card.training.earlier_runs] == earlier
     assert card.training.command == written[1].training.command + " --init_from=EARLIER_WORK_DIR"

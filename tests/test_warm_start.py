@@ -25,7 +25,7 @@ _SETTINGS = (
     "patience_epochs=null",
     "clsd.loss_warmup_steps=2",
     "clsd.normaliser_momentum=0.9",
-    "clsd.ad_gate.features=[age_group, user_city]",
+    "clsd.ad_gate.features=[user_city, age_group]",
 )
 
 
@@ -77,7 +77,7 @@ def tables(dataset, names):
             "optimizer",
             ["user", "item", "user_city", "item_tags", "user_age"],
         ),
-        ("ad_gate", "ad_gate_optimizer", ["age_group", "user_city"]),
+        ("ad_gate", "ad_gate_optimizer", ["user_city", "age_group"]),
     ],
 )
 def test_known_ids_keep_weights_and_slots_and_new_ones_begin_anew(shop_days, started, part, optimizer, names):
