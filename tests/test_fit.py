@@ -181,12 +181,12 @@ def test_another_config_in_the_same_work_directory_is_refused(clsd_run, feed_dat
     assert "Choose another --work_dir" in message
 
 
-def test_how_often_a_run_is_checkpointed_may_change_when_it_goes_on(clsd_run, feed_dataset, tiny):
+def test_settings_without_influence_on_the_result_may_change_when_a_run_goes_on(clsd_run, feed_dataset, tiny):
     claim(
         clsd_run.work_dir,
         tiny(
             "calibration.user_group=age_group", "checkpoint_every_steps=3", "checkpoint_every_minutes=null",
-            "checkpoints_to_keep=1",
+            "checkpoints_to_keep=1", "max_cache_bytes=0",
         ),
         feed_dataset,
     )  # fmt: skip

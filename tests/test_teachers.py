@@ -201,7 +201,7 @@ def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, as
     [
         "clsd.kappa=2.0", "clsd.lambda=0.1", "clsd.mu=0.1", "clsd.global_form=mean_one", "clsd.loss_warmup_steps=7",
         "clsd.placebo=shuffled_confidence", "clsd.ad_gate.learning_rate=0.5", "clsd.guards.min_pctr_ratio=0.1",
-        "checkpoint_every_steps=5", "checkpoint_every_minutes=null", "checkpoints_to_keep=9",
+        "checkpoint_every_steps=5", "checkpoint_every_minutes=null", "checkpoints_to_keep=9", "max_cache_bytes=0",
         "calibration.method=none", "loss=focal", "focal_gamma=2.0", "label_smoothing=0.2",
     ],
 )  # fmt: skip
