@@ -96,7 +96,12 @@ def _fit_epochs(
     teacher_scores: RowValues | None,
 ) -> None:
     steps = steps_per_epoch(dataset, config)
-    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
+    callbacks = [
+        StopOnNonFiniteLoss(),
+        _validation_auc(dataset),
+        Scalars(work_dir, batch_size=config.batch_size),
+        keeper,
+    ]
     if title is not None:
         callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
@@ -181,6 +186,7 @@ def _training_batches(
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
         first_step=first_step,
+        max_cache_bytes=config.max_cache_bytes,
     )
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)
