@@ -23,6 +23,7 @@ from clsd_tf.features import parse_spec
 from clsd_tf.lineage import TrainedOn
 from clsd_tf.prequential import EarlierModel, measure_ahead
 from clsd_tf.train_config import load_config
+from clsd_tf.training import train
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -59,20 +60,21 @@ def test_each_day_is_measured_by_the_model_of_the_day_before(walked):
     days, found = walked
     assert [day["date"] for day in found] == [str(date) for date in DATES]
     assert found[0]["prequential"] is None
-    for earlier, day, entry in zip(days, days[1:], found[1:], strict=False):
-        model = EarlierModel(earlier.work_dir, day.dataset)
-        batches = [input_pipeline.batches(day.dataset, split, batch_size=64) for split in SPLITS]
-        pctr = np.concatenate([model.predict(batch) for batch in batches])
-        label = rows_of(day.dataset, "label")
-        overall = entry["prequential"]["overall"]
-        assert overall["rows"] == len(label) == 300
-        assert overall["auc"] == pytest.approx(roc_auc_score(label, pctr), abs=1e-6)
-        assert overall["log_loss"] == pytest.approx(log_loss(label, pctr), rel=1e-5)
+    for earlier, entry in zip(days, found[1:], strict=False):
         assert entry["prequential"]["scored_by"] == earlier.work_dir.fingerprint
-        # A model that has seen the day is another one.
-        own = load_model(day.work_dir, day.dataset).predict(batches[0], verbose=0)
-        assert np.abs(own - pctr[: len(own)]).max() > 1e-3
+        assert entry["prequential"]["overall"]["rows"] == 300
         assert entry["prequential"]["groups"]["city_group"]["other"]["rows"] > 0
+    earlier, day = days[1:]
+    model = EarlierModel(earlier.work_dir, day.dataset)
+    batches = [input_pipeline.batches(day.dataset, split, batch_size=64) for split in SPLITS]
+    pctr = np.concatenate([model.predict(batch) for batch in batches])
+    label = rows_of(day.dataset, "label")
+    overall = found[2]["prequential"]["overall"]
+    assert overall["auc"] == pytest.approx(roc_auc_score(label, pctr), abs=1e-6)
+    assert overall["log_loss"] == pytest.approx(log_loss(label, pctr), rel=1e-5)
+    # A model that has seen the day is another one.
+    own = load_model(day.work_dir, day.dataset).predict(batches[0], verbose=0)
+    assert np.abs(own - pctr[: len(own)]).max() > 1e-3
 
 
 def test_new_values_are_out_of_vocabulary_for_the_earlier_model(walked, shop_content, tmp_path):
@@ -109,6 +111,32 @@ def test_ids_are_the_same_on_all_days(shop_days):
         assert len(first) < len(second) < len(third)
 
 
+# Lineage.
+
+
+def test_lineage_names_all_runs_before(walked):
+    first, second, third = walked[0]
+    found = read_json(third.work_dir.lineage)
+    runs = [*found["ancestors"], found["run"]]
+    assert [run["dataset_fingerprint"] for run in runs] == [day.dataset.fingerprint for day in walked[0]]
+    fingerprints = [first.work_dir.fingerprint, second.work_dir.fingerprint]
+    assert [run.get("work_fingerprint") for run in runs] == [*fingerprints, None]
+    assert [run["rows"] for run in runs] == [240] * 3
+    for run, date in zip(runs, DATES, strict=True):
+        assert run["first_event"] == f"{date}T00:00:00+00:00"
+        assert run["last_event"] == f"{date}T17:56:00+00:00"  # Event 269 of 300: test rows were not seen.
+    with pytest.raises(ArtifactError, match=rf"--init_from .* None. Allowed: {fingerprints[1]}"):
+        train(third.dataset, _CONFIG, third.work_dir, title=None)
+    with pytest.raises(ArtifactError, match=rf"--init_from .* {fingerprints[0]}. Allowed: {fingerprints[1]}"):
+        train(third.dataset, _CONFIG, third.work_dir, title=None, init_from=first.work_dir)
+
+
+def test_a_run_does_not_go_on_with_a_shrunk_vocabulary(walked, tmp_path):
+    first, second, _ = walked[0]
+    with pytest.raises(ArtifactError, match=r"vocabulary of item. Received: 8 values. Allowed: the 9 of the run"):
+        train(first.dataset, _CONFIG, WorkDir(tmp_path / "run"), title=None, init_from=second.work_dir)
+
+
 # Going on.
 
 
@@ -124,25 +152,19 @@ def test_days_that_are_done_stay_as_they_are(walked):
     assert contents(directory) == before
 
 
-def test_a_walk_that_ended_between_measuring_and_training_goes_on(walked, datasets, tmp_path):
-    days, found = walked
-    shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
-    (tmp_path / str(DATES[1])).mkdir()
-    measured = WorkDir(tmp_path / str(DATES[1])).prequential
-    shutil.copy2(days[1].work_dir.prequential, measured)
-    written_at = measured.stat().st_mtime_ns
-    assert list(walk(days_of(datasets, tmp_path, last=DATES[1]), _CONFIG, title=None)) == found[:2]
-    assert measured.stat().st_mtime_ns == written_at
-
-
-def test_a_later_walk_goes_on_from_days_that_are_done(walked, datasets, tmp_path):
-    days, found = walked
-    for day in days[:2]:
-        shutil.copytree(day.work_dir.path, tmp_path / str(day.date))
-    later = list(walk(days_of(datasets, tmp_path, first=DATES[1]), _CONFIG, title=None))
-    assert later == found[1:]
-    lineage = read_json(WorkDir(tmp_path / str(DATES[2])).lineage)
-    assert lineage == read_json(days[2].work_dir.lineage)
+def test_a_later_walk_goes_on_from_days_that_are_done_or_measured(walked, datasets, tmp_path):
+    (_, second, third), found = walked
+    shutil.copytree(second.work_dir.path, tmp_path / str(second.date))
+    (tmp_path / str(third.date)).mkdir()
+    run = WorkDir(tmp_path / str(third.date))
+    shutil.copy2(third.work_dir.prequential, run.prequential)  # As if killed before it trained.
+    written_at = run.prequential.stat().st_mtime_ns
+    assert list(walk(days_of(datasets, tmp_path, first=second.date), _CONFIG, title=None)) == found[1:]
+    assert run.prequential.stat().st_mtime_ns == written_at
+    assert read_json(run.lineage) == read_json(third.work_dir.lineage)
+    received, expected = (load_model(each, third.dataset) for each in (run, third.work_dir))
+    for mine, other in zip(received.backbone.variables, expected.backbone.variables, strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 def test_a_measurement_by_another_run_is_refused(walked, datasets, tmp_path):
