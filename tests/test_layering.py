@@ -21,6 +21,7 @@ LEVELS = [
     {"data_statistics"},
     {"data_checks"},
     {"data_report"},
+    {"replicas"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones"},
     {"clsd"},
