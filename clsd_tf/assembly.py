@@ -12,7 +12,7 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
 from clsd_tf.backbones import build_backbone
 from clsd_tf.calibration import Calibration, CalibrationLayer
-from clsd_tf.callbacks import best_weights
+from clsd_tf.checkpoints import best_weights
 from clsd_tf.clsd import AdGate, ClsdModel
 from clsd_tf.losses import bce_from_logits, focal_loss, label_smoothed_bce
 from clsd_tf.model_inputs import ModelInputs
@@ -28,6 +28,8 @@ def make_deterministic() -> None:
 
 def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
     """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
+    # A generator per random layer, which checkpoints can hold: before any layer is made.
+    tf.keras.backend.experimental.enable_tf_random_generator()
     tf.keras.utils.set_random_seed(config.seed)
     backbone = _build_backbone(config, inputs)
     clsd = config.effective_clsd

@@ -1,4 +1,4 @@
-"""Keras callbacks of the training job: validation AUC, checkpoints with early stopping, NaN stop, progress."""
+"""Keras callbacks of the training job: validation AUC, NaN stop, TensorBoard, progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import rich.progress
 import tensorflow as tf
 
 from clsd_tf import metrics
-from clsd_tf.artifacts import WorkDir, read_json, write_json
+from clsd_tf.artifacts import WorkDir
 from clsd_tf.console import console
 
 _SCALARS_EVERY_STEPS = 100
@@ -57,94 +57,12 @@ class ValidationAuc(tf.keras.callbacks.Callback):
         logs["val_log_loss"] = metrics.log_loss(self._labels, pctr, self._sample_weight)
 
 
-class CheckpointAndStop(tf.keras.callbacks.Callback):
-    """Keeps the best weights by ``val_auc``, stops when they get no better, and checkpoints each epoch for a resume.
-
-    Epochs that end within loss warm-up do not compete: their weights are those of plain BCE. Without patience, the last
-    epoch counts as the best, and nothing stops.
-
-    Args:
-      work_dir: where checkpoints, history and best weights go.
-      patience_epochs: stop after this many epochs without a better AUC; None for a fixed number of epochs.
-      first_counted_step: optimizer steps before an epoch may count as best.
-    """
-
-    def __init__(self, work_dir: WorkDir, *, patience_epochs: int | None, first_counted_step: int):
-        super().__init__()
-        self._work_dir = work_dir
-        self._patience_epochs = patience_epochs
-        self._first_counted_step = first_counted_step
-        self._next_epoch = tf.Variable(0, dtype=tf.int64)
-        self._best_auc = tf.Variable(-1.0, dtype=tf.float64)
-        self._epochs_without_gain = tf.Variable(0, dtype=tf.int64)
-        self.history: list[dict[str, Any]] = []
-
-    def resume(self, model: tf.keras.Model) -> int:
-        """Restores the newest checkpoint into ``model``, if there is one, and returns the epoch to start with."""
-        state = tf.train.Checkpoint(
-            model=model,
-            next_epoch=self._next_epoch,
-            best_auc=self._best_auc,
-            epochs_without_gain=self._epochs_without_gain,
-        )
-        self._manager = tf.train.CheckpointManager(state, str(self._work_dir.checkpoints), max_to_keep=2)
-        if self._manager.restore_or_initialize():
-            next_epoch = int(self._next_epoch)
-            self.history = read_json(self._work_dir.history)[:next_epoch]
-            return next_epoch
-        return 0
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether patience had run out when the run was last checkpointed."""
-        return self._patience_epochs is not None and int(self._epochs_without_gain) >= self._patience_epochs
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        competes = int(self.model.optimizer.iterations) > self._first_counted_step
-        if competes:
-            self._compete(logs["val_auc"])
-        self.history.append(
-            {"epoch": epoch, "competes": competes, **{name: _json_number(value) for name, value in logs.items()}}
-        )
-        write_json(self._work_dir.history, self.history)
-        self._next_epoch.assign(epoch + 1)
-        self._manager.save()
-        if self.is_exhausted:
-            self.model.stop_training = True
-
-    def _compete(self, val_auc: float | None) -> None:
-        if val_auc is None:
-            raise ValueError(
-                "the validation split needs clicks and non-clicks of positive sample weight. Received: no AUC. "
-                "Change the spec's split or weights"
-            )
-        if self._patience_epochs is None or val_auc > float(self._best_auc):
-            self._best_auc.assign(val_auc)
-            self._epochs_without_gain.assign(0)
-            best_weights(self.model).write(str(self._work_dir.best_weights))
-        else:
-            self._epochs_without_gain.assign_add(1)
-
-
-def best_weights(model: tf.keras.Model) -> tf.train.Checkpoint:
-    """What is kept of the best epoch: backbone and AdGate, without optimizers."""
-    parts = {"backbone": model.backbone}
-    if model.ad_gate is not None:
-        parts["ad_gate"] = model.ad_gate
-    return tf.train.Checkpoint(**parts)
-
-
-def _json_number(value: Any) -> float | None:
-    """NaN has no place in JSON: a group without a click has no mean."""
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
 class Scalars(tf.keras.callbacks.Callback):
     """Writes the logs as TensorBoard scalars under their own names, every 100 optimizer steps and after each epoch.
 
     Keras' TensorBoard callback walks through all logs at every step, even when it writes per epoch: with a mean per
-    user group that took a third of a small model's step. The values are means since the epoch began.
+    user group that took a third of a small model's step. The values are means since the epoch began. A resumed run
+    writes the steps since its checkpoint again, with the same values.
     """
 
     _supports_tf_logs = True  # Nothing is copied to Python at the steps between.
@@ -154,7 +72,7 @@ class Scalars(tf.keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(str(work_dir.tensorboard))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if (batch + 1) % _SCALARS_EVERY_STEPS == 0:
+        if int(self.model.optimizer.iterations) % _SCALARS_EVERY_STEPS == 0:
             self._write(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

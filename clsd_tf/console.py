@@ -15,17 +15,25 @@ import rich.progress
 import rich.table
 from absl import app, logging
 
+from clsd_tf.interruption import EXIT_CODE, TrainingInterruptedError
+
 console = rich.console.Console(stderr=False, highlight=False)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
 
 
 def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Runs a command: a user's mistake ends with its message and status 1, anything else with a traceback."""
+    """Runs a command: a user's mistake ends with its message and status 1, anything else with a traceback.
+
+    Where SIGTERM interrupted training, a line says how to go on, and the status is ``interruption.EXIT_CODE``.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
+        except TrainingInterruptedError as interruption:
+            console.print(rich.markup.escape(str(interruption)), soft_wrap=True)
+            sys.exit(EXIT_CODE)
         except USER_ERRORS as error:
             rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(
                 f"[bold red]error:[/] {rich.markup.escape(str(error))}"

@@ -11,16 +11,11 @@ import tensorflow as tf
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
-from clsd_tf.callbacks import (
-    CheckpointAndStop,
-    ProgressBar,
-    Scalars,
-    StopOnNonFiniteLoss,
-    ValidationAuc,
-    best_weights,
-)
+from clsd_tf.callbacks import ProgressBar, Scalars, StopOnNonFiniteLoss, ValidationAuc
+from clsd_tf.checkpoints import CheckpointAndStop, best_weights
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
 from clsd_tf.input_pipeline import RowValues
+from clsd_tf.interruption import Sigterm
 from clsd_tf.train_config import TrainConfig
 
 
@@ -33,7 +28,10 @@ def fit(
     row_weights: RowValues | None = None,
     teacher_scores: Callable[[], RowValues | None] = lambda: None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
-    """Fits a model, or goes on with the fit that ``work_dir`` holds.
+    """Fits a model, or goes on with the fit that ``work_dir`` holds, from the batch behind its newest checkpoint.
+
+    A resumed fit ends with the same bits as one that was never killed, on the same machine, if all that is random in
+    the backbone is in Keras layers or in a ``tf.random.Generator``.
 
     Args:
       dataset: what to train on.
@@ -48,34 +46,65 @@ def fit(
       The model with its best weights, and the history: one dict per epoch.
 
     Raises:
-      ArtifactError: the work directory belongs to another config or dataset.
+      ArtifactError: the work directory belongs to another config or dataset, or its checkpoints cannot be read.
+      CheckpointError: a checkpoint could not be written.
       TrainingDivergedError, ConfidenceGuardError: the run went wrong.
+      TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
       ValueError: loss warm-up would never end.
     """
     first_counted_step = _loss_warmup_steps(config, dataset)
     model = build_model(config, dataset.inputs)
     claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
-    keeper = CheckpointAndStop(work_dir, patience_epochs=config.patience_epochs, first_counted_step=first_counted_step)
-    first_epoch = keeper.resume(model)
-    if first_epoch < config.max_epochs and not keeper.is_exhausted:
-        batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores())
-        steps = steps_per_epoch(dataset, config)
-        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
-        if title is not None:
-            callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
+    sigterm = Sigterm()
+    keeper = CheckpointAndStop(
+        work_dir,
+        config,
+        steps_per_epoch=steps_per_epoch(dataset, config),
+        first_counted_step=first_counted_step,
+        sigterm=sigterm,
+    )
+    keeper.resume(model)
+    if _is_unfinished(keeper, config):
+        scores = teacher_scores()
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
+        with sigterm:
+            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores)
+    best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+    return model, keeper.state.history
+
+
+def _is_unfinished(keeper: CheckpointAndStop, config: TrainConfig) -> bool:
+    return keeper.state.epoch < config.max_epochs and not keeper.is_exhausted
+
+
+def _fit_epochs(
+    model: ClsdModel,
+    keeper: CheckpointAndStop,
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    title: str | None,
+    row_weights: RowValues | None,
+    teacher_scores: RowValues | None,
+) -> None:
+    steps = steps_per_epoch(dataset, config)
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
+    if title is not None:
+        callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
+    while _is_unfinished(keeper, config):
+        epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
+        # All epochs of a Keras fit have the same number of steps: the rest of an interrupted one is a fit of its own.
+        end = epoch + 1 if steps_done else config.max_epochs
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                batches,
-                initial_epoch=first_epoch,
-                epochs=config.max_epochs,
-                steps_per_epoch=steps,
+                _training_batches(dataset, config, epoch, steps_done, row_weights, teacher_scores),
+                initial_epoch=epoch,
+                epochs=end,
+                steps_per_epoch=steps - steps_done,
                 verbose=0,
                 callbacks=callbacks,
             )
-    best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
-    return model, keeper.history
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -83,7 +112,7 @@ def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
 
 
 def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
-    """Writes the resolved config, or checks that the one there is the same.
+    """Writes the resolved config, or checks that the one there gives the same result.
 
     Raises:
       ArtifactError: the directory belongs to another config or dataset.
@@ -95,7 +124,7 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
         return
     work_dir.require_same_dataset(dataset)
     there = work_dir.resolved_config["train"]
-    changed = {key: value for key, value in resolved["train"].items() if there.get(key) != value}
+    changed = {key: value for key, value in config.result_settings.items() if there.get(key) != value}
     if changed:
         allowed = {key: there.get(key) for key in changed}
         raise ArtifactError(
@@ -120,6 +149,7 @@ def _training_batches(
     dataset: DatasetDir,
     config: TrainConfig,
     first_epoch: int,
+    first_step: int,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
 ) -> tf.data.Dataset:
@@ -129,6 +159,7 @@ def _training_batches(
         seed=config.seed,
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
+        first_step=first_step,
     )
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)

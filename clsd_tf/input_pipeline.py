@@ -54,9 +54,9 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
 
 
 def training_epochs(
-    dataset: DatasetDir, *, batch_size: int, seed: int, first_epoch: int, num_epochs: int
+    dataset: DatasetDir, *, batch_size: int, seed: int, first_epoch: int, num_epochs: int, first_step: int = 0
 ) -> tf.data.Dataset:
-    """Epochs ``first_epoch`` to ``num_epochs`` of the training split, one after the other.
+    """Epochs ``first_epoch`` to ``num_epochs`` of the training split, the first from batch ``first_step`` on.
 
     The order of rows is a function of (seed, epoch) alone, so a run that resumes at an epoch sees what it would have
     seen. Yields as ``batches``.
@@ -71,7 +71,7 @@ def training_epochs(
         return shuffled_batches(epoch)
 
     epochs = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(one_epoch)
-    return _prepared(epochs.map(_as_training_batch, **_PARALLEL))
+    return _prepared(epochs.skip(first_step).map(_as_training_batch, **_PARALLEL))
 
 
 def _from_memory(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json, wri
 from clsd_tf.assembly import load_model, make_deterministic
 from clsd_tf.callbacks import TrainingDivergedError
 from clsd_tf.clsd import ConfidenceGuardError
+from clsd_tf.interruption import EXIT_CODE, TrainingInterruptedError
 from clsd_tf.study_metrics import measure, scored_rows
 from clsd_tf.teachers import teacher_scores
 from clsd_tf.train_config import TrainConfig, parse_config
@@ -133,6 +134,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def run_task(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a task of a worker; after a SIGTERM that interrupted its training the worker ends, as it would elsewhere."""
+    try:
+        function(*arguments)
+    except TrainingInterruptedError:
+        os._exit(EXIT_CODE)
+
+
 def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
     """Trains and stores the teacher scores that cells with this config will take from the dataset.
 
@@ -188,7 +197,7 @@ def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: s
     if pathlib.Path(dataset_path).exists():
         cell.work_dir(study_dir).require_same_dataset(_open_dataset(dataset_path))
     found = read_json(cell.result(study_dir))
-    expected = {**cell.config.to_dict(), "split": split}
+    expected = {**cell.config.result_settings, "split": split}
     there = {**found["config"], "split": found["split"]}
     changed = {key: value for key, value in expected.items() if there.get(key) != value}
     if changed:

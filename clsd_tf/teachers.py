@@ -14,16 +14,19 @@ import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+import tensorflow as tf
 
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model, predict
 from clsd_tf.calibration import CalibrationConfig
+from clsd_tf.checkpoints import Checkpoints, random_generators
 from clsd_tf.clsd import ClsdConfig
 from clsd_tf.console import console
 from clsd_tf.fit import fit
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.input_pipeline import RowValues
+from clsd_tf.interruption import Sigterm, TrainingInterruptedError
 from clsd_tf.train_config import TrainConfig, parse_config
 
 _DAY_MICROSECONDS = 86_400_000_000
@@ -98,7 +101,7 @@ def _teacher_identity(dataset: DatasetDir, config: TrainConfig) -> dict[str, obj
     identity: dict[str, object] = {
         "dataset_fingerprint": dataset.fingerprint,
         "teacher": clsd.teacher,
-        "train": _teacher_config(config).to_dict(),
+        "train": _teacher_config(config).result_settings,
     }
     if clsd.teacher == "cross_fit":
         identity |= {"num_folds": clsd.num_folds, "fold_by": clsd.fold_by, "num_repeats": clsd.num_repeats}
@@ -110,7 +113,7 @@ def _cross_fit(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Path
     """Mean over ``num_repeats`` of: each row scored by the model of the fold that it was left out of.
 
     Rows, or users, are assigned to ``num_folds`` folds by a seeded hash. The fold models are fits of their own, so a
-    killed job keeps the folds that are done.
+    killed job goes on in the fold that it had reached.
     """
     columns = input_pipeline.read_columns(dataset, "train", ["row_id", "user_hash", "event_time"])
     keys = _fold_keys(columns, config.clsd.fold_by)
@@ -148,7 +151,7 @@ def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Pa
     """Each row scored by one model that had trained, in one pass, on the days before it.
 
     Days are spans of 24 hours from the first event. No model precedes the first day: its scores are NaN, and its clicks
-    count 1. Holds the training split in memory.
+    count 1. A killed job keeps the days that are done. Holds the training split in memory.
     """
     inputs = dataset.inputs
     names = [entry.name for entry in (*inputs.categorical, *inputs.groups)] + list(inputs.numeric)
@@ -159,17 +162,52 @@ def _prequential(dataset: DatasetDir, config: TrainConfig, directory: pathlib.Pa
             "teacher=prequential needs a training split of two days or more. Received: one day. Use teacher=cross_fit"
         )
     model = build_model(_teacher_config(config), inputs)
-    scores = np.full(len(days), np.nan, np.float32)
-    for day in np.unique(days):
-        rows = np.flatnonzero(days == day)
-        features = {name: columns[name][rows] for name in names}
-        if day > 0:
-            scores[rows] = model.predict(features, batch_size=EVALUATION_BATCH_SIZE, verbose=0)
-        labels, weights = columns["label"][rows], columns["sample_weight"][rows]
-        model.fit(features, labels, sample_weight=weights, batch_size=config.batch_size, verbose=0)
-        if title is not None:
-            console.print(f"{title}: teacher scored {len(rows):,} rows of day {int(day) + 1}", soft_wrap=True)
-    return RowValues(columns["row_id"], scores)
+    scores = tf.Variable(np.full(len(days), np.nan, np.float32))
+    days_done = tf.Variable(0, dtype=tf.int64)
+    checkpoints = Checkpoints(
+        directory / "models" / "days",
+        to_keep=1,
+        model=model,
+        random_generators=random_generators(model),
+        scores=scores,
+        days_done=days_done,
+    )
+    checkpoints.restore()
+    with Sigterm() as sigterm:
+        for day in np.unique(days)[int(days_done) :]:
+            rows = np.random.default_rng((config.seed, day)).permutation(np.flatnonzero(days == day))
+            features = {name: columns[name][rows] for name in names}
+            if day > 0:
+                pctr = model.predict(features, batch_size=EVALUATION_BATCH_SIZE, verbose=0)
+                scores.scatter_nd_update(rows[:, np.newaxis], pctr)
+            model.fit(
+                features,
+                columns["label"][rows],
+                sample_weight=columns["sample_weight"][rows],
+                batch_size=config.batch_size,
+                shuffle=False,  # They are, in an order that a resumed job finds again.
+                verbose=0,
+                callbacks=[_StopOnSigterm(sigterm)],
+            )
+            checkpoints.save(int(days_done.assign_add(1)))
+            if title is not None:
+                console.print(f"{title}: teacher scored {len(rows):,} rows of day {int(day) + 1}", soft_wrap=True)
+    return RowValues(columns["row_id"], scores.numpy())
+
+
+class _StopOnSigterm(tf.keras.callbacks.Callback):
+    _supports_tf_logs = True
+
+    def __init__(self, sigterm: Sigterm):
+        super().__init__()
+        self._sigterm = sigterm
+
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+        if self._sigterm.received:
+            raise TrainingInterruptedError(
+                "stopped by SIGTERM: the days that the teacher has scored are saved. "
+                "Start the same command again to go on"
+            )
 
 
 _SCORERS = {"cross_fit": _cross_fit, "prequential": _prequential}

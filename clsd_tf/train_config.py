@@ -13,6 +13,8 @@ from clsd_tf.calibration import CalibrationConfig
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
+_CHECKPOINT_SETTINGS = ("checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_to_keep")
+
 
 class TrainConfig(StrictModel):
     """A training run, complete: written to the work directory as it was resolved.
@@ -36,6 +38,10 @@ class TrainConfig(StrictModel):
       patience_epochs: stop after this many epochs without a better validation AUC, and keep the best epoch's weights;
         null trains max_epochs whatever the validation says and keeps the last.
       seed: of initial weights, row order and folds.
+      checkpoint_every_steps: optimizer steps between two checkpoints; null for none but the others.
+      checkpoint_every_minutes: minutes between two checkpoints, > 0; null for none but the others. Each epoch ends with
+        one in any case.
+      checkpoints_to_keep: how many of the newest checkpoints stay, >= 1.
       clsd: how clicks are weighted.
       calibration: fitted on the validation split after training; part of the model from then on.
     """
@@ -56,11 +62,19 @@ class TrainConfig(StrictModel):
     max_epochs: int = pydantic.Field(10, ge=1)
     patience_epochs: int | None = pydantic.Field(2, ge=1)
     seed: int = pydantic.Field(1, ge=0)
+    checkpoint_every_steps: int | None = pydantic.Field(None, ge=1)
+    checkpoint_every_minutes: float | None = pydantic.Field(10.0, gt=0)
+    checkpoints_to_keep: int = pydantic.Field(2, ge=1)
     clsd: ClsdConfig = ClsdConfig()
     calibration: CalibrationConfig = CalibrationConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """``to_dict`` without the settings that do not change the result: those of checkpoints."""
+        return {name: value for name, value in self.to_dict().items() if name not in _CHECKPOINT_SETTINGS}
 
     @property
     def effective_clsd(self) -> ClsdConfig:

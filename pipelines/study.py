@@ -6,9 +6,10 @@ Example:
 
 --study is the name of a study that comes with the package or the path of a YAML file; pipelines/studies/small.yaml is
 the one to copy. Datasets are fetched, simulated or read from --input_dir, and built below <study_dir>/data; every run
-has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed study goes on where it was, and a
-study that grew by a method only runs what is new. Leaves results.parquet (every measured number), tables.md,
-user_groups.md and report.html (both, with plots) in the study directory.
+has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed study goes on where it was (SIGTERM
+saves the running ones and ends with status 75), and a study that grew by a method only runs what is new. Leaves
+results.parquet (every measured number), tables.md, user_groups.md and report.html (both, with plots) in the study
+directory.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from absl import flags
 
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, write_text
+from clsd_tf.interruption import TrainingInterruptedError, handling_sigterm
 from clsd_tf.study import (
     Cell,
     errors_over_users,
@@ -41,6 +43,7 @@ from clsd_tf.study import (
     read_results,
     run_cell,
     run_seconds,
+    run_task,
     start_worker,
     stopped_cells,
 )
@@ -99,8 +102,11 @@ def _run_batch(tasks: dict[str, tuple[Callable, ...]], progress: _Progress) -> N
     """Runs tasks in fresh processes: TensorFlow keeps a little of every graph it has seen."""
     # Spawned, since TensorFlow's threads do not survive a fork. The executor's own max_tasks_per_child can deadlock.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, start_worker) as pool:
-        pending = {pool.submit(*task): label for label, task in tasks.items()}
+    with (
+        handling_sigterm(_stop_workers),
+        concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, start_worker) as pool,
+    ):
+        pending = {pool.submit(run_task, *task): label for label, task in tasks.items()}
         try:
             for done in concurrent.futures.as_completed(pending):
                 done.result()
@@ -108,6 +114,16 @@ def _run_batch(tasks: dict[str, tuple[Callable, ...]], progress: _Progress) -> N
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _stop_workers(*_: object) -> None:
+    """Passes SIGTERM on; the pool then waits until each worker has saved the run it trains."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    raise TrainingInterruptedError(
+        "stopped by SIGTERM: finished runs and the checkpoints of the others are kept. "
+        "Start the same command again to go on"
+    )
 
 
 class _Progress:

@@ -4,9 +4,12 @@ Example:
   python -m pipelines.train --dataset_dir=demo/dataset --work_dir=demo/clsd --set clsd.mu=0.5
   tensorboard --logdir demo/clsd/tensorboard
 
-A killed run resumes at the epoch it had reached: start the same command again. Defaults are printed with
---print_config; every one can be set in a YAML file (--config) or by --set key=value, for example --set method=bce,
---set backbone=dcnv2, --set clsd.teacher=self, --set clsd.loss_warmup_steps=500.
+A killed run goes on at the batch behind its newest checkpoint, and ends with the same bits as one that was not killed:
+start the same command again. There is a checkpoint at each epoch's end and every checkpoint_every_minutes,
+checkpoint_every_steps on top. SIGTERM finishes the running step, saves, and ends with status 75; Ctrl-C ends at once.
+
+Defaults are printed with --print_config; every one can be set in a YAML file (--config) or by --set key=value, for
+example --set method=bce, --set backbone=dcnv2, --set clsd.teacher=self, --set clsd.loss_warmup_steps=500.
 """
 
 import json

@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clsd_tf import callbacks, input_pipeline, metrics
 from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
-from clsd_tf.assembly import build_model, predict
-from clsd_tf.callbacks import CheckpointAndStop, TrainingDivergedError
+from clsd_tf.assembly import predict
+from clsd_tf.callbacks import TrainingDivergedError
 from clsd_tf.fit import claim, fit, steps_per_epoch
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.train_config import parse_config
@@ -44,7 +40,7 @@ def test_a_work_directory_holds_all_that_later_jobs_need(clsd_run, feed_dataset)
     }
     assert parse_config(work_dir.resolved_config["train"], "config.json") == clsd_run.config
     assert read_json(work_dir.history) == clsd_run.history
-    assert list(work_dir.checkpoints.glob("ckpt-2.index"))
+    assert list(work_dir.checkpoints.glob("ckpt-26.index"))
     assert work_dir.best_weights.with_name("weights.index").is_file()
     assert not list(work_dir.path.glob("*incomplete*"))
 
@@ -118,43 +114,7 @@ def test_progress_is_one_line_an_epoch_under_the_title(feed_dataset, tiny, tmp_p
     assert f"validation AUC {history[1]['val_auc']:.4f}" in lines[1]
 
 
-# Resume.
-
-
-_CHILD = """
-import json, sys
-import clsd_tf
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import make_deterministic
-from clsd_tf.fit import fit
-from clsd_tf.train_config import parse_config
-make_deterministic()
-fit(DatasetDir(sys.argv[1]), parse_config(json.loads(sys.argv[2]), "argv"), WorkDir(sys.argv[3]), title=None)
-"""
-
-
-def test_a_killed_fit_resumes_and_ends_as_an_uninterrupted_one(feed_dataset, tiny, tmp_path):
-    # Epochs of 100 steps, so that the kill lands before the last of them. All that lives between steps is in use:
-    # both optimizers, moving means over clicks, the moving average of the model, and the guards.
-    config = tiny(
-        "backbone=lr", "batch_size=32", "max_epochs=3", "patience_epochs=3", "clsd.loss_warmup_steps=150",
-        "clsd.teacher=ema", "clsd.ema_momentum=0.9", "clsd.normaliser_momentum=0.9", "clsd.global_form=standardised",
-    )  # fmt: skip
-    killed = WorkDir(tmp_path / "killed")
-    arguments = [str(feed_dataset.path), json.dumps(config.to_dict()), str(killed.path)]
-    with subprocess.Popen([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.DEVNULL) as child:
-        deadline = time.monotonic() + 60
-        while not (killed.checkpoints / "checkpoint").exists() and time.monotonic() < deadline:
-            assert child.poll() is None, "the run ended before its first checkpoint"
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-    assert 1 <= len(read_json(killed.history)) < config.max_epochs
-
-    resumed, history = fit(feed_dataset, config, killed, title=None)
-    uninterrupted, expected = fit(feed_dataset, config, WorkDir(tmp_path / "uninterrupted"), title=None)
-    assert history == expected
-    for one, other in zip(resumed.get_weights(), uninterrupted.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+# A fit that has ended.
 
 
 def test_a_fit_that_is_done_trains_no_further(clsd_run, feed_dataset):
@@ -164,70 +124,6 @@ def test_a_fit_that_is_done_trains_no_further(clsd_run, feed_dataset):
     assert history == clsd_run.history
     assert [path.stat().st_mtime_ns for path in checkpoints] == before
     assert validation_auc(model, feed_dataset) == max(entry["val_auc"] for entry in history)
-
-
-# Checkpoints and best weights.
-
-
-def keeper_with_model(config, inputs, work_dir, **arguments):
-    keeper = CheckpointAndStop(work_dir, **{"patience_epochs": 2, "first_counted_step": 0, **arguments})
-    model = build_model(config, inputs)
-    assert keeper.resume(model) == 0
-    keeper.set_model(model)
-    return keeper, model
-
-
-def end_epoch(keeper, model, epoch, *, step, val_auc):
-    """Ends an epoch with all weights equal to its number + 1."""
-    model.backbone.set_weights([np.full(weight.shape, epoch + 1.0) for weight in model.backbone.get_weights()])
-    model.optimizer.iterations.assign(step)
-    keeper.on_epoch_end(epoch, {"val_auc": val_auc})
-
-
-def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_dataset, tiny, tmp_path):
-    work_dir = WorkDir(tmp_path)
-    keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, work_dir, first_counted_step=20)
-    end_epoch(keeper, model, 0, step=10, val_auc=0.9)
-    end_epoch(keeper, model, 1, step=20, val_auc=0.95)  # Steps 0 to 19 were warm-up: still plain BCE.
-    assert not list(tmp_path.rglob("weights.index"))
-    end_epoch(keeper, model, 2, step=30, val_auc=0.6)
-    end_epoch(keeper, model, 3, step=40, val_auc=0.5)
-    saved = tf.train.load_checkpoint(str(work_dir.best_weights))
-    names = [name for name in saved.get_variable_to_shape_map() if name.startswith("backbone/")]
-    assert len(names) == len(model.backbone.weights)
-    assert all((saved.get_tensor(name) == 3.0).all() for name in names)  # Those of epoch 2.
-    assert not keeper.is_exhausted  # One epoch without gain: those of the warm-up do not count.
-
-
-def test_patience_counts_epochs_since_the_best_and_survives_a_resume(feed_dataset, tiny, tmp_path):
-    keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, WorkDir(tmp_path))
-    for epoch, val_auc in enumerate((0.6, 0.7, 0.7)):  # An equal AUC is no gain.
-        end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
-        assert not keeper.is_exhausted
-    again = CheckpointAndStop(WorkDir(tmp_path), patience_epochs=2, first_counted_step=0)
-    model = build_model(tiny(), feed_dataset.inputs)
-    assert again.resume(model) == 3
-    assert [entry["val_auc"] for entry in again.history] == [0.6, 0.7, 0.7]
-    assert all((weight == 3.0).all() for weight in model.backbone.get_weights())
-    again.set_model(model)
-    model.stop_training = False
-    end_epoch(again, model, 3, step=40, val_auc=0.65)
-    assert again.is_exhausted
-    assert model.stop_training
-
-
-def test_without_patience_the_last_epoch_is_kept_and_nothing_stops(feed_dataset, tiny, tmp_path):
-    work_dir = WorkDir(tmp_path)
-    arguments = {"patience_epochs": tiny("patience_epochs=null").patience_epochs, "first_counted_step": 20}
-    keeper, model = keeper_with_model(tiny("backbone=lr"), feed_dataset.inputs, work_dir, **arguments)
-    for epoch, val_auc in enumerate((0.9, 0.95, 0.7, 0.6, 0.5)):  # Two of them within loss warm-up.
-        end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
-        assert work_dir.best_weights.with_name("weights.index").exists() == (epoch >= 2)
-    assert not keeper.is_exhausted
-    saved = tf.train.load_checkpoint(str(work_dir.best_weights))
-    names = [name for name in saved.get_variable_to_shape_map() if name.startswith("backbone/")]
-    assert names
-    assert all((saved.get_tensor(name) == 5.0).all() for name in names)
 
 
 # What stops or refuses a fit.

@@ -10,7 +10,7 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 
 # Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
 LEVELS = [
-    {"model_inputs", "validation"},
+    {"model_inputs", "validation", "interruption"},
     {"expectations"},
     {"tables"},
     {"feature_types"},
@@ -26,6 +26,7 @@ LEVELS = [
     {"backbones"},
     {"clsd"},
     {"train_config", "callbacks"},
+    {"checkpoints"},
     {"assembly"},
     {"fit"},
     {"teachers"},

@@ -80,12 +80,13 @@ class GuardState(tf.Module):
 
 
 class ConfidenceGuard(tf.keras.callbacks.Callback):
-    """Checks the guards every 20 steps and after each epoch; ``ClsdModel.fit`` adds it by itself."""
+    """Checks the guards every 20 optimizer steps and after each epoch; ``ClsdModel.fit`` adds it by itself."""
 
     _supports_tf_logs = True  # No need to copy the logs to Python for it.
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if (batch + 1) % _CHECK_EVERY_STEPS == 0:
+        # Not by ``batch``, which Keras counts anew in a resumed epoch.
+        if int(self.model.optimizer.iterations) % _CHECK_EVERY_STEPS == 0:
             self._check()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -108,6 +108,11 @@ class ClsdModel(tfrs.Model):
         self.predict_function = None  # Keras would go on with the function that it traced before.
 
     @property
+    def epoch_variables(self) -> list[tf.Variable]:
+        """What starts anew in each epoch: the state of the metrics and of the means per user group."""
+        return [variable for part in (*self.metrics, *self._per_group) for variable in part.variables]
+
+    @property
     def weights_clicks(self) -> bool:
         """Whether confidence ever enters the loss."""
         return self.config.lambda_ + self.config.mu > 0
