@@ -13,6 +13,7 @@ import tensorflow as tf
 from clsd_tf import metrics
 from clsd_tf.artifacts import WorkDir
 from clsd_tf.console import console
+from clsd_tf.distribution import chiefs_value, is_multi_worker
 
 _SCALARS_EVERY_STEPS = 100
 
@@ -29,7 +30,7 @@ class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor] | None = None) -> None:
         loss = float(logs["loss"])
         if not math.isfinite(loss):
-            step = int(self.model.optimizer.iterations)
+            step = int(self.model.optimizer.iterations.numpy())
             raise TrainingDivergedError(
                 f"the loss must be finite. Received: loss={loss} at step {step}. "
                 "Lower learning_rate, or look at the inputs of this step for extreme values"
@@ -43,18 +44,32 @@ class ValidationAuc(tf.keras.callbacks.Callback):
       batches: (features, labels, sample_weight), in a fixed order.
       labels: their labels, [num_rows].
       sample_weight: their weights, [num_rows].
+      strategy: of several workers, each predicts all rows, and the chief's values are those of all.
     """
 
-    def __init__(self, batches: tf.data.Dataset, labels: np.ndarray, sample_weight: np.ndarray):
+    def __init__(
+        self,
+        batches: tf.data.Dataset,
+        labels: np.ndarray,
+        sample_weight: np.ndarray,
+        strategy: tf.distribute.Strategy | None = None,
+    ):
         super().__init__()
+        self._strategy = strategy
         self._batches = batches
         self._labels = labels
         self._sample_weight = sample_weight
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        pctr = self.model.predict(self._batches, verbose=0)
-        logs["val_auc"] = metrics.auc(self._labels, pctr, self._sample_weight)
-        logs["val_log_loss"] = metrics.log_loss(self._labels, pctr, self._sample_weight)
+        pctr = self._predict()
+        for name, metric in (("val_auc", metrics.auc), ("val_log_loss", metrics.log_loss)):
+            logs[name] = chiefs_value(self._strategy, metric(self._labels, pctr, self._sample_weight))
+
+    def _predict(self) -> np.ndarray:
+        if not is_multi_worker(self._strategy):
+            return self.model.predict(self._batches, verbose=0)
+        pctr = tf.function(self.model, reduce_retracing=True)  # Keras' own would divide the rows among workers.
+        return np.concatenate([pctr(features).numpy() for features, _, _ in self._batches])
 
 
 class Scalars(tf.keras.callbacks.Callback):
@@ -72,14 +87,14 @@ class Scalars(tf.keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(str(work_dir.tensorboard))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if int(self.model.optimizer.iterations) % _SCALARS_EVERY_STEPS == 0:
+        if int(self.model.optimizer.iterations.numpy()) % _SCALARS_EVERY_STEPS == 0:
             self._write(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._write(logs)
 
     def _write(self, logs: dict[str, Any]) -> None:
-        with self._writer.as_default(step=int(self.model.optimizer.iterations)):
+        with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
             for name, value in logs.items():
                 tf.summary.scalar(name, value)
         self._writer.flush()

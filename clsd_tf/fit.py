@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import ProgressBar, Scalars, StopOnNonFiniteLoss, ValidationAuc
 from clsd_tf.checkpoints import CheckpointAndStop, best_weights
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
-from clsd_tf.input_pipeline import RowValues
+from clsd_tf.distribution import distributed, in_turn, is_chief, scope, wait_for_all
+from clsd_tf.input_pipeline import RowValues, Shard
 from clsd_tf.interruption import Sigterm
 from clsd_tf.train_config import TrainConfig
 
@@ -27,6 +29,7 @@ def fit(
     title: str | None,
     row_weights: RowValues | None = None,
     teacher_scores: Callable[[], RowValues | None] = lambda: None,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
     """Fits a model, or goes on with the fit that ``work_dir`` holds, from the batch behind its newest checkpoint.
 
@@ -41,6 +44,8 @@ def fit(
       row_weights: weight per training row, multiplied with its sample weight.
       teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
         Called once everything else is known to be in order: a teacher may train for hours.
+      strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share;
+        only the chief writes to it.
 
     Returns:
       The model with its best weights, and the history: one dict per epoch.
@@ -53,8 +58,9 @@ def fit(
       ValueError: loss warm-up would never end.
     """
     first_counted_step = _loss_warmup_steps(config, dataset)
-    model = build_model(config, dataset.inputs)
-    claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
+    with scope(strategy):
+        model = build_model(config, dataset.inputs)
+    in_turn(strategy, lambda: claim(work_dir, config, dataset))  # Only now, or what cannot run would occupy it.
     sigterm = Sigterm()
     keeper = CheckpointAndStop(
         work_dir,
@@ -62,13 +68,16 @@ def fit(
         steps_per_epoch=steps_per_epoch(dataset, config),
         first_counted_step=first_counted_step,
         sigterm=sigterm,
+        is_chief=is_chief(strategy),
     )
-    keeper.resume(model)
+    with scope(strategy):
+        keeper.resume(model)
     if _is_unfinished(keeper, config):
         scores = teacher_scores()
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
         with sigterm:
-            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores)
+            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores, strategy)
+    wait_for_all(strategy)  # The chief may still be writing.
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.state.history
 
@@ -86,19 +95,23 @@ def _fit_epochs(
     title: str | None,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
+    strategy: tf.distribute.Strategy | None,
 ) -> None:
     steps = steps_per_epoch(dataset, config)
-    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
-    if title is not None:
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy), keeper]
+    if is_chief(strategy):
+        callbacks.insert(2, Scalars(work_dir))
+    if title is not None and is_chief(strategy):
         callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
         epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
         # All epochs of a Keras fit have the same number of steps: the rest of an interrupted one is a fit of its own.
         end = epoch + 1 if steps_done else config.max_epochs
+        batches = functools.partial(_training_batches, dataset, config, epoch, steps_done, row_weights, teacher_scores)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                _training_batches(dataset, config, epoch, steps_done, row_weights, teacher_scores),
+                distributed(strategy, batches),
                 initial_epoch=epoch,
                 epochs=end,
                 steps_per_epoch=steps - steps_done,
@@ -152,6 +165,7 @@ def _training_batches(
     first_step: int,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
+    shard: Shard,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
@@ -160,6 +174,7 @@ def _training_batches(
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
         first_step=first_step,
+        shard=shard,
     )
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)
@@ -177,7 +192,7 @@ def _check_scores(scores: RowValues, dataset: DatasetDir) -> None:
         )
 
 
-def _validation_auc(dataset: DatasetDir) -> ValidationAuc:
+def _validation_auc(dataset: DatasetDir, strategy: tf.distribute.Strategy | None) -> ValidationAuc:
     batches = input_pipeline.batches(dataset, "validation", batch_size=EVALUATION_BATCH_SIZE)
     columns = input_pipeline.read_columns(dataset, "validation", ["label", "sample_weight"])
-    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"])
+    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"], strategy)

@@ -34,6 +34,14 @@ class RowValues:
         return tf.lookup.StaticHashTable(initializer, default_value=float("nan"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which of ``count`` contiguous slices of every batch, from 0."""
+
+    index: int
+    count: int
+
+
 def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
     """One pass over a split, for ``model.fit`` and ``model.evaluate``.
 
@@ -54,7 +62,14 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
 
 
 def training_epochs(
-    dataset: DatasetDir, *, batch_size: int, seed: int, first_epoch: int, num_epochs: int, first_step: int = 0
+    dataset: DatasetDir,
+    *,
+    batch_size: int,
+    seed: int,
+    first_epoch: int,
+    num_epochs: int,
+    first_step: int = 0,
+    shard: Shard = Shard(0, 1),
 ) -> tf.data.Dataset:
     """Epochs ``first_epoch`` to ``num_epochs`` of the training split, the first from batch ``first_step`` on.
 
@@ -71,7 +86,15 @@ def training_epochs(
         return shuffled_batches(epoch)
 
     epochs = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(one_epoch)
-    return _prepared(epochs.skip(first_step).map(_as_training_batch, **_PARALLEL))
+    return _prepared(epochs.skip(first_step).map(lambda r: _as_training_batch(_slice(r, shard)), **_PARALLEL))
+
+
+def _slice(record, shard):
+    if shard.count == 1:
+        return record
+    n = tf.shape(record["label"])[0]
+    start, stop = shard.index * n // shard.count, (shard.index + 1) * n // shard.count
+    return {name: values[start:stop] for name, values in record.items()}
 
 
 def _from_memory(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:

@@ -50,3 +50,38 @@ def in_own_row(values: tf.Tensor) -> tf.Tensor:
     own = tf.distribute.get_replica_context().replica_id_in_sync_group
     is_own = tf.reshape(tf.equal(tf.range(num_replicas()), own), [-1, *[1] * values.shape.rank])
     return tf.where(is_own, values[tf.newaxis], 0.0)  # Not a product: values may be infinite.
+
+
+class Requests:
+    """What any process asks for, known to all of them after the same step: in lockstep they must act together.
+
+    Not part of checkpoints: a run that was stopped would stop again.
+
+    Args:
+      num_kinds: how many things may be asked for.
+    """
+
+    def __init__(self, num_kinds: int):
+        self.are_shared = tf.distribute.has_strategy()
+        if self.are_shared:
+            self._own, self._of_all = (
+                tf.Variable(tf.zeros([num_kinds]), trainable=False, name=name, **SAME_EVERYWHERE)
+                for name in ("own_requests", "requests_of_all")
+            )
+
+    def exchanged_with(self, structure: Any) -> Any:
+        """``sum_over_replicas`` of a structure, and of what replicas ask for on the way: once in each training step."""
+        if not self.are_shared:
+            return structure
+        structure, of_all = sum_over_replicas((structure, tf.identity(self._own)))
+        self._of_all.assign(of_all)
+        return structure
+
+    def granted(self, *asked: bool) -> tuple[bool, ...]:
+        """What is to be done now, of what is asked for; in several processes, what any asked for one step ago."""
+        if not self.are_shared:
+            return asked
+        granted = tuple(self._of_all.numpy() > 0)
+        # What is granted now was asked for once, and must not be done again in the next step.
+        self._own.assign(tf.cast([wish and not any(granted) for wish in asked], tf.float32))
+        return granted

@@ -23,7 +23,7 @@ LEVELS = [
     {"data_report"},
     {"replicas"},
     {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
-    {"backbones"},
+    {"backbones", "distribution"},
     {"clsd"},
     {"train_config", "callbacks"},
     {"checkpoints"},

@@ -86,7 +86,7 @@ class ConfidenceGuard(tf.keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # Not by ``batch``, which Keras counts anew in a resumed epoch.
-        if int(self.model.optimizer.iterations) % _CHECK_EVERY_STEPS == 0:
+        if int(self.model.optimizer.iterations.numpy()) % _CHECK_EVERY_STEPS == 0:
             self._check()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

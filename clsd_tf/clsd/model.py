@@ -29,8 +29,9 @@ from clsd_tf.clsd.monitors import (
     power_sums,
     signed_maxima,
 )
+from clsd_tf.distribution import at_epoch_ends, is_parameter_server
 from clsd_tf.losses import bce_from_logits, weighted_mean
-from clsd_tf.replicas import in_own_row, num_replicas, sum_over_replicas
+from clsd_tf.replicas import Requests, in_own_row, num_replicas, sum_over_replicas
 
 _WATCHED = ("loss", "bce", "mean_pctr")
 _WATCHED_CLICKS = ("ad_gate_loss", "effective_click_share")
@@ -92,6 +93,7 @@ class ClsdModel(tfrs.Model):
         self._teacher_backbone = teacher_backbone
         self._click_means = ClickMeans(config.normaliser_momentum)
         self.guard_state = GuardState()
+        self.requests = Requests(2)  # To save, and to stop: callbacks ask.
         self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
         self._range = Range("click_confidence") if self.weights_clicks else None
         watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
@@ -159,6 +161,8 @@ class ClsdModel(tfrs.Model):
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
             callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
+        if is_parameter_server(self.distribute_strategy):
+            callbacks = [at_epoch_ends(callback) for callback in callbacks]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
@@ -313,7 +317,7 @@ class ClsdModel(tfrs.Model):
         tf.distribute.get_replica_context().merge_call(move, (momentum,))
 
     def _watch(self, features: Features, batch: _WeighedBatch, loss: tf.Tensor, step: tf.Tensor) -> None:
-        seen = sum_over_replicas(self._shares_of_means(batch, loss))
+        seen = self.requests.exchanged_with(self._shares_of_means(batch, loss))
         rows, clicks = batch.total_weight, batch.total_click_weight
         values, counts = [seen["loss"], seen["bce"], seen["mean_pctr"]], [rows] * 3
         if self.weights_clicks:
