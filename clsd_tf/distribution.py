@@ -233,7 +233,7 @@ def distributed(
 def _of_asynchronous_worker(batches: Callable[[Shard], tf.data.Dataset]) -> tf.data.Dataset:
     index = tf.distribute.coordinator.experimental_get_current_worker_index()
     num_workers = len(Cluster.from_environment("parameter_server").tasks["worker"])
-    return batches(Shard(tf.cast(index, tf.int32), num_workers)).repeat()
+    return batches(Shard(tf.cast(index, tf.int64), num_workers)).repeat()
 
 
 def _among_replicas(batches: tf.data.Dataset, num_replicas: int) -> tf.data.Dataset:

@@ -100,7 +100,7 @@ def _fit_epochs(
     steps = steps_per_epoch(dataset, config)
     callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy), keeper]
     if is_chief(strategy):
-        callbacks.insert(2, Scalars(work_dir))
+        callbacks.insert(2, Scalars(work_dir, batch_size=config.batch_size))
     if title is not None and is_chief(strategy):
         callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
@@ -175,6 +175,7 @@ def _training_batches(
         num_epochs=config.max_epochs,
         first_step=first_step,
         shard=shard,
+        max_cache_bytes=config.max_cache_bytes,
     )
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)

@@ -22,7 +22,7 @@ LEVELS = [
     {"data_checks"},
     {"data_report"},
     {"replicas"},
-    {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
+    {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones", "distribution"},
     {"clsd"},
     {"train_config", "callbacks"},

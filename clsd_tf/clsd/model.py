@@ -32,6 +32,7 @@ from clsd_tf.clsd.monitors import (
 from clsd_tf.distribution import at_epoch_ends, is_parameter_server
 from clsd_tf.losses import bce_from_logits, weighted_mean
 from clsd_tf.replicas import Requests, in_own_row, num_replicas, sum_over_replicas
+from clsd_tf.throughput import InputWait
 
 _WATCHED = ("loss", "bce", "mean_pctr")
 _WATCHED_CLICKS = ("ad_gate_loss", "effective_click_share")
@@ -98,6 +99,7 @@ class ClsdModel(tfrs.Model):
         self._range = Range("click_confidence") if self.weights_clicks else None
         watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
         self._per_group = [MeansPerGroup(("click_confidence", "ad_gate"), group) for group in watched_groups]
+        self._input_wait = InputWait()
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:
@@ -164,6 +166,27 @@ class ClsdModel(tfrs.Model):
         if is_parameter_server(self.distribute_strategy):
             callbacks = [at_epoch_ends(callback) for callback in callbacks]
         return super().fit(*args, callbacks=callbacks, **kwargs)
+
+    @property
+    def input_wait_seconds(self) -> float | None:
+        """How long training steps have waited for input here; None where a coordinator hands steps to workers."""
+        return None if self._cluster_coordinator else self._input_wait.seconds
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """As ``tf.keras.Model.make_train_function``; the steps measure ``input_wait_seconds``."""
+        if self.train_function is not None and not force:
+            return self.train_function
+        function = super().make_train_function(force)
+        if self._cluster_coordinator:
+            return function
+
+        def train_function(iterator):
+            return function(self._input_wait.timed(iterator))
+
+        self.train_function = train_function
+        if not self.run_eagerly:
+            self.train_function = tf.function(train_function, reduce_retracing=True, autograph=False)
+        return self.train_function
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
         logits = self.logits(features, training=training)
