@@ -11,14 +11,17 @@ import time
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
-from clsd_tf.artifacts import ArtifactError, WorkDir, write_json
+from clsd_tf.artifacts import ArtifactError, WorkDir, read_json, write_json
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.console import warn
 from clsd_tf.interruption import Sigterm, TrainingInterruptedError
 from clsd_tf.train_config import TrainConfig
 
 _PREFIX = "ckpt"
+# What TensorFlow raises for files that are missing, cut off or changed, and for values of another shape.
+_UNREADABLE = (tf.errors.OpError, IndexError, ValueError, DecodeError)
 
 
 class CheckpointError(RuntimeError):
@@ -36,6 +39,9 @@ class Checkpoints:
       to_keep: how many stay, >= 1.
       is_chief: False for workers that must take part in a save, whose files nobody reads: theirs are removed.
       state: what is saved, by name: anything that ``tf.train.Checkpoint`` takes.
+
+    Raises:
+      ArtifactError: there are checkpoints, but the list of them cannot be read.
     """
 
     def __init__(self, directory: pathlib.Path, *, to_keep: int, is_chief: bool = True, **state: Any):
@@ -43,9 +49,12 @@ class Checkpoints:
         self._is_chief = is_chief
         self._checkpoint = tf.train.Checkpoint(**state)
         self._checkpoint.save_counter.read_value()  # Made now, by all workers: the chief's save would wait for them.
-        self._manager = tf.train.CheckpointManager(
-            self._checkpoint, str(directory), max_to_keep=to_keep, checkpoint_name=_PREFIX
-        )
+        try:
+            self._manager = tf.train.CheckpointManager(
+                self._checkpoint, str(directory), max_to_keep=to_keep, checkpoint_name=_PREFIX
+            )
+        except ValueError as error:
+            raise self._refusal(_first_line(error)) from error
 
     def restore(self) -> bool:
         """Restores the newest checkpoint that can be read; False if there is none at all.
@@ -57,7 +66,7 @@ class Checkpoints:
         for path in self._newest_first():
             try:
                 self._checkpoint.restore(path).assert_existing_objects_matched()
-            except (tf.errors.OpError, ValueError) as error:
+            except _UNREADABLE as error:
                 errors.append(f"{path}: {_first_line(error)}")
             except AssertionError as error:
                 raise self._refusal(f"{path} holds another state: {_first_line(error)}") from error
@@ -248,8 +257,9 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
             )
 
     def _write_history(self) -> None:
-        if self._is_chief:
-            write_json(self._work_dir.history, self.state.history)
+        path, history = self._work_dir.history, self.state.history
+        if self._is_chief and not (path.exists() and read_json(path) == history):
+            write_json(path, history)
 
     def _compete(self, val_auc: float | None) -> None:
         if val_auc is None:

@@ -98,9 +98,10 @@ def _fit_epochs(
     strategy: tf.distribute.Strategy | None,
 ) -> None:
     steps = steps_per_epoch(dataset, config)
-    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy), keeper]
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy)]
     if is_chief(strategy):
-        callbacks.insert(2, Scalars(work_dir, batch_size=config.batch_size))
+        callbacks.append(Scalars(work_dir, batch_size=config.batch_size))
+    callbacks.append(keeper)
     if title is not None and is_chief(strategy):
         callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):

@@ -14,7 +14,12 @@ from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
 from clsd_tf.input_pipeline import MAX_CACHE_BYTES
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
-_CHECKPOINT_SETTINGS = ("checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_to_keep")
+_WITHOUT_INFLUENCE = (
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "checkpoints_to_keep",
+    "max_cache_bytes",
+)
 
 
 class TrainConfig(StrictModel):
@@ -77,8 +82,8 @@ class TrainConfig(StrictModel):
 
     @property
     def result_settings(self) -> dict[str, Any]:
-        """``to_dict`` without the settings that do not change the result: those of checkpoints."""
-        return {name: value for name, value in self.to_dict().items() if name not in _CHECKPOINT_SETTINGS}
+        """``to_dict`` without the settings that do not change the result: how often it is saved, what is cached."""
+        return {name: value for name, value in self.to_dict().items() if name not in _WITHOUT_INFLUENCE}
 
     @property
     def effective_clsd(self) -> ClsdConfig:

@@ -181,6 +181,17 @@ def test_another_config_in_the_same_work_directory_is_refused(clsd_run, feed_dat
     assert "Choose another --work_dir" in message
 
 
+def test_settings_without_influence_on_the_result_may_change_when_a_run_goes_on(clsd_run, feed_dataset, tiny):
+    claim(
+        clsd_run.work_dir,
+        tiny(
+            "calibration.user_group=age_group", "checkpoint_every_steps=3", "checkpoint_every_minutes=null",
+            "checkpoints_to_keep=1", "max_cache_bytes=0",
+        ),
+        feed_dataset,
+    )  # fmt: skip
+
+
 def test_another_dataset_in_the_same_work_directory_is_refused(clsd_run, feed_dataset, tmp_path):
     path = tmp_path / "dataset"
     shutil.copytree(feed_dataset.path, path)

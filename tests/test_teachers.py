@@ -4,6 +4,9 @@ import concurrent.futures
 import os
 import re
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from clsd_tf.assembly import predict
 from clsd_tf.fit import fit
 from clsd_tf.hashing import mix_row_ids
 from clsd_tf.input_pipeline import RowValues
+from clsd_tf.interruption import TrainingInterruptedError, handling_sigterm
 from clsd_tf.teachers import scores_file, stored_scores, teacher_scores
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -197,6 +201,7 @@ def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, as
     [
         "clsd.kappa=2.0", "clsd.lambda=0.1", "clsd.mu=0.1", "clsd.global_form=mean_one", "clsd.loss_warmup_steps=7",
         "clsd.placebo=shuffled_confidence", "clsd.ad_gate.learning_rate=0.5", "clsd.guards.min_pctr_ratio=0.1",
+        "checkpoint_every_steps=5", "checkpoint_every_minutes=null", "checkpoints_to_keep=9", "max_cache_bytes=0",
         "calibration.method=none", "loss=focal", "focal_gamma=2.0", "label_smoothing=0.2",
     ],
 )  # fmt: skip
@@ -335,6 +340,35 @@ def test_the_first_day_has_no_score_and_every_later_row_has_one(of_days, days):
     # No model precedes it; training counts its clicks 1.
     np.testing.assert_array_equal(np.isnan(of_days.values), days == 0)
     assert ((of_days.values[days > 0] > 0) & (of_days.values[days > 0] < 1)).all()
+
+
+@pytest.fixture
+def passed_on():
+    """The SIGTERMs that nobody in the process took."""
+    received = []
+    with handling_sigterm(lambda number, _: received.append(number)):
+        yield received
+
+
+def test_days_that_were_scored_before_a_sigterm_are_kept(feed_dataset, prequential, of_days, passed_on, tmp_path):
+    shutil.copytree(feed_dataset.path, tmp_path / "dataset", ignore=shutil.ignore_patterns("teacher_scores"))
+    dataset = DatasetDir(tmp_path / "dataset")
+    days = scores_file(dataset, prequential).parent / "models" / "days"
+
+    def send_sigterm():
+        while not (days / "ckpt-3.index").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send_sigterm, daemon=True).start()
+    with pytest.raises(TrainingInterruptedError, match="days that the teacher has scored are saved"):
+        teacher_scores(dataset, prequential, title=None)
+    assert not passed_on
+    assert not scores_file(dataset, prequential).exists()
+    done = int(re.search(r'"ckpt-(\d+)"', (days / "checkpoint").read_text(encoding="utf-8"))[1])
+    assert 3 <= done < 8
+    np.testing.assert_array_equal(teacher_scores(dataset, prequential, title=None).values, of_days.values)
+    assert not days.exists()
 
 
 def test_a_split_of_one_day_is_refused(dataset, prequential, with_changed_records, tmp_path):
