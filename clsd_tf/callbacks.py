@@ -142,7 +142,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
             disable=not console.is_terminal,
         )
         self._bar.start()
-        done = int(self.model.optimizer.iterations) % self._steps
+        done = int(self.model.optimizer.iterations.numpy()) % self._steps
         self._task = self._bar.add_task(
             f"{self._title} epoch {epoch + 1}", total=self._steps, completed=done, loss=0.0, throughput=""
         )
@@ -152,7 +152,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         if not console.is_terminal or time.monotonic() < self._next_update:
             return
         self._next_update = time.monotonic() + _BAR_UPDATE_SECONDS
-        done = (int(self.model.optimizer.iterations) - 1) % self._steps + 1
+        done = (int(self.model.optimizer.iterations.numpy()) - 1) % self._steps + 1
         self._bar.update(self._task, completed=done, loss=float(logs["loss"]), throughput=self._described())
 
     def _described(self) -> str:
