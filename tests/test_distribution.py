@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from clusters import started
+from clusters import started, wait_until
 
 from clsd_tf.artifacts import WorkDir, read_json
 from clsd_tf.assembly import load_model
@@ -19,6 +19,7 @@ from clsd_tf.distribution import (
     is_chief,
     is_server,
 )
+from clsd_tf.interruption import EXIT_CODE
 
 # TF_CONFIG.
 
@@ -126,3 +127,80 @@ def test_two_workers_train_as_one_process_does_and_the_chief_writes_once(clsd_ru
     assert len(list(work_dir.tensorboard.iterdir())) == 1
     assert "epoch 1: loss" in tasks["worker", 0].text
     assert "epoch 1: loss" not in tasks["worker", 1].text
+
+
+def with_checkpoints(train_config):
+    """The same run, which saves every two steps: what is killed has something to go on from."""
+    return train_config.model_copy(update={"checkpoint_every_steps": 2})
+
+
+@pytest.mark.long
+def test_a_killed_worker_ends_the_others_with_what_to_do_and_all_go_on_at_the_checkpoint(
+    clsd_run, feed_dataset, tmp_path
+):
+    work_dir = WorkDir(tmp_path / "run")
+    command = arguments(feed_dataset, work_dir, with_checkpoints(clsd_run.config), "multi_worker")
+    with started(command, tmp_path, worker=2) as tasks:
+        wait_until(lambda: tf.train.latest_checkpoint(str(work_dir.checkpoints)), tasks.values())
+        tasks["worker", 1].process.kill()
+        chief = tasks["worker", 0]
+        assert chief.status(60) == 1, chief.text
+    message = " ".join(chief.text.split())
+    assert "another process of the cluster has ended" in message
+    assert "start all workers again, and the run goes on at its newest checkpoint" in message
+    assert not work_dir.is_complete
+    step = int(tf.train.latest_checkpoint(str(work_dir.checkpoints)).rsplit("-", 1)[1])
+    assert 0 < step < 26
+    with started(command, tmp_path, worker=2) as tasks:
+        for task in tasks.values():
+            assert task.status(120) == 0, task.text
+    assert_same_run(work_dir, clsd_run, feed_dataset)
+
+
+@pytest.mark.long
+def test_sigterm_to_one_worker_stops_all_after_the_same_step(clsd_run, feed_dataset, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    command = arguments(feed_dataset, work_dir, with_checkpoints(clsd_run.config), "multi_worker")
+    with started(command, tmp_path, worker=2) as tasks:
+        wait_until(lambda: tf.train.latest_checkpoint(str(work_dir.checkpoints)), tasks.values())
+        tasks["worker", 1].process.terminate()
+        assert [task.status(60) for task in tasks.values()] == [EXIT_CODE] * 2, [task.text for task in tasks.values()]
+    lines = {task.text.splitlines()[-1] for task in tasks.values()}
+    assert len(lines) == 1, lines
+    assert "stopped by SIGTERM and saved" in lines.pop()
+    with started(command, tmp_path, worker=2) as tasks:
+        for task in tasks.values():
+            assert task.status(120) == 0, task.text
+    assert_same_run(work_dir, clsd_run, feed_dataset)
+
+
+@pytest.mark.long
+def test_a_parameter_server_survives_a_killed_worker_and_its_tasks_end_with_the_run(clsd_run, feed_dataset, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    settings = clsd_run.config.model_copy(update={"max_epochs": 20, "patience_epochs": None})
+    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
+    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
+        wait_until(work_dir.history.exists, tasks.values())
+        tasks["worker", 1].process.kill()
+        assert not work_dir.is_complete
+        assert tasks["chief", 0].status(180) == 0, tasks["chief", 0].text
+        assert [tasks[name].status(30) for name in (("ps", 0), ("worker", 0))] == [0, 0]
+    history = read_json(work_dir.history)
+    assert [entry["epoch"] for entry in history] == list(range(20))
+    # Asynchronous, so that no two runs are alike: it learns what one process learns, not the same numbers.
+    assert history[-1]["bce"] < history[0]["bce"]
+    assert history[0]["bce"] == pytest.approx(clsd_run.history[0]["bce"], abs=0.02)
+    assert load_model(work_dir, feed_dataset).calibration is not None
+
+
+@pytest.mark.long
+def test_a_killed_parameter_server_ends_the_chief_with_what_to_do(clsd_run, feed_dataset, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    settings = clsd_run.config.model_copy(update={"max_epochs": 50, "patience_epochs": None})
+    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
+    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
+        wait_until(work_dir.history.exists, tasks.values())
+        tasks["ps", 0].process.kill()
+        chief = tasks["chief", 0]
+        assert chief.status(120) == 1, chief.text
+    assert "start the ps and the chief again" in " ".join(chief.text.split())
