@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -55,20 +57,22 @@ def fit(
     first_counted_step = _loss_warmup_steps(config, dataset)
     model = build_model(config, dataset.inputs)
     claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
-    sigterm = Sigterm()
+    steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
     keeper = CheckpointAndStop(
-        work_dir,
-        config,
-        steps_per_epoch=steps_per_epoch(dataset, config),
-        first_counted_step=first_counted_step,
-        sigterm=sigterm,
+        work_dir, config, steps_per_epoch=steps, first_counted_step=first_counted_step, sigterm=sigterm
     )
     keeper.resume(model)
     if _is_unfinished(keeper, config):
-        scores = teacher_scores()
+        batches_from = functools.partial(_training_batches, dataset, config, row_weights, teacher_scores())
+        callbacks = [
+            StopOnNonFiniteLoss(),
+            _validation_auc(dataset),
+            Scalars(work_dir, batch_size=config.batch_size),
+            keeper,
+        ]
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        with sigterm:
-            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores)
+        with sigterm, _progress_bar(title, steps, config) as bar:
+            _fit_epochs(model, keeper, config, steps, batches_from, callbacks + bar)
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.state.history
 
@@ -80,22 +84,11 @@ def _is_unfinished(keeper: CheckpointAndStop, config: TrainConfig) -> bool:
 def _fit_epochs(
     model: ClsdModel,
     keeper: CheckpointAndStop,
-    dataset: DatasetDir,
     config: TrainConfig,
-    work_dir: WorkDir,
-    title: str | None,
-    row_weights: RowValues | None,
-    teacher_scores: RowValues | None,
+    steps: int,
+    batches_from: Callable[[int, int], tf.data.Dataset],
+    callbacks: list[tf.keras.callbacks.Callback],
 ) -> None:
-    steps = steps_per_epoch(dataset, config)
-    callbacks = [
-        StopOnNonFiniteLoss(),
-        _validation_auc(dataset),
-        Scalars(work_dir, batch_size=config.batch_size),
-        keeper,
-    ]
-    if title is not None:
-        callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
         epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
         # All epochs of a Keras fit have the same number of steps: the rest of an interrupted one is a fit of its own.
@@ -103,13 +96,23 @@ def _fit_epochs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                _training_batches(dataset, config, epoch, steps_done, row_weights, teacher_scores),
+                batches_from(epoch, steps_done),
                 initial_epoch=epoch,
                 epochs=end,
                 steps_per_epoch=steps - steps_done,
                 verbose=0,
                 callbacks=callbacks,
             )
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str | None, steps: int, config: TrainConfig) -> Iterator[list[ProgressBar]]:
+    """A list with the bar, empty without a title; Keras tells callbacks nothing of an end by an error."""
+    if title is None:
+        yield []
+        return
+    with contextlib.closing(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size)) as bar:
+        yield [bar]
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -153,10 +156,10 @@ def _loss_warmup_steps(config: TrainConfig, dataset: DatasetDir) -> int:
 def _training_batches(
     dataset: DatasetDir,
     config: TrainConfig,
-    first_epoch: int,
-    first_step: int,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
+    first_epoch: int,
+    first_step: int,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
