@@ -16,7 +16,8 @@ from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import ProgressBar, Scalars, StopOnNonFiniteLoss, ValidationAuc
 from clsd_tf.checkpoints import CheckpointAndStop, best_weights
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
-from clsd_tf.input_pipeline import RowValues
+from clsd_tf.distribution import distributed, in_turn, is_chief, scope, wait_for_all
+from clsd_tf.input_pipeline import RowValues, Shard
 from clsd_tf.interruption import Sigterm
 from clsd_tf.train_config import TrainConfig
 
@@ -29,6 +30,7 @@ def fit(
     title: str | None,
     row_weights: RowValues | None = None,
     teacher_scores: Callable[[], RowValues | None] = lambda: None,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
     """Fits a model, or goes on with the fit that ``work_dir`` holds, from the batch behind its newest checkpoint.
 
@@ -43,6 +45,8 @@ def fit(
       row_weights: weight per training row, multiplied with its sample weight.
       teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
         Called once everything else is known to be in order: a teacher may train for hours.
+      strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share;
+        only the chief writes to it.
 
     Returns:
       The model with its best weights, and the history: one dict per epoch.
@@ -55,24 +59,26 @@ def fit(
       ValueError: loss warm-up would never end.
     """
     first_counted_step = _loss_warmup_steps(config, dataset)
-    model = build_model(config, dataset.inputs)
-    claim(work_dir, config, dataset)  # Only now: a config that cannot run must not occupy the directory.
+    with scope(strategy):
+        model = build_model(config, dataset.inputs)
+    in_turn(strategy, lambda: claim(work_dir, config, dataset))  # Only now, or what cannot run would occupy it.
     steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
     keeper = CheckpointAndStop(
-        work_dir, config, steps_per_epoch=steps, first_counted_step=first_counted_step, sigterm=sigterm
+        work_dir,
+        config,
+        steps_per_epoch=steps,
+        first_counted_step=first_counted_step,
+        sigterm=sigterm,
+        is_chief=is_chief(strategy),
     )
-    keeper.resume(model)
+    with scope(strategy):
+        keeper.resume(model)
     if _is_unfinished(keeper, config):
         batches_from = functools.partial(_training_batches, dataset, config, row_weights, teacher_scores())
-        callbacks = [
-            StopOnNonFiniteLoss(),
-            _validation_auc(dataset),
-            Scalars(work_dir, batch_size=config.batch_size),
-            keeper,
-        ]
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        with sigterm, _progress_bar(title, steps, config) as bar:
-            _fit_epochs(model, keeper, config, steps, batches_from, callbacks + bar)
+        with sigterm, _callbacks(keeper, dataset, config, work_dir, title, strategy) as callbacks:
+            _fit_epochs(model, keeper, config, steps, batches_from, callbacks, strategy)
+    wait_for_all(strategy)  # The chief may still be writing.
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.state.history
 
@@ -88,6 +94,7 @@ def _fit_epochs(
     steps: int,
     batches_from: Callable[[int, int], tf.data.Dataset],
     callbacks: list[tf.keras.callbacks.Callback],
+    strategy: tf.distribute.Strategy | None,
 ) -> None:
     while _is_unfinished(keeper, config):
         epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
@@ -96,7 +103,7 @@ def _fit_epochs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                batches_from(epoch, steps_done),
+                distributed(strategy, functools.partial(batches_from, epoch, steps_done)),
                 initial_epoch=epoch,
                 epochs=end,
                 steps_per_epoch=steps - steps_done,
@@ -106,13 +113,25 @@ def _fit_epochs(
 
 
 @contextlib.contextmanager
-def _progress_bar(title: str | None, steps: int, config: TrainConfig) -> Iterator[list[ProgressBar]]:
-    """A list with the bar, empty without a title; Keras tells callbacks nothing of an end by an error."""
-    if title is None:
-        yield []
-        return
-    with contextlib.closing(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size)) as bar:
-        yield [bar]
+def _callbacks(
+    keeper: CheckpointAndStop,
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    title: str | None,
+    strategy: tf.distribute.Strategy | None,
+) -> Iterator[list[tf.keras.callbacks.Callback]]:
+    """In the order in which they act; the bar ends with the context, since Keras does not tell callbacks of errors."""
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy)]
+    if is_chief(strategy):
+        callbacks.append(Scalars(work_dir, batch_size=config.batch_size))
+    callbacks.append(keeper)
+    with contextlib.ExitStack() as stack:
+        if title is not None and is_chief(strategy):
+            steps = steps_per_epoch(dataset, config)
+            bar = ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size)
+            callbacks.append(stack.enter_context(contextlib.closing(bar)))
+        yield callbacks
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -160,6 +179,7 @@ def _training_batches(
     teacher_scores: RowValues | None,
     first_epoch: int,
     first_step: int,
+    shard: Shard,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
@@ -168,6 +188,7 @@ def _training_batches(
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
         first_step=first_step,
+        shard=shard,
         max_cache_bytes=config.max_cache_bytes,
     )
     if row_weights is not None:
@@ -186,7 +207,7 @@ def _check_scores(scores: RowValues, dataset: DatasetDir) -> None:
         )
 
 
-def _validation_auc(dataset: DatasetDir) -> ValidationAuc:
+def _validation_auc(dataset: DatasetDir, strategy: tf.distribute.Strategy | None) -> ValidationAuc:
     batches = input_pipeline.batches(dataset, "validation", batch_size=EVALUATION_BATCH_SIZE)
     columns = input_pipeline.read_columns(dataset, "validation", ["label", "sample_weight"])
-    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"])
+    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"], strategy)
