@@ -131,6 +131,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         self._steps = steps_per_epoch
         self._throughput = Throughput(batch_size)
         self._next_update = 0.0
+        self._bar: rich.progress.Progress | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._throughput.begin(self.model)
@@ -170,5 +171,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
             soft_wrap=True,
         )
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._bar.stop()
+    def close(self) -> None:
+        """Ends the bar, also of an epoch that did not reach its end: it hides the terminal's cursor."""
+        if self._bar is not None:
+            self._bar.stop()

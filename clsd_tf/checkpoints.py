@@ -289,8 +289,10 @@ def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
 
     Layers have one if they were made after ``enable_tf_random_generator``, as ``assembly.build_model`` sees to.
     """
-    layers = [layer for layer in model.submodules if hasattr(layer, "_random_generator")]
-    found = [getattr(layer._random_generator, "_generator", None) for layer in layers]
+    layers = [layer for layer in model.submodules if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)]
+    for layer in layers:
+        layer._random_generator._maybe_init()  # Keras waits for the first call, which may be in training only.
+    found = [layer._random_generator._generator for layer in layers]
     return [generator for generator in found if generator is not None]
 
 

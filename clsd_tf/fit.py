@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -61,11 +62,11 @@ def fit(
     with scope(strategy):
         model = build_model(config, dataset.inputs)
     in_turn(strategy, lambda: claim(work_dir, config, dataset))  # Only now, or what cannot run would occupy it.
-    sigterm = Sigterm()
+    steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
     keeper = CheckpointAndStop(
         work_dir,
         config,
-        steps_per_epoch=steps_per_epoch(dataset, config),
+        steps_per_epoch=steps,
         first_counted_step=first_counted_step,
         sigterm=sigterm,
         is_chief=is_chief(strategy),
@@ -73,10 +74,10 @@ def fit(
     with scope(strategy):
         keeper.resume(model)
     if _is_unfinished(keeper, config):
-        scores = teacher_scores()
+        batches_from = functools.partial(_training_batches, dataset, config, row_weights, teacher_scores())
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        with sigterm:
-            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores, strategy)
+        with sigterm, _callbacks(keeper, dataset, config, work_dir, title, strategy) as callbacks:
+            _fit_epochs(model, keeper, config, steps, batches_from, callbacks, strategy)
     wait_for_all(strategy)  # The chief may still be writing.
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.state.history
@@ -89,36 +90,48 @@ def _is_unfinished(keeper: CheckpointAndStop, config: TrainConfig) -> bool:
 def _fit_epochs(
     model: ClsdModel,
     keeper: CheckpointAndStop,
-    dataset: DatasetDir,
     config: TrainConfig,
-    work_dir: WorkDir,
-    title: str | None,
-    row_weights: RowValues | None,
-    teacher_scores: RowValues | None,
+    steps: int,
+    batches_from: Callable[[int, int], tf.data.Dataset],
+    callbacks: list[tf.keras.callbacks.Callback],
     strategy: tf.distribute.Strategy | None,
 ) -> None:
-    steps = steps_per_epoch(dataset, config)
-    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy)]
-    if is_chief(strategy):
-        callbacks.append(Scalars(work_dir, batch_size=config.batch_size))
-    callbacks.append(keeper)
-    if title is not None and is_chief(strategy):
-        callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
         epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
         # All epochs of a Keras fit have the same number of steps: the rest of an interrupted one is a fit of its own.
         end = epoch + 1 if steps_done else config.max_epochs
-        batches = functools.partial(_training_batches, dataset, config, epoch, steps_done, row_weights, teacher_scores)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                distributed(strategy, batches),
+                distributed(strategy, functools.partial(batches_from, epoch, steps_done)),
                 initial_epoch=epoch,
                 epochs=end,
                 steps_per_epoch=steps - steps_done,
                 verbose=0,
                 callbacks=callbacks,
             )
+
+
+@contextlib.contextmanager
+def _callbacks(
+    keeper: CheckpointAndStop,
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    title: str | None,
+    strategy: tf.distribute.Strategy | None,
+) -> Iterator[list[tf.keras.callbacks.Callback]]:
+    """In the order in which they act; the bar ends with the context, since Keras does not tell callbacks of errors."""
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy)]
+    if is_chief(strategy):
+        callbacks.append(Scalars(work_dir, batch_size=config.batch_size))
+    callbacks.append(keeper)
+    with contextlib.ExitStack() as stack:
+        if title is not None and is_chief(strategy):
+            steps = steps_per_epoch(dataset, config)
+            bar = ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size)
+            callbacks.append(stack.enter_context(contextlib.closing(bar)))
+        yield callbacks
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -162,10 +175,10 @@ def _loss_warmup_steps(config: TrainConfig, dataset: DatasetDir) -> int:
 def _training_batches(
     dataset: DatasetDir,
     config: TrainConfig,
-    first_epoch: int,
-    first_step: int,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
+    first_epoch: int,
+    first_step: int,
     shard: Shard,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(

@@ -81,7 +81,7 @@ class Command:
         seen = self.newest()
         while count and time.monotonic() < deadline:
             assert process.is_alive(), self.output.read_text(encoding="utf-8")
-            time.sleep(0.002)
+            time.sleep(0.01)
             if self.newest() > seen:
                 seen, count = self.newest(), count - 1
         assert not count, f"no checkpoint came after that of step {seen}"

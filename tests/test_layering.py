@@ -23,7 +23,7 @@ LEVELS = [
     {"data_report"},
     {"replicas"},
     {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
-    {"backbones", "distribution"},
+    {"backbones", "optimizers", "distribution"},
     {"clsd"},
     {"train_config", "callbacks"},
     {"checkpoints"},

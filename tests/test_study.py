@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
@@ -17,6 +19,7 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, read_json
 from clsd_tf.assembly import load_model, predict, predict_logits
 from clsd_tf.evaluation import evaluate
+from clsd_tf.interruption import EXIT_CODE
 from clsd_tf.small_groups import merge_small_groups
 from clsd_tf.study import (
     BASELINE,
@@ -383,3 +386,41 @@ def test_workers_end_with_a_killed_study():
         assert study.stdout.readline() == "at work\n"
         study.kill()
         study.communicate(timeout=60)  # The pipe stays open as long as the worker lives.
+
+
+_ENDLESS_STUDY = """
+seeds: 3
+data:
+  - name: feed
+    shared: {backbone: lr, batch_size: 1, max_epochs: 100, patience_epochs: null, checkpoint_every_steps: 1000}
+grids:
+  - {title: Endless, data: [feed], methods: [bce]}
+"""
+
+
+@pytest.mark.long
+def test_a_study_passes_sigterm_on_and_each_worker_saves_the_run_it_trains(feed_dataset, tmp_path):
+    (tmp_path / "endless.yaml").write_text(_ENDLESS_STUDY, encoding="utf-8")
+    command = [
+        sys.executable, "-m", "pipelines.study", f"--study={tmp_path / 'endless.yaml'}",
+        f"--study_dir={tmp_path / 'study'}", f"--dataset_dir=feed={feed_dataset.path}",
+    ]  # fmt: skip
+
+    def checkpoints():
+        return [tf.train.latest_checkpoint(str(path.parent)) for path in tmp_path.rglob("checkpoints/checkpoint")]
+
+    def steps():
+        return sorted(int(path.rsplit("-", 1)[1]) for path in checkpoints())
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as study:
+        while len(checkpoints()) < 2:  # Of three runs, two side by side.
+            assert study.poll() is None
+            time.sleep(0.1)
+        before = steps()
+        study.terminate()
+        output, _ = study.communicate(timeout=120)  # The pipe stays open as long as a worker lives.
+        assert study.returncode == EXIT_CODE
+    assert output.splitlines()[-1].endswith("Start the same command again to go on")
+    assert len(steps()) == 2
+    assert all(step > earlier for step, earlier in zip(steps(), before, strict=True))
+    assert any(step % 1000 and step % 3200 for step in steps())  # Saved where SIGTERM found them.

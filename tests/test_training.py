@@ -185,7 +185,7 @@ def test_a_run_killed_before_its_calibration_ends_as_the_others(clsd_run, feed_d
 
 
 def test_a_run_that_a_guard_stops_is_stopped_at_the_same_step_however_often_it_is_started(feed_dataset, tiny, tmp_path):
-    # AdGate starts at correction 0, about .5 away from 1 - teacher_score. Of 25 steps an epoch, the 20th is checked first.
+    # AdGate starts at correction 0, about .5 away from 1 - teacher_score. Of 25 steps an epoch, the 20th is checked.
     config = tiny("backbone=lr", "clsd.guards.max_ad_gate_drift=0.001", "batch_size=128", "checkpoint_every_steps=15")
     work_dir = WorkDir(tmp_path / "run")
     for _ in range(3):  # More often than the run has epochs.
