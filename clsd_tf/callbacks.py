@@ -13,6 +13,7 @@ import tensorflow as tf
 from clsd_tf import metrics
 from clsd_tf.artifacts import WorkDir
 from clsd_tf.console import console
+from clsd_tf.distribution import chiefs_value, is_multi_worker, is_parameter_server
 from clsd_tf.throughput import Throughput
 
 _SCALARS_EVERY_STEPS = 100
@@ -31,7 +32,7 @@ class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor] | None = None) -> None:
         loss = float(logs["loss"])
         if not math.isfinite(loss):
-            step = int(self.model.optimizer.iterations)
+            step = int(self.model.optimizer.iterations.numpy())
             raise TrainingDivergedError(
                 f"the loss must be finite. Received: loss={loss} at step {step}. "
                 "Lower learning_rate, or look at the inputs of this step for extreme values"
@@ -45,18 +46,32 @@ class ValidationAuc(tf.keras.callbacks.Callback):
       batches: (features, labels, sample_weight), in a fixed order.
       labels: their labels, [num_rows].
       sample_weight: their weights, [num_rows].
+      strategy: of several workers, each predicts all rows, and the chief's values are those of all.
     """
 
-    def __init__(self, batches: tf.data.Dataset, labels: np.ndarray, sample_weight: np.ndarray):
+    def __init__(
+        self,
+        batches: tf.data.Dataset,
+        labels: np.ndarray,
+        sample_weight: np.ndarray,
+        strategy: tf.distribute.Strategy | None = None,
+    ):
         super().__init__()
+        self._strategy = strategy
         self._batches = batches
         self._labels = labels
         self._sample_weight = sample_weight
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        pctr = self.model.predict(self._batches, verbose=0)
-        logs["val_auc"] = metrics.auc(self._labels, pctr, self._sample_weight)
-        logs["val_log_loss"] = metrics.log_loss(self._labels, pctr, self._sample_weight)
+        pctr = self._predict()
+        for name, metric in (("val_auc", metrics.auc), ("val_log_loss", metrics.log_loss)):
+            logs[name] = chiefs_value(self._strategy, metric(self._labels, pctr, self._sample_weight))
+
+    def _predict(self) -> np.ndarray:
+        if not (is_multi_worker(self._strategy) or is_parameter_server(self._strategy)):
+            return self.model.predict(self._batches, verbose=0)
+        pctr = tf.function(self.model, reduce_retracing=True)  # Keras would divide the rows among workers.
+        return np.concatenate([pctr(features).numpy() for features, _, _ in self._batches])
 
 
 class Scalars(tf.keras.callbacks.Callback):
@@ -80,11 +95,11 @@ class Scalars(tf.keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._throughput.begin(self.model)
-        self._hundreds = int(self.model.optimizer.iterations) // _SCALARS_EVERY_STEPS
+        self._hundreds = int(self.model.optimizer.iterations.numpy()) // _SCALARS_EVERY_STEPS
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._throughput.step()
-        hundreds = int(self.model.optimizer.iterations) // _SCALARS_EVERY_STEPS
+        hundreds = int(self.model.optimizer.iterations.numpy()) // _SCALARS_EVERY_STEPS
         if hundreds > self._hundreds:
             self._hundreds = hundreds
             self._write(logs)
@@ -93,7 +108,7 @@ class Scalars(tf.keras.callbacks.Callback):
         self._write(logs)
 
     def _write(self, logs: dict[str, Any]) -> None:
-        with self._writer.as_default(step=int(self.model.optimizer.iterations)):
+        with self._writer.as_default(step=int(self.model.optimizer.iterations.numpy())):
             for name, value in {**logs, **self._throughput.read()}.items():
                 tf.summary.scalar(name, value)
         self._writer.flush()
@@ -116,6 +131,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         self._steps = steps_per_epoch
         self._throughput = Throughput(batch_size)
         self._next_update = 0.0
+        self._bar: rich.progress.Progress | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._throughput.begin(self.model)
@@ -127,7 +143,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
             disable=not console.is_terminal,
         )
         self._bar.start()
-        done = int(self.model.optimizer.iterations) % self._steps
+        done = int(self.model.optimizer.iterations.numpy()) % self._steps
         self._task = self._bar.add_task(
             f"{self._title} epoch {epoch + 1}", total=self._steps, completed=done, loss=0.0, throughput=""
         )
@@ -137,7 +153,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         if not console.is_terminal or time.monotonic() < self._next_update:
             return
         self._next_update = time.monotonic() + _BAR_UPDATE_SECONDS
-        done = (int(self.model.optimizer.iterations) - 1) % self._steps + 1
+        done = (int(self.model.optimizer.iterations.numpy()) - 1) % self._steps + 1
         self._bar.update(self._task, completed=done, loss=float(logs["loss"]), throughput=self._described())
 
     def _described(self) -> str:
@@ -155,5 +171,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
             soft_wrap=True,
         )
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._bar.stop()
+    def close(self) -> None:
+        """Ends the bar, also of an epoch that did not reach its end: it hides the terminal's cursor."""
+        if self._bar is not None:
+            self._bar.stop()

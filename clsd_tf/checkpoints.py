@@ -48,6 +48,7 @@ class Checkpoints:
         self._directory = directory
         self._is_chief = is_chief
         self._checkpoint = tf.train.Checkpoint(**state)
+        self._checkpoint.save_counter.read_value()  # Made now, by all workers: the chief's save would wait for them.
         try:
             self._manager = tf.train.CheckpointManager(
                 self._checkpoint, str(directory), max_to_keep=to_keep, checkpoint_name=_PREFIX
@@ -211,18 +212,19 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         self._saved_at = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._steps_before_epoch = int(self.model.optimizer.iterations) - self.state.steps_done
+        self._steps_before_epoch = int(self.model.optimizer.iterations.numpy()) - self.state.steps_done
         # Keras has just reset the metrics.
         for variable, value in self._interrupted_epoch:
             variable.assign(value)
         self._interrupted_epoch = []
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        step = int(self.model.optimizer.iterations)
+        step = int(self.model.optimizer.iterations.numpy())
         self.state.steps_done = step - self._steps_before_epoch
+        save, stop = self.model.requests.granted(self._is_due(step), self._sigterm.received)
         # The end of the epoch saves by itself.
-        if self.state.steps_done < self._steps_per_epoch and (self._sigterm.received or self._is_due(step)):
-            self._save(step)
+        if self.state.steps_done < self._steps_per_epoch and (save or stop):
+            self._save(step, stop)
 
     def _is_due(self, step: int) -> bool:
         every_steps, every_minutes = self._config.checkpoint_every_steps, self._config.checkpoint_every_minutes
@@ -231,23 +233,24 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         return every_minutes is not None and time.monotonic() - self._saved_at >= 60 * every_minutes
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        step = int(self.model.optimizer.iterations)
+        step = int(self.model.optimizer.iterations.numpy())
         competes = step > self._first_counted_step
         if competes:
             self._compete(logs["val_auc"])
         numbers = {name: _json_number(value) for name, value in logs.items()}
         self.state.history.append({"epoch": epoch, "competes": competes, **numbers})
         self.state.epoch, self.state.steps_done = epoch + 1, 0
-        self._save(step)
+        # Several processes cannot agree here: in the next epoch's first step.
+        self._save(step, self._sigterm.received and not self.model.requests.are_shared)
         if self.is_exhausted:
             self.model.stop_training = True
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, stop: bool) -> None:
         self._checkpoints.save(step)
         self._saved_at = time.monotonic()
         if not self.state.steps_done:
             self._write_history()
-        if self._sigterm.received:
+        if stop:
             raise TrainingInterruptedError(
                 f"stopped by SIGTERM and saved: epoch {self.state.epoch + 1}, {self.state.steps_done:,} of "
                 f"{self._steps_per_epoch:,} steps done, in {self._work_dir.path}. Start the same command again to go on"
@@ -286,8 +289,10 @@ def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
 
     Layers have one if they were made after ``enable_tf_random_generator``, as ``assembly.build_model`` sees to.
     """
-    layers = [layer for layer in model.submodules if hasattr(layer, "_random_generator")]
-    found = [getattr(layer._random_generator, "_generator", None) for layer in layers]
+    layers = [layer for layer in model.submodules if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)]
+    for layer in layers:
+        layer._random_generator._maybe_init()  # Keras waits for the first call, which may be in training only.
+    found = [layer._random_generator._generator for layer in layers]
     return [generator for generator in found if generator is not None]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,7 +16,8 @@ from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import ProgressBar, Scalars, StopOnNonFiniteLoss, ValidationAuc
 from clsd_tf.checkpoints import CheckpointAndStop, best_weights
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
-from clsd_tf.input_pipeline import RowValues
+from clsd_tf.distribution import distributed, in_turn, is_chief, scope, wait_for_all
+from clsd_tf.input_pipeline import RowValues, Shard
 from clsd_tf.interruption import Sigterm
 from clsd_tf.lineage import TrainedOn, lineage
 from clsd_tf.train_config import TrainConfig
@@ -30,6 +33,7 @@ def fit(
     init_from: WorkDir | None = None,
     row_weights: RowValues | None = None,
     teacher_scores: Callable[[], RowValues | None] = lambda: None,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
     """Fits a model, or goes on with the fit that ``work_dir`` holds, from the batch behind its newest checkpoint.
 
@@ -45,6 +49,8 @@ def fit(
       row_weights: weight per training row, multiplied with its sample weight.
       teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
         Called once everything else is known to be in order: a teacher may train for hours.
+      strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share;
+        only the chief writes to it.
 
     Returns:
       The model with its best weights, and the history: one dict per epoch.
@@ -57,26 +63,31 @@ def fit(
       TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
       ValueError: loss warm-up would never end.
     """
-    model = build_model(config, dataset.inputs)
+    with scope(strategy):
+        model = build_model(config, dataset.inputs)
     if not work_dir.has_checkpoint:
         if init_from is not None:
             warm_start(model, config, dataset, init_from)
         _require_loss_warmup_to_end(config, dataset, first_step=int(model.optimizer.iterations))
-    claim(work_dir, config, dataset, init_from)  # Only now: a config that cannot run must not occupy the directory.
-    sigterm = Sigterm()
+    # Only now, or what cannot run would occupy it.
+    in_turn(strategy, lambda: claim(work_dir, config, dataset, init_from))
+    steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
     keeper = CheckpointAndStop(
         work_dir,
         config,
-        steps_per_epoch=steps_per_epoch(dataset, config),
+        steps_per_epoch=steps,
         first_counted_step=_loss_warmup_steps(config),
         sigterm=sigterm,
+        is_chief=is_chief(strategy),
     )
-    keeper.resume(model)
+    with scope(strategy):
+        keeper.resume(model)
     if _is_unfinished(keeper, config):
-        scores = teacher_scores()
+        batches_from = functools.partial(_training_batches, dataset, config, row_weights, teacher_scores())
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
-        with sigterm:
-            _fit_epochs(model, keeper, dataset, config, work_dir, title, row_weights, scores)
+        with sigterm, _callbacks(keeper, dataset, config, work_dir, title, strategy) as callbacks:
+            _fit_epochs(model, keeper, config, steps, batches_from, callbacks, strategy)
+    wait_for_all(strategy)  # The chief may still be writing.
     best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
     return model, keeper.state.history
 
@@ -88,22 +99,12 @@ def _is_unfinished(keeper: CheckpointAndStop, config: TrainConfig) -> bool:
 def _fit_epochs(
     model: ClsdModel,
     keeper: CheckpointAndStop,
-    dataset: DatasetDir,
     config: TrainConfig,
-    work_dir: WorkDir,
-    title: str | None,
-    row_weights: RowValues | None,
-    teacher_scores: RowValues | None,
+    steps: int,
+    batches_from: Callable[[int, int], tf.data.Dataset],
+    callbacks: list[tf.keras.callbacks.Callback],
+    strategy: tf.distribute.Strategy | None,
 ) -> None:
-    steps = steps_per_epoch(dataset, config)
-    callbacks = [
-        StopOnNonFiniteLoss(),
-        _validation_auc(dataset),
-        Scalars(work_dir, batch_size=config.batch_size),
-        keeper,
-    ]
-    if title is not None:
-        callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
     while _is_unfinished(keeper, config):
         epoch, steps_done = keeper.state.epoch, keeper.state.steps_done
         # All epochs of a Keras fit have the same number of steps: the rest of an interrupted one is a fit of its own.
@@ -111,13 +112,35 @@ def _fit_epochs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OverconfidentTeacherWarning)  # Commands say it once, before all runs.
             model.fit(
-                _training_batches(dataset, config, epoch, steps_done, row_weights, teacher_scores),
+                distributed(strategy, functools.partial(batches_from, epoch, steps_done)),
                 initial_epoch=epoch,
                 epochs=end,
                 steps_per_epoch=steps - steps_done,
                 verbose=0,
                 callbacks=callbacks,
             )
+
+
+@contextlib.contextmanager
+def _callbacks(
+    keeper: CheckpointAndStop,
+    dataset: DatasetDir,
+    config: TrainConfig,
+    work_dir: WorkDir,
+    title: str | None,
+    strategy: tf.distribute.Strategy | None,
+) -> Iterator[list[tf.keras.callbacks.Callback]]:
+    """In the order in which they act; the bar ends with the context, since Keras does not tell callbacks of errors."""
+    callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset, strategy)]
+    if is_chief(strategy):
+        callbacks.append(Scalars(work_dir, batch_size=config.batch_size))
+    callbacks.append(keeper)
+    with contextlib.ExitStack() as stack:
+        if title is not None and is_chief(strategy):
+            steps = steps_per_epoch(dataset, config)
+            bar = ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size)
+            callbacks.append(stack.enter_context(contextlib.closing(bar)))
+        yield callbacks
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -174,10 +197,11 @@ def _require_loss_warmup_to_end(config: TrainConfig, dataset: DatasetDir, first_
 def _training_batches(
     dataset: DatasetDir,
     config: TrainConfig,
-    first_epoch: int,
-    first_step: int,
     row_weights: RowValues | None,
     teacher_scores: RowValues | None,
+    first_epoch: int,
+    first_step: int,
+    shard: Shard,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
@@ -186,6 +210,7 @@ def _training_batches(
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
         first_step=first_step,
+        shard=shard,
         max_cache_bytes=config.max_cache_bytes,
     )
     if row_weights is not None:
@@ -204,7 +229,7 @@ def _check_scores(scores: RowValues, dataset: DatasetDir) -> None:
         )
 
 
-def _validation_auc(dataset: DatasetDir) -> ValidationAuc:
+def _validation_auc(dataset: DatasetDir, strategy: tf.distribute.Strategy | None) -> ValidationAuc:
     batches = input_pipeline.batches(dataset, "validation", batch_size=EVALUATION_BATCH_SIZE)
     columns = input_pipeline.read_columns(dataset, "validation", ["label", "sample_weight"])
-    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"])
+    return ValidationAuc(batches.cache(), columns["label"], columns["sample_weight"], strategy)

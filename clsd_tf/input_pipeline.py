@@ -30,18 +30,19 @@ class Shard:
     """Which part of each batch a worker parses: rows [index * n // count, (index + 1) * n // count) of n.
 
     Attributes:
-      index: of the worker, in [0, count).
+      index: of the worker, in [0, count); an int64 tensor where one graph serves all workers.
       count: of the workers.
 
     Raises:
       ValueError: the index is out of range.
     """
 
-    index: int
+    index: int | tf.Tensor
     count: int
 
     def __post_init__(self):
-        if not 0 <= self.index < self.count:
+        # A parameter server's worker learns its index when the pipeline runs.
+        if not tf.is_tensor(self.index) and not 0 <= self.index < self.count:
             raise ValueError(
                 f"a shard's index must be in [0, count). Received: index={self.index}, count={self.count}. "
                 "A single worker is Shard(0, 1)"
@@ -171,7 +172,8 @@ def _files(dataset: DatasetDir, split: str) -> _Source:
 
 def _memory(dataset: DatasetDir, split: str) -> _Source:
     """The same rows, parsed once: small models spent most of their time parsing the same rows in each epoch."""
-    files = _files(dataset, split)
+    with tf.init_scope():
+        files = _files(dataset, split)
 
     def blocks(file: tf.Tensor, path: tf.Tensor) -> tf.data.Dataset:
         return files.handles(path).batch(4 * _BLOCK_ROWS).map(lambda rows: (tf.fill(tf.shape(rows), file), rows))
@@ -179,10 +181,11 @@ def _memory(dataset: DatasetDir, split: str) -> _Source:
     def packed_block(file: tf.Tensor, rows: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"file": file, **record_tensors(files.records(rows), dataset.inputs, "packed")}
 
-    in_order = tf.data.Dataset.from_tensor_slices(files.parts).enumerate().flat_map(blocks)
-    found = _concatenated(in_order.map(packed_block, **_PARALLEL))
+    with tf.init_scope():  # Read now, also where the pipeline is part of a graph that is sent to workers.
+        in_order = tf.data.Dataset.from_tensor_slices(files.parts).enumerate().flat_map(blocks)
+        found = _concatenated(in_order.map(packed_block, **_PARALLEL))
+        packed = {name: tf.constant(found[name]) for name in ("ids", "numbers")}
     ends = np.cumsum(np.bincount(found["file"], minlength=len(files.parts)))
-    packed = {name: tf.constant(found[name]) for name in ("ids", "numbers")}
     return _Source(
         tf.constant(np.stack([np.append(0, ends[:-1]), ends], axis=1), tf.int64),
         lambda bounds: tf.data.Dataset.range(bounds[0], bounds[1]),

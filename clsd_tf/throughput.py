@@ -57,7 +57,7 @@ class Throughput:
         """Begins an epoch of ``model``."""
         self._model = model
         self._first_step, self._first_wait = self._steps_and_wait()
-        self._start = self._end = time.monotonic()
+        self._start, self._end = time.monotonic(), None
 
     def step(self) -> None:
         """A step has ended."""
@@ -66,11 +66,12 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """``examples_per_second``, and ``input_wait_share`` of the time, in [0, 1], where the model measures it."""
         step, wait = self._steps_and_wait()
-        seconds = max(self._end - self._start, 1e-9)
+        # A parameter server's chief does not see steps end.
+        seconds = max((self._end or time.monotonic()) - self._start, 1e-9)
         found = {"examples_per_second": (step - self._first_step) * self._batch_size / seconds}
         if wait is not None:
             found["input_wait_share"] = min((wait - self._first_wait) / seconds, 1.0)
         return found
 
     def _steps_and_wait(self) -> tuple[int, float | None]:
-        return int(self._model.optimizer.iterations), getattr(self._model, "input_wait_seconds", None)
+        return int(self._model.optimizer.iterations.numpy()), getattr(self._model, "input_wait_seconds", None)

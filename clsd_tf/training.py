@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from clsd_tf import input_pipeline
 from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
 from clsd_tf.assembly import predict_logits
-from clsd_tf.calibration import fit_calibration
+from clsd_tf.calibration import Calibration, fit_calibration
 from clsd_tf.clsd import ClsdModel
+from clsd_tf.distribution import explaining_lost_workers, in_turn, is_chief, wait_for_all
 from clsd_tf.fit import claim, fit
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.model_inputs import GroupInput
@@ -25,6 +28,7 @@ def train(
     *,
     title: str | None = "train",
     init_from: WorkDir | None = None,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> list[dict[str, Any]]:
     """Runs or resumes a training run; a finished one is left as it is.
 
@@ -35,6 +39,7 @@ def train(
         ``_SUCCESS``.
       title: what progress lines call the run; None for no progress lines.
       init_from: a finished run to go on from, see ``warm_start``; None to begin anew.
+      strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share.
 
     Returns:
       The history: one dict per epoch.
@@ -44,8 +49,10 @@ def train(
       TrainingDivergedError: the loss is not finite.
       ConfidenceGuardError: confidence collapsed.
       ValueError: the config does not fit the dataset.
+      WorkerLostError: another process of the cluster is gone.
     """
-    with work_dir.exclusive():
+    own = work_dir.exclusive() if is_chief(strategy) else contextlib.nullcontext()
+    with own, explaining_lost_workers(strategy):
         if work_dir.is_complete:
             claim(work_dir, config, dataset, init_from)
             return read_json(work_dir.history)
@@ -57,11 +64,17 @@ def train(
             title=title,
             init_from=init_from,
             row_weights=_intense_clicks_only(dataset) if config.clicks == "intense" else None,
-            teacher_scores=lambda: teacher_scores(dataset, config, title),
+            # Of several workers, the chief alone trains a teacher; the others wait, and read its scores.
+            teacher_scores=lambda: in_turn(strategy, lambda: teacher_scores(dataset, config, title)),
+            strategy=strategy,
         )
         if config.calibration.method != "none":
-            _calibrate(model, dataset, config, work_dir, group)
-        work_dir.mark_complete()
+            calibration = _calibrated(model, dataset, config, group)
+            if is_chief(strategy):
+                write_json(work_dir.calibration, calibration.to_dict())
+        if is_chief(strategy):
+            work_dir.mark_complete()
+        wait_for_all(strategy)  # A worker that left early would look like one that was lost.
         return history
 
 
@@ -84,12 +97,10 @@ def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput |
     return groups.get(config.calibration.user_group)
 
 
-def _calibrate(
-    model: ClsdModel, dataset: DatasetDir, config: TrainConfig, work_dir: WorkDir, group: GroupInput | None
-) -> None:
+def _calibrated(model: ClsdModel, dataset: DatasetDir, config: TrainConfig, group: GroupInput | None) -> Calibration:
     names = ["label", "sample_weight", *([group.name] if group else [])]
     columns = input_pipeline.read_columns(dataset, "validation", names)
-    calibration = fit_calibration(
+    return fit_calibration(
         config.calibration,
         predict_logits(model, dataset, "validation"),
         columns["label"],
@@ -97,4 +108,3 @@ def _calibrate(
         columns[group.name] if group else None,
         group,
     )
-    write_json(work_dir.calibration, calibration.to_dict())

@@ -16,7 +16,8 @@ from clsd_tf.lineage import TrainedOn
 from clsd_tf.train_config import TrainConfig, parse_config
 
 # A change of these gives weights or slots another meaning, even where their shapes stay the same.
-_SETTINGS = ("backbone", "backbone_arguments", "embedding_dim", "hidden_units")
+_SETTINGS = ("backbone", "backbone_arguments", "embedding_dim", "unified_buckets", "hidden_units")
+_OPTIMIZERS = ("embeddings", "dense")
 _CLSD_SETTINGS = ("teacher", "normaliser_momentum")
 _AD_GATE_SETTINGS = ("features", "objective", "embedding_dim", "hidden_units")
 
@@ -72,6 +73,7 @@ def _architecture(config: TrainConfig) -> dict[str, Any]:
     """Setting -> value, of those that must stay."""
     content, clsd = config.to_dict(), config.effective_clsd
     found = {name: content[name] for name in _SETTINGS}
+    found |= {f"optimizer.{name}.kind": content["optimizer"][name]["kind"] for name in _OPTIMIZERS}
     found["method"] = config.method
     if config.method == "clsd":
         found |= {f"clsd.{name}": content["clsd"][name] for name in _CLSD_SETTINGS}

@@ -19,6 +19,7 @@ from absl import flags
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import make_deterministic
+from clsd_tf.distribution import STRATEGIES, create_strategy, is_chief, is_server, serve
 from clsd_tf.train_config import load_config, teacher_warning
 from clsd_tf.training import train
 
@@ -27,6 +28,15 @@ _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, ev
 _INIT_FROM = flags.DEFINE_string("init_from", None, "Work directory of a finished run to go on from, say yesterday's.")
 _CONFIG = flags.DEFINE_string("config", None, "YAML file with settings; the rest keeps its default.")
 _SET = flags.DEFINE_multi_string("set", [], "key=value, applied on top of --config; may be repeated.")
+_STRATEGY = flags.DEFINE_enum(
+    "strategy",
+    "none",
+    STRATEGIES,
+    "How training is spread. none: one process. mirrored: all GPUs of this machine. multi_worker: start this command "
+    "once per machine, with the same --work_dir on a disk that they share and TF_CONFIG in the environment; all in "
+    "lockstep, batch_size rows per step in all, the same result as one process. parameter_server: likewise, also for "
+    "the tasks ps and worker; asynchronous, for machines that come and go.",
+)
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config and stop.")
 
 
@@ -43,8 +53,14 @@ def main(argv) -> None:
     console.warn(teacher_warning(config))
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
+    if is_server(_STRATEGY.value):
+        serve(_STRATEGY.value, is_over=lambda: work_dir.is_complete)
+        return
+    strategy = create_strategy(_STRATEGY.value)
     init_from = WorkDir(_INIT_FROM.value) if _INIT_FROM.value else None
-    history = train(DatasetDir(_DATASET_DIR.value), config, work_dir, init_from=init_from)
+    history = train(DatasetDir(_DATASET_DIR.value), config, work_dir, init_from=init_from, strategy=strategy)
+    if not is_chief(strategy):
+        return
     kept = history[-1]
     if config.patience_epochs is not None:
         kept = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])

@@ -152,6 +152,17 @@ def test_a_worker_that_is_not_the_chief_reads_checkpoints_and_leaves_none(writte
 # Random layers.
 
 
+class DropoutInTraining(tf.keras.layers.Layer):
+    """Calls its dropout in training only, so that building a model does not."""
+
+    def __init__(self):
+        super().__init__()
+        self._dropout = tf.keras.layers.Dropout(0.3)
+
+    def call(self, values, training=False):
+        return self._dropout(values, training=True) if training else values
+
+
 @pytest.fixture
 def noisy_backbone():
     """A user's own functional model with all kinds of random layers, two of which share one dropout."""
@@ -165,6 +176,7 @@ def noisy_backbone():
         hidden = tf.keras.layers.Dense(6)(tf.keras.layers.Concatenate()(numbers))
         shared = tf.keras.layers.Dropout(0.4)
         hidden = tf.keras.layers.GaussianNoise(0.3)(shared(tf.keras.layers.Dense(6)(shared(hidden))))
+        hidden = DropoutInTraining()(hidden)
         hidden = tf.keras.Sequential([tf.keras.layers.GaussianDropout(0.2), tf.keras.layers.AlphaDropout(0.2)])(hidden)
         return tf.keras.Model(features, tf.keras.layers.Dense(1)(hidden))
 
@@ -181,7 +193,7 @@ def test_random_layers_of_a_users_backbone_go_on_where_they_were(feed_dataset, t
     def model_and_checkpoints():
         model = build_model(config, feed_dataset.inputs)
         generators = random_generators(model)
-        assert len(generators) == 4
+        assert len(generators) == 5
         return model, Checkpoints(tmp_path, to_keep=1, model=model, random_generators=generators)
 
     model, checkpoints = model_and_checkpoints()

@@ -210,25 +210,29 @@ def test_no_gradient_flows_through_confidence(form):
 # Means over clicks.
 
 
+def mean_of(means, name, values, click_weight):
+    return float(means({name: values}, click_weight)[name])
+
+
 def test_momentum_of_0_gives_the_mean_of_the_batch():
     means = ClickMeans(0.0)
-    assert float(means("score", TEACHER, CLICK_WEIGHT)) == pytest.approx(0.2)
-    assert float(means("score", tf.constant([0.6]), tf.constant([2.0]))) == pytest.approx(0.6)
-    assert float(means("score", tf.constant([0.6]), tf.constant([0.0]))) == 1.0
+    assert mean_of(means, "score", TEACHER, CLICK_WEIGHT) == pytest.approx(0.2)
+    assert mean_of(means, "score", tf.constant([0.6]), tf.constant([2.0])) == pytest.approx(0.6)
+    assert mean_of(means, "score", tf.constant([0.6]), tf.constant([0.0])) == 1.0
     assert not means.variables
 
 
 def test_momentum_decays_sums_of_earlier_batches_by_hand():
     means = ClickMeans(0.5)
-    assert float(means("score", tf.constant([0.7]), tf.constant([0.0]))) == 1.0  # No click so far.
-    assert float(means("score", tf.constant([0.2, 0.4]), tf.ones([2]))) == pytest.approx(0.6 / 2)
+    assert mean_of(means, "score", tf.constant([0.7]), tf.constant([0.0])) == 1.0  # No click so far.
+    assert mean_of(means, "score", tf.constant([0.2, 0.4]), tf.ones([2])) == pytest.approx(0.6 / 2)
     # Half of (.6, 2), and (2 * .8, 2) on top.
-    assert float(means("score", tf.constant([0.8, 0.1]), tf.constant([2.0, 0.0]))) == pytest.approx(1.9 / 3)
+    assert mean_of(means, "score", tf.constant([0.8, 0.1]), tf.constant([2.0, 0.0])) == pytest.approx(1.9 / 3)
     # A batch without clicks leaves the mean, and decays its weight: (.95, 1.5).
-    assert float(means("score", tf.constant([0.9]), tf.zeros([1]))) == pytest.approx(1.9 / 3)
-    assert float(means("score", tf.constant([0.1]), tf.ones([1]))) == pytest.approx((0.475 + 0.1) / 1.75)
+    assert mean_of(means, "score", tf.constant([0.9]), tf.zeros([1])) == pytest.approx(1.9 / 3)
+    assert mean_of(means, "score", tf.constant([0.1]), tf.ones([1])) == pytest.approx((0.475 + 0.1) / 1.75)
     # Each name is a mean of its own.
-    assert float(means("local", tf.constant([2.0]), tf.ones([1]))) == pytest.approx(2.0)
+    assert mean_of(means, "local", tf.constant([2.0]), tf.ones([1])) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("traced", [False, True])

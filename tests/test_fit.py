@@ -1,10 +1,13 @@
 """The fit loop: what it leaves, its resume, the weights it keeps, and what it refuses."""
 
+import io
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import rich.console
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -141,6 +144,16 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(feed_dataset
     with pytest.raises(TrainingDivergedError, match=r"the loss must be finite. Received: loss=(nan|inf) at step 5\."):
         fit(feed_dataset, config, work_dir, title=None, row_weights=RowValues(train_ids, weights))
     assert not list(work_dir.checkpoints.glob("*.index"))
+
+
+def test_a_fit_that_fails_gives_the_cursor_back_to_the_terminal(feed_dataset, tiny, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    console = rich.console.Console(file=terminal, force_terminal=True, force_interactive=True)
+    monkeypatch.setattr(callbacks, "console", console)
+    with pytest.raises(TrainingDivergedError):
+        fit(feed_dataset, tiny("method=bce", "backbone=lr", "learning_rate=1e38"), WorkDir(tmp_path), title="my run")
+    assert "my run epoch 1" in terminal.getvalue()
+    assert re.findall(r"\x1b\[\?25[lh]", terminal.getvalue()) == ["\x1b[?25l", "\x1b[?25h"]  # Hidden, shown.
 
 
 def test_a_training_row_without_a_teacher_score_is_refused(feed_dataset, tiny, train_ids, tmp_path):

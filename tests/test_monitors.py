@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel, OverconfidentTeacherWarning
-from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share
+from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share, power_sums, signed_maxima
 from clsd_tf.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
@@ -57,14 +57,14 @@ def test_range_looks_at_rows_of_positive_weight_only():
     metric = Range("confidence")
     nothing = {"min_confidence": np.inf, "max_confidence": -np.inf}
     assert floats(metric.result()) == nothing
-    metric.update_state(tf.constant([1.0, 3.0, 99.0]), tf.constant([1.0, 0.5, 0.0]))
-    metric.update_state(tf.constant([-2.0, -99.0]), tf.constant([1.0, 0.0]))
+    metric.update_state([signed_maxima(tf.constant([1.0, 3.0, 99.0]), tf.constant([1.0, 0.5, 0.0]))])
+    metric.update_state([signed_maxima(tf.constant([-2.0, -99.0]), tf.constant([1.0, 0.0]))])
     assert floats(metric.result()) == {"min_confidence": -2.0, "max_confidence": 3.0}
-    metric.update_state(tf.constant([50.0]), tf.constant([0.0]))  # A batch without clicks.
+    metric.update_state([signed_maxima(tf.constant([50.0]), tf.constant([0.0]))])  # A batch without clicks.
     assert floats(metric.result()) == {"min_confidence": -2.0, "max_confidence": 3.0}
     metric.reset_state()
     assert floats(metric.result()) == nothing
-    metric.update_state(tf.constant([0.5]), tf.constant([1.0]))
+    metric.update_state([signed_maxima(tf.constant([0.5]), tf.constant([1.0]))])
     assert floats(metric.result()) == {"min_confidence": 0.5, "max_confidence": 0.5}
 
 
@@ -80,7 +80,7 @@ def test_range_looks_at_rows_of_positive_weight_only():
     ],
 )
 def test_effective_click_share_by_hand(confidence, click_weight, expected):
-    received = effective_click_share(tf.constant(confidence), tf.constant(click_weight))
+    received = effective_click_share(*power_sums(tf.constant(confidence), tf.constant(click_weight)))
     assert float(received) == pytest.approx(expected)
 
 
@@ -88,9 +88,9 @@ def test_effective_click_share_by_hand(confidence, click_weight, expected):
 @given(st.lists(st.floats(0.05, 3.0), min_size=1, max_size=20), st.floats(0.1, 10.0))
 def test_effective_click_share_lies_between_1_of_n_and_1_whatever_the_scale(confidence, scale):
     values, weights = tf.constant(confidence), tf.ones([len(confidence)])
-    share = float(effective_click_share(values, weights))
+    share = float(effective_click_share(*power_sums(values, weights)))
     assert 1 / len(confidence) - 1e-6 <= share <= 1 + 1e-6
-    assert float(effective_click_share(scale * values, weights)) == pytest.approx(share, rel=1e-4)
+    assert float(effective_click_share(*power_sums(scale * values, weights))) == pytest.approx(share, rel=1e-4)
 
 
 # What reaches the history.

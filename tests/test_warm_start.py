@@ -172,6 +172,8 @@ def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_da
         ("backbone=dnn", "backbone. Received: 'dnn'. Allowed: 'deepfm'"),
         ("embedding_dim=5", "embedding_dim. Received: 5. Allowed: 4"),
         ("hidden_units=[9]", r"hidden_units. Received: \[9\]. Allowed: \[8\]"),
+        ("unified_buckets=50", "unified_buckets. Received: 50. Allowed: None"),
+        ("optimizer.embeddings.kind=adagrad", "kind. Received: 'adagrad'. Allowed: 'lazy_adam'"),
         ("method=bce", "method. Received: 'bce'. Allowed: 'clsd'"),
         ("clsd.mu=0", "clsd.mu > 0. Received: False. Allowed: True"),
         ("clsd.ad_gate.features=[age_group]", r"clsd.ad_gate.features. Received: \['age_group'\]"),

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from clsd_tf.backbones.base import mlp
 from clsd_tf.clsd.config import AdGateConfig
+from clsd_tf.losses import weighted_mean
 from clsd_tf.model_inputs import GroupInput, ModelInputs
 
 
@@ -73,12 +74,17 @@ class AdGate(tf.keras.layers.Layer):
         return correction
 
     def loss(
-        self, correction: tf.Tensor, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor
+        self,
+        correction: tf.Tensor,
+        teacher_score: tf.Tensor,
+        bce: tf.Tensor,
+        click_weight: tf.Tensor,
+        total_click_weight: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """The loss of the configured objective, a scalar; arguments as in the functions below."""
         if self.config.objective == "literal":
-            return literal_loss(correction, teacher_score, bce, click_weight)
-        return residual_loss(correction, teacher_score, click_weight)
+            return literal_loss(correction, teacher_score, bce, click_weight, total_click_weight)
+        return residual_loss(correction, teacher_score, click_weight, total_click_weight)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "inputs": self._inputs.to_dict(), "config": self.config.model_dump(mode="json")}
@@ -109,7 +115,12 @@ def _checked_features(inputs: ModelInputs, features: tuple[str, ...] | None) -> 
     return features or groups
 
 
-def residual_loss(correction: tf.Tensor, teacher_score: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
+def residual_loss(
+    correction: tf.Tensor,
+    teacher_score: tf.Tensor,
+    click_weight: tf.Tensor,
+    total_click_weight: tf.Tensor | None = None,
+) -> tf.Tensor:
     """mean over clicks of (1 - teacher_score - correction)^2; no gradient reaches the teacher.
 
     Its minimum is correction = 1 - E[teacher_score | click, features]: the typical confidence of the group, a convex
@@ -119,15 +130,22 @@ def residual_loss(correction: tf.Tensor, teacher_score: tf.Tensor, click_weight:
       correction: AdGate's output, [batch].
       teacher_score: [batch], in [0, 1].
       click_weight: labels * sample_weight, [batch].
+      total_click_weight: as ``total_weight`` of ``weighted_mean``.
 
     Returns:
       Scalar; 0 in a batch without clicks.
     """
     error = tf.square(1.0 - tf.stop_gradient(teacher_score) - correction)
-    return tf.math.divide_no_nan(tf.reduce_sum(click_weight * error), tf.reduce_sum(click_weight))
+    return weighted_mean(error, click_weight, total_click_weight)
 
 
-def literal_loss(correction: tf.Tensor, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
+def literal_loss(
+    correction: tf.Tensor,
+    teacher_score: tf.Tensor,
+    bce: tf.Tensor,
+    click_weight: tf.Tensor,
+    total_click_weight: tf.Tensor | None = None,
+) -> tf.Tensor:
     """mean over clicks of (teacher_score + correction) * bce: what the gate would see of the loss that it weights.
 
     Its gradient on every correction is positive, so nothing but a bound stops it.
@@ -137,9 +155,10 @@ def literal_loss(correction: tf.Tensor, teacher_score: tf.Tensor, bce: tf.Tensor
       teacher_score: [batch], in [0, 1].
       bce: cross-entropy of each row, [batch].
       click_weight: labels * sample_weight, [batch].
+      total_click_weight: as ``total_weight`` of ``weighted_mean``.
 
     Returns:
       Scalar; 0 in a batch without clicks.
     """
     weighted = (tf.stop_gradient(teacher_score) + correction) * tf.stop_gradient(bce)
-    return tf.math.divide_no_nan(tf.reduce_sum(click_weight * weighted), tf.reduce_sum(click_weight))
+    return weighted_mean(weighted, click_weight, total_click_weight)

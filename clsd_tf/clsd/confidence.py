@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import tensorflow as tf
 
 from clsd_tf.clsd.config import ClsdConfig, Form
+from clsd_tf.replicas import SAME_EVERYWHERE, sum_over_replicas
 
 _SMALLEST_REFERENCE = 1e-3
 
@@ -56,7 +57,7 @@ class ClickMeans(tf.Module):
     """Means over clicks: of the batch (momentum 0), or moving ones, sums of which decay by ``momentum`` per step.
 
     A mean is sum(click_weight * values) / sum(click_weight), and 1 as long as no click was seen. Each name is a mean of
-    its own.
+    its own. The batch is the global one: replicas that share it see the same means.
     """
 
     NAMES = ("score", "global_variance", "global", "local_variance", "local")
@@ -65,10 +66,19 @@ class ClickMeans(tf.Module):
         super().__init__()
         self._momentum = momentum
         names = self.NAMES if momentum else ()
-        self._sums = {name: tf.Variable([0.0, 0.0], trainable=False, name=f"{name}_sums") for name in names}
+        self._sums = {
+            name: tf.Variable([0.0, 0.0], trainable=False, name=f"{name}_sums", **SAME_EVERYWHERE) for name in names
+        }
 
-    def __call__(self, name: str, values: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
-        sums = tf.stack([tf.tensordot(click_weight, values, 1), tf.reduce_sum(click_weight)])
+    def __call__(self, values: Mapping[str, tf.Tensor], click_weight: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Name -> [batch], to name -> mean; together, since replicas wait for each other once per call."""
+        if not values:
+            return {}
+        total = tf.reduce_sum(click_weight)
+        sums = {name: tf.stack([tf.tensordot(click_weight, value, 1), total]) for name, value in values.items()}
+        return {name: self._mean(name, of_batch) for name, of_batch in sum_over_replicas(sums).items()}
+
+    def _mean(self, name: str, sums: tf.Tensor) -> tf.Tensor:
         if self._momentum:
             sums = self._sums[name].assign(self._momentum * self._sums[name] + sums)
         return tf.where(sums[1] > 0, tf.math.divide_no_nan(sums[0], sums[1]), 1.0)
@@ -88,8 +98,13 @@ def global_confidence(
     Returns:
       [batch], in [min_confidence, max_confidence], with mean 1 over clicks (a little off where clipping bites twice).
     """
-    reference = means("score", teacher_score, click_weight)
-    return _confidence("global", teacher_score, reference, click_weight, config, means)
+    references = {"global": mean_score(teacher_score, click_weight, means)}
+    return confidences(references, teacher_score, click_weight, config, means)["global"]
+
+
+def mean_score(teacher_score: tf.Tensor, click_weight: tf.Tensor, means: ClickMeans) -> tf.Tensor:
+    """The reference of global confidence: the mean of teacher_score over clicks."""
+    return means({"score": teacher_score}, click_weight)["score"]
 
 
 def local_confidence(
@@ -110,21 +125,34 @@ def local_confidence(
     Returns:
       As ``global_confidence``.
     """
-    return _confidence("local", teacher_score, 1.0 - correction, click_weight, config, means)
+    return confidences({"local": 1.0 - correction}, teacher_score, click_weight, config, means)["local"]
 
 
-def _confidence(
-    part: str, score: tf.Tensor, reference: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
-) -> tf.Tensor:
-    form = config.global_form if part == "global" else config.local_form
-    if form == "raw":  # As the trap stands in the literature: neither clipped nor normalised.
-        return tf.stop_gradient(score)
-    spread = tf.constant(1.0)
-    if form == "standardised":
-        spread = tf.sqrt(means(f"{part}_variance", tf.square(score - reference), click_weight))
-    clipped = _clip(FORMS[form](score, reference, spread, config.kappa), config)
+def confidences(
+    references: Mapping[str, tf.Tensor],
+    score: tf.Tensor,
+    click_weight: tf.Tensor,
+    config: ClsdConfig,
+    means: ClickMeans,
+) -> dict[str, tf.Tensor]:
+    """Part -> confidence as above, of ``global`` and ``local`` those that ``references`` has: with shared means."""
+    forms = {part: config.global_form if part == "global" else config.local_form for part in references}
+    squares = {
+        f"{part}_variance": tf.square(score - references[part]) for part in forms if forms[part] == "standardised"
+    }
+    spreads = {name: tf.sqrt(variance) for name, variance in means(squares, click_weight).items()}
+    clipped = {
+        part: _clip(
+            FORMS[form](score, references[part], spreads.get(f"{part}_variance", tf.constant(1.0)), config.kappa),
+            config,
+        )
+        for part, form in forms.items()
+        if form != "raw"
+    }
     # Clipped again, since dividing moves the ends of the range.
-    return tf.stop_gradient(_clip(clipped / means(part, clipped, click_weight), config))
+    confidences = {part: _clip(clipped[part] / mean, config) for part, mean in means(clipped, click_weight).items()}
+    # The raw form as the trap stands in the literature: neither clipped nor normalised.
+    return {part: tf.stop_gradient(confidences.get(part, score)) for part in references}
 
 
 def _clip(confidence: tf.Tensor, config: ClsdConfig) -> tf.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.clsd.config import GuardConfig
+from clsd_tf.replicas import SAME_EVERYWHERE
 
 _UNTRAINED_PCTR = 0.5
 _MOMENTUM = 0.98  # Moving means over about the last 50 steps.
@@ -28,9 +29,9 @@ class GuardState(tf.Module):
 
     def __init__(self):
         super().__init__()
-        self._sums = tf.Variable(tf.zeros([4]), trainable=False, name="guard_sums")
-        self._weight = tf.Variable(0.0, trainable=False, name="guard_weight")
-        self._reference = tf.Variable(0.0, trainable=False, name="guard_reference")
+        self._sums = tf.Variable(tf.zeros([4]), trainable=False, name="guard_sums", **SAME_EVERYWHERE)
+        self._weight = tf.Variable(0.0, trainable=False, name="guard_weight", **SAME_EVERYWHERE)
+        self._reference = tf.Variable(0.0, trainable=False, name="guard_reference", **SAME_EVERYWHERE)
 
     def update(
         self,
@@ -42,7 +43,7 @@ class GuardState(tf.Module):
         is_warming_up: tf.Tensor,
         has_warmup: bool,
     ) -> None:
-        """Args: scalars of this batch; ``is_warming_up``, whether the step came before the end of loss warm-up."""
+        """Args: scalars of the global batch; ``is_warming_up``, whether its step came before loss warm-up ended."""
         reference = tf.minimum(click_rate, mean_pctr if has_warmup else _UNTRAINED_PCTR)
         now = tf.stack([mean_pctr, reference, click_share, drift])
         # Sums over their weight, so that the first batch does not count for fifty.
@@ -55,8 +56,8 @@ class GuardState(tf.Module):
         """Raises:
         ConfidenceGuardError: names the limit, what was seen and what to do.
         """
-        values = self._sums.numpy() / max(float(self._weight), 1e-12)
-        pctr, reference = values[_PCTR], float(self._reference)
+        values = self._sums.numpy() / max(float(self._weight.numpy()), 1e-12)
+        pctr, reference = values[_PCTR], float(self._reference.numpy())
         if pctr < limits.min_pctr_ratio * reference:
             raise ConfidenceGuardError(
                 f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up "
@@ -85,11 +86,11 @@ class ConfidenceGuard(tf.keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # Not by ``batch``, which Keras counts anew in a resumed epoch.
-        if int(self.model.optimizer.iterations) % _CHECK_EVERY_STEPS == 0:
+        if int(self.model.optimizer.iterations.numpy()) % _CHECK_EVERY_STEPS == 0:
             self._check()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._check()
 
     def _check(self) -> None:
-        self.model.guard_state.check(self.model.config.guards, int(self.model.optimizer.iterations))
+        self.model.guard_state.check(self.model.config.guards, int(self.model.optimizer.iterations.numpy()))

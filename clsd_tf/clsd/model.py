@@ -13,15 +13,25 @@ from clsd_tf.backbones.base import Features
 from clsd_tf.clsd.ad_gate import AdGate
 from clsd_tf.clsd.confidence import (
     ClickMeans,
-    global_confidence,
-    local_confidence,
+    confidences,
+    mean_score,
     mixed_confidence,
     shuffled_among_clicks,
 )
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig, OverconfidentTeacherWarning
 from clsd_tf.clsd.guards import ConfidenceGuard, GuardState
-from clsd_tf.clsd.monitors import GroupLogs, MeansPerGroup, Range, WeightedMeans, effective_click_share
+from clsd_tf.clsd.monitors import (
+    GroupLogs,
+    MeansPerGroup,
+    Range,
+    WeightedMeans,
+    effective_click_share,
+    power_sums,
+    signed_maxima,
+)
+from clsd_tf.distribution import at_epoch_ends, is_parameter_server
 from clsd_tf.losses import bce_from_logits, weighted_mean
+from clsd_tf.replicas import Requests, in_own_row, num_replicas, sum_over_replicas
 from clsd_tf.throughput import InputWait
 
 _WATCHED = ("loss", "bce", "mean_pctr")
@@ -39,6 +49,10 @@ class ClsdModel(tfrs.Model):
     the same forward pass, behind a stop-gradient (which is the model as the previous batch left it), or its moving
     average; other teachers' scores come in ``features["teacher_score"]``. AdGate learns from its own loss, with its own
     optimizer, from the first step on. Guards end training when confidence goes wrong.
+
+    Under a synchronous ``tf.distribute`` strategy each replica has a part of the batch, and every mean above is one
+    over the global batch: the gradients that the replicas add up are those of one replica with all rows. Batch
+    normalisation within a backbone (``din``) stays that of the replica's rows.
 
     Source: arXiv 2309.16322; the equations are this package's reading of its abstract.
 
@@ -80,6 +94,7 @@ class ClsdModel(tfrs.Model):
         self._teacher_backbone = teacher_backbone
         self._click_means = ClickMeans(config.normaliser_momentum)
         self.guard_state = GuardState()
+        self.requests = Requests(2)  # To save, and to stop: callbacks ask.
         self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
         self._range = Range("click_confidence") if self.weights_clicks else None
         watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
@@ -162,6 +177,8 @@ class ClsdModel(tfrs.Model):
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
             callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
+        if is_parameter_server(self.distribute_strategy):
+            callbacks = [at_epoch_ends(callback) for callback in callbacks]
         return super().fit(*args, callbacks=callbacks, **kwargs)
 
     @property
@@ -226,13 +243,14 @@ class ClsdModel(tfrs.Model):
         Returns:
           float32 [batch], without gradient.
         """
-        config, ones = self.config, tf.ones_like(labels)
+        config, ones, references = self.config, tf.ones_like(labels), {}
         click_weight = labels * sample_weight
-        global_part, local_part = ones, ones
         if config.lambda_:
-            global_part = global_confidence(teacher_score, click_weight, config, self._click_means)
+            references["global"] = mean_score(teacher_score, click_weight, self._click_means)
         if config.mu:
-            local_part = local_confidence(teacher_score, correction, click_weight, config, self._click_means)
+            references["local"] = 1.0 - correction
+        parts = confidences(references, teacher_score, click_weight, config, self._click_means)
+        global_part, local_part = parts.get("global", ones), parts.get("local", ones)
         # Arithmetic on the step tensor: a Python condition would be frozen when the step is traced.
         is_on = tf.cast(step >= config.resolved_loss_warmup_steps, tf.float32)
         confidence = mixed_confidence(labels, global_part, local_part, is_on * config.lambda_, is_on * config.mu)
@@ -260,13 +278,18 @@ class ClsdModel(tfrs.Model):
             losses = self._loss_function(labels, logits)
             with tape.stop_recording():
                 batch = self._weigh(features, labels, sample_weight, logits, step)
-            loss = weighted_mean(batch.confidence * losses, sample_weight) + tf.add_n([0.0, *self.backbone.losses])
+            loss = weighted_mean(batch.confidence * losses, sample_weight, batch.total_weight) + self._penalty()
         variables = self.backbone.trainable_variables
         self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         if self._teacher_backbone is not None and self.weights_clicks:
             self._move_teacher(step)
         self._watch(features, batch, loss, step)
         return self._updated_metrics(labels, logits, sample_weight)
+
+    def _penalty(self) -> tf.Tensor:
+        """This replica's share of the backbone's own losses, which do not depend on the batch."""
+        penalty = tf.add_n([0.0, *self.backbone.losses])
+        return penalty if num_replicas() == 1 else penalty / num_replicas()
 
     def _weigh(
         self, features: Features, labels: tf.Tensor, sample_weight: tf.Tensor, logits: tf.Tensor, step: tf.Tensor
@@ -279,19 +302,30 @@ class ClsdModel(tfrs.Model):
             known = tf.cast(tf.math.is_finite(teacher_score), tf.float32)
             teacher_score = tf.where(known > 0, teacher_score, 0.0)
         click_weight = labels * sample_weight * known
+        totals = sum_over_replicas((tf.reduce_sum(sample_weight), tf.reduce_sum(click_weight)))
         correction, gate_loss = tf.zeros_like(logits), tf.constant(0.0)
         if self.ad_gate is not None:
-            correction, gate_loss = self._train_ad_gate(features, teacher_score, bce, click_weight, step)
+            correction, gate_loss = self._train_ad_gate(features, teacher_score, bce, click_weight, totals[1], step)
         confidence = self.click_confidence(labels, teacher_score, correction, sample_weight * known, step)
         confidence = tf.where(known > 0, confidence, 1.0)
         return _WeighedBatch(
-            labels, sample_weight, click_weight, logits, bce, teacher_score, correction, gate_loss, confidence
+            labels, sample_weight, click_weight, *totals, logits, bce, teacher_score, correction, gate_loss, confidence
         )
 
     def _train_ad_gate(
-        self, features: Features, teacher_score: tf.Tensor, bce: tf.Tensor, click_weight: tf.Tensor, step: tf.Tensor
+        self,
+        features: Features,
+        teacher_score: tf.Tensor,
+        bce: tf.Tensor,
+        click_weight: tf.Tensor,
+        total_click_weight: tf.Tensor,
+        step: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step of AdGate on its own loss; returns the correction from before the step, [batch], and the loss."""
+        """One step of AdGate on its own loss.
+
+        Returns:
+          The correction from before the step, [batch], and this replica's share of the loss.
+        """
         seen = {name: features[name] for name in self.ad_gate.features}
         if self.config.placebo == "permuted_groups":
             rows = tf.range(tf.shape(teacher_score)[0])
@@ -299,7 +333,7 @@ class ClsdModel(tfrs.Model):
             seen = {name: tf.gather(values, rows) for name, values in seen.items()}
         with tf.GradientTape() as tape:
             correction = self.ad_gate(seen)
-            loss = self.ad_gate.loss(correction, teacher_score, bce, click_weight)
+            loss = self.ad_gate.loss(correction, teacher_score, bce, click_weight, total_click_weight)
         variables = self.ad_gate.trainable_variables
         self.ad_gate_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return tf.stop_gradient(correction), loss
@@ -308,34 +342,55 @@ class ClsdModel(tfrs.Model):
         """teacher = momentum * teacher + (1 - momentum) * backbone, with a small momentum in the first steps."""
         count = tf.cast(step, tf.float32)
         momentum = tf.minimum(self.config.ema_momentum, count / (count + 10.0))
-        for slow, fast in zip(self._teacher_backbone.variables, self.backbone.variables, strict=True):
-            slow.assign(momentum * slow + (1.0 - momentum) * fast)
+
+        def moved(slow: tf.Variable, fast: tf.Tensor, momentum: tf.Tensor) -> Any:
+            return slow.assign(momentum * slow + (1.0 - momentum) * fast)
+
+        def move(strategy: tf.distribute.Strategy, momentum: tf.Tensor) -> None:
+            for slow, fast in zip(self._teacher_backbone.variables, self.backbone.variables, strict=True):
+                strategy.extended.update(slow, moved, args=(fast, momentum), group=False)
+
+        # As optimizers do: a replica must not assign variables of which each replica has a copy.
+        tf.distribute.get_replica_context().merge_call(move, (momentum,))
 
     def _watch(self, features: Features, batch: _WeighedBatch, loss: tf.Tensor, step: tf.Tensor) -> None:
-        rows, clicks = tf.reduce_sum(batch.sample_weight), tf.reduce_sum(batch.click_weight)
-        mean_bce = weighted_mean(batch.bce, batch.sample_weight)
-        mean_pctr = weighted_mean(tf.sigmoid(batch.logits), batch.sample_weight)
-        values, counts = [loss, mean_bce, mean_pctr], [rows] * 3
+        seen = self.requests.exchanged_with(self._shares_of_means(batch, loss))
+        rows, clicks = batch.total_weight, batch.total_click_weight
+        values, counts = [seen["loss"], seen["bce"], seen["mean_pctr"]], [rows] * 3
         if self.weights_clicks:
-            click_share = effective_click_share(batch.confidence, batch.click_weight)
-            values, counts = [*values, batch.gate_loss, click_share], [*counts, clicks, clicks]
-            self._update_guards(batch, mean_pctr, click_share, step)
-            self._range.update_state(batch.confidence, batch.click_weight)
+            click_share = effective_click_share(*seen["power_sums"])
+            values, counts = [*values, seen["ad_gate_loss"], click_share], [*counts, clicks, clicks]
+            self._update_guards(seen, click_share, step)
+            self._range.update_state(seen["signed_maxima"])
             for means in self._per_group:
                 means.update_state(features[means.group.name], (batch.confidence, batch.correction), batch.click_weight)
         self._means.update_state(values, counts)
 
-    def _update_guards(
-        self, batch: _WeighedBatch, mean_pctr: tf.Tensor, click_share: tf.Tensor, step: tf.Tensor
-    ) -> None:
-        drift = tf.constant(0.0)
+    def _shares_of_means(self, batch: _WeighedBatch, loss: tf.Tensor) -> dict[str, Any]:
+        """What this replica adds to the global batch's values of what is watched."""
+
+        def of_rows(values: tf.Tensor) -> tf.Tensor:
+            return weighted_mean(values, batch.sample_weight, batch.total_weight)
+
+        shares = {"loss": loss, "bce": of_rows(batch.bce), "mean_pctr": of_rows(tf.sigmoid(batch.logits))}
+        if not self.weights_clicks:
+            return shares
+        shares["click_rate"] = of_rows(batch.labels)
+        shares["ad_gate_loss"] = batch.gate_loss
+        shares["power_sums"] = power_sums(batch.confidence, batch.click_weight)
+        shares["signed_maxima"] = in_own_row(signed_maxima(batch.confidence, batch.click_weight))
+        shares["drift"] = tf.constant(0.0)
         if self.ad_gate is not None and self.config.ad_gate.objective == "residual":
-            drift = tf.abs(weighted_mean(batch.correction + batch.teacher_score - 1.0, batch.click_weight))
+            error = batch.correction + batch.teacher_score - 1.0
+            shares["drift"] = weighted_mean(error, batch.click_weight, batch.total_click_weight)
+        return shares
+
+    def _update_guards(self, seen: dict[str, Any], click_share: tf.Tensor, step: tf.Tensor) -> None:
         self.guard_state.update(
-            mean_pctr=mean_pctr,
-            click_rate=weighted_mean(batch.labels, batch.sample_weight),
+            mean_pctr=seen["mean_pctr"],
+            click_rate=seen["click_rate"],
             click_share=click_share,
-            drift=drift,
+            drift=tf.abs(seen["drift"]),
             is_warming_up=step < self.config.resolved_loss_warmup_steps,
             has_warmup=self.config.resolved_loss_warmup_steps > 0,
         )
@@ -345,9 +400,11 @@ class ClsdModel(tfrs.Model):
         features, labels, sample_weight = _unpack(data)
         logits = self.logits(features)
         bce, pctr = bce_from_logits(labels, logits), tf.sigmoid(logits)
-        means = [weighted_mean(bce, sample_weight)] * 2 + [weighted_mean(pctr, sample_weight)]
+        sums = sample_weight * bce, sample_weight * pctr, sample_weight
+        sum_of_bce, sum_of_pctr, rows = sum_over_replicas([tf.reduce_sum(values) for values in sums])
+        mean_bce, mean_pctr = (tf.math.divide_no_nan(values, rows) for values in (sum_of_bce, sum_of_pctr))
         idle = [0.0] * (len(self._means.names) - 3)
-        self._means.update_state([*means, *idle], [*[tf.reduce_sum(sample_weight)] * 3, *idle])
+        self._means.update_state([mean_bce, mean_bce, mean_pctr, *idle], [rows, rows, rows, *idle])
         metrics = self._updated_metrics(labels, logits, sample_weight)
         watched = {*_WATCHED_CLICKS, "bce", "min_click_confidence", "max_click_confidence"}
         return {name: value for name, value in metrics.items() if name not in watched}
@@ -358,11 +415,16 @@ class ClsdModel(tfrs.Model):
 
 
 class _WeighedBatch(NamedTuple):
-    """What a training step found out about its batch; all [batch] but ``gate_loss``."""
+    """What a training step found out about its batch: [batch], or scalars.
+
+    ``total_weight`` and ``total_click_weight`` are sums over the global batch, ``gate_loss`` is the replica's share.
+    """
 
     labels: tf.Tensor
     sample_weight: tf.Tensor
     click_weight: tf.Tensor
+    total_weight: tf.Tensor
+    total_click_weight: tf.Tensor
     logits: tf.Tensor
     bce: tf.Tensor
     teacher_score: tf.Tensor

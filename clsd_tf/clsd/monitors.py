@@ -9,10 +9,13 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.model_inputs import GroupInput
+from clsd_tf.replicas import SAME_EVERYWHERE, SUMMED_WHEN_READ
 
 
 class WeightedMeans(tf.keras.metrics.Metric):
     """Weighted means of several values in one metric: a metric each would cost a small model a tenth of its step.
+
+    Replicas hand over the same values: those of the global batch.
 
     Args:
       names: what the values are called, as in the results.
@@ -21,7 +24,8 @@ class WeightedMeans(tf.keras.metrics.Metric):
     def __init__(self, names: Sequence[str], name: str = "weighted_means", **kwargs: Any):
         super().__init__(name=name, dtype="float32", **kwargs)
         self.names = tuple(names)
-        self._sums = self.add_weight(name="sums", shape=[2, len(self.names)], initializer="zeros")
+        shape = [2, len(self.names)]
+        self._sums = self.add_weight(name="sums", shape=shape, initializer="zeros", **SAME_EVERYWHERE)
 
     def update_state(self, values: Sequence[tf.Tensor], weights: Sequence[tf.Tensor]) -> None:
         """Args: values, a scalar per name: means; weights, a scalar per name: what each mean counts."""
@@ -29,7 +33,7 @@ class WeightedMeans(tf.keras.metrics.Metric):
         self._sums.assign_add(tf.stack([tf.stack(values) * weights, weights]))
 
     def reset_state(self) -> None:
-        self._sums.assign(tf.zeros_like(self._sums))
+        self._sums.assign(tf.zeros(self._sums.shape))
 
     def result(self) -> dict[str, tf.Tensor]:
         means = tf.math.divide_no_nan(self._sums[0], self._sums[1])
@@ -51,7 +55,8 @@ class MeansPerGroup(tf.Module):
         super().__init__(name=f"means_per_{group.name}")
         self._names = tuple(names)
         self.group = group
-        self._sums = tf.Variable(tf.zeros([len(group.labels), len(names) + 1]), trainable=False, name="sums")
+        zeros = tf.zeros([len(group.labels), len(names) + 1])
+        self._sums = tf.Variable(zeros, trainable=False, name="sums", **SUMMED_WHEN_READ)
 
     def update_state(self, group_ids: tf.Tensor, values: Sequence[tf.Tensor], weights: tf.Tensor) -> None:
         """Args: group_ids int64 [batch], values one [batch] per name, weights [batch]."""
@@ -59,7 +64,7 @@ class MeansPerGroup(tf.Module):
         self._sums.assign_add(tf.math.unsorted_segment_sum(columns, group_ids, len(self.group.labels)))
 
     def reset_state(self) -> None:
-        self._sums.assign(tf.zeros_like(self._sums))
+        self._sums.assign(tf.zeros(self._sums.shape))
 
     def result(self) -> dict[str, float]:
         sums = self._sums.numpy()
@@ -94,11 +99,12 @@ class Range(tf.keras.metrics.Metric):
     def __init__(self, name: str, **kwargs: Any):
         super().__init__(name=name, dtype="float32", **kwargs)
         # Both as maxima: of the negative values and of the values.
-        self._best = self.add_weight(name="best", shape=[2], initializer=tf.keras.initializers.Constant(float("-inf")))
+        lowest = tf.keras.initializers.Constant(float("-inf"))
+        self._best = self.add_weight(name="best", shape=[2], initializer=lowest, **SAME_EVERYWHERE)
 
-    def update_state(self, values: tf.Tensor, weights: tf.Tensor) -> None:
-        signed = tf.where(weights > 0, tf.stack([-values, values]), float("-inf"))
-        self._best.assign(tf.maximum(self._best, tf.reduce_max(signed, axis=1)))
+    def update_state(self, maxima: tf.Tensor) -> None:
+        """Args: maxima, ``signed_maxima`` of the parts of a batch, [num_parts, 2]."""
+        self._best.assign(tf.maximum(self._best, tf.reduce_max(maxima, axis=0)))
 
     def reset_state(self) -> None:
         self._best.assign(tf.fill([2], float("-inf")))
@@ -107,18 +113,23 @@ class Range(tf.keras.metrics.Metric):
         return {f"min_{self.name}": -self._best[0], f"max_{self.name}": self._best[1]}
 
 
-def effective_click_share(confidence: tf.Tensor, click_weight: tf.Tensor) -> tf.Tensor:
-    """Effective sample size of the clicks over their number: (sum c w)^2 / (sum c^2 w * sum w), w = click_weight.
+def signed_maxima(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """(max of -values, max of values) over the rows with a positive weight, [2]; -infinity where there is none."""
+    return tf.reduce_max(tf.where(weights > 0, tf.stack([-values, values]), float("-inf")), axis=1)
 
-    Args:
-      confidence: c, [batch].
-      click_weight: labels * sample_weight, [batch].
+
+def power_sums(confidence: tf.Tensor, click_weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(sum w, sum c w, sum c^2 w) of c = confidence [batch], w = click_weight [batch]; they add up over batches."""
+    total = tf.reduce_sum(click_weight)
+    squares = tf.reduce_sum(tf.square(confidence) * click_weight)
+    return total, tf.reduce_sum(confidence * click_weight), squares
+
+
+def effective_click_share(total: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Effective sample size of the clicks over their number: first^2 / (second * total), of ``power_sums``.
 
     Returns:
       Scalar in (0, 1]: 1 if all clicks count the same, 1 / n if one of n counts alone; 1 without clicks.
       Source: Kish (1965), "Survey Sampling", section 11.7.
     """
-    total = tf.reduce_sum(click_weight)
-    squares = tf.reduce_sum(tf.square(confidence) * click_weight) * total
-    share = tf.math.divide_no_nan(tf.square(tf.reduce_sum(confidence * click_weight)), squares)
-    return tf.where(total > 0, share, 1.0)
+    return tf.where(total > 0, tf.math.divide_no_nan(tf.square(first), second * total), 1.0)

@@ -1,0 +1,70 @@
+"""Two replicas that share each batch train as one does: statistics of clicks are those of the global batch."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clsd_tf.clsd import ClsdConfig
+
+# Between them every mean over a batch: of forms, teachers, objectives and placeholders for clicks without a score.
+SETTINGS = {
+    "plain": {"lambda": 0.0, "mu": 0.0, "teacher": "self"},
+    "forms with a spread": {
+        "teacher": "self", "lambda": 0.4, "mu": 0.5, "global_form": "standardised", "local_form": "standardised",
+    },
+    "moving means and a moving model": {
+        "teacher": "ema", "ema_momentum": 0.9, "normaliser_momentum": 0.8, "lambda": 0.5, "mu": 0.5,
+        "global_form": "mean_one",
+    },
+    "literal gate, clicks without a score": {
+        "teacher": "prequential", "lambda": 0.3, "mu": 0.6, "ad_gate": {"objective": "literal"},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    settings = [{"loss_warmup_steps": 2, **values} for values in SETTINGS.values()]
+    for values in settings:
+        ClsdConfig.model_validate(values)
+    script = pathlib.Path(__file__).with_name("two_replicas.py")
+    root = str(script.parent.parent)
+    finished = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps(settings), capture_output=True, text=True, timeout=300, check=False, cwd=root,
+        env={"PYTHONPATH": root, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return dict(zip(SETTINGS, json.loads(finished.stdout.splitlines()[-1]), strict=True))
+
+
+def assert_close(found, expected, tolerance):
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_replicas_leave_the_weights_that_one_leaves(results, name):
+    one, two = results[name]["one"], results[name]["two"]
+    assert_close(two["weights"], one["weights"], 2e-6)  # float32 sums in another order.
+    if name != "plain":
+        assert_close(two["guards"], one["guards"], 1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_replicas_report_what_one_reports(results, name):
+    one, two = results[name]["one"], results[name]["two"]
+    for part in ("history", "evaluated"):
+        assert two[part].keys() == one[part].keys()
+        for key, values in one[part].items():
+            np.testing.assert_allclose(two[part][key], values, rtol=2e-5, atol=1e-6, err_msg=key)
+    watched = {"loss", "bce", "mean_pctr"}
+    if name != "plain":
+        watched |= {"effective_click_share", "ad_gate_loss", "max_click_confidence", "click_confidence/tier/low"}
+    assert watched <= one["history"].keys()
+    assert one["history"]["loss"][1] < one["history"]["loss"][0]
