@@ -6,7 +6,6 @@ that twenty kills take seconds. SIGKILL leaves a process no moment to clean up.
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import pathlib
 import random
@@ -15,6 +14,7 @@ import signal
 import time
 
 import pytest
+from commands import FORK_SERVER
 
 import feature_specs
 from clsd_tf.artifacts import ArtifactError, DatasetDir
@@ -33,12 +33,10 @@ def build(raw_dir: str, output: str) -> None:
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["feature_specs", "pipelines.build", "pipelines.feed"])
-    warm_up = context.Process(target=os.getpid)
+    warm_up = FORK_SERVER.Process(target=os.getpid)
     warm_up.start()
     warm_up.join()
-    return context
+    return FORK_SERVER
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,14 @@
 """Studies in YAML: what they declare, which runs they stand for, where their data lies, and the command itself."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import yaml
+from commands import run_command
 
 from clsd_tf.artifacts import ArtifactError, read_json, write_json
 from clsd_tf.validation import SpecError
@@ -314,13 +312,12 @@ def study_dir(tmp_path_factory):
     """The directory of a study that the command ran, with what it printed. Read-only."""
     path = tmp_path_factory.mktemp("study")
     (path / "tiny.yaml").write_text(_TINY_STUDY, encoding="utf-8")
-    command = ["pipelines.study", f"--study={path / 'tiny.yaml'}", f"--study_dir={path / 'study'}", "--num_processes=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "300", "NO_COLOR": "1"},
+    done = run_command(
+        "pipelines.study",
+        f"--study={path / 'tiny.yaml'}",
+        f"--study_dir={path / 'study'}",
+        "--num_processes=1",
+        env={"COLUMNS": "300", "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path / "output.txt").write_text(done.stdout, encoding="utf-8")
