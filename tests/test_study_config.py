@@ -324,6 +324,7 @@ def study_dir(tmp_path_factory):
     return path / "study"
 
 
+@pytest.mark.long
 def test_each_seed_simulates_with_its_own_seed(study_dir):
     planted = [read_json(study_dir / "data" / f"feed_seed_{seed}" / "raw" / "truth.json") for seed in (1, 2)]
     configs = [FeedConfig.model_validate_json(json.dumps(entry["config"])) for entry in planted]
@@ -331,6 +332,7 @@ def test_each_seed_simulates_with_its_own_seed(study_dir):
     assert configs[0].model_copy(update={"seed": 2}) == configs[1]
 
 
+@pytest.mark.long
 def test_results_have_a_row_for_every_number_of_every_run(study_dir):
     results = pyarrow.parquet.read_table(study_dir / "results.parquet")
     assert {field.name: str(field.type) for field in results.schema} == {
@@ -348,6 +350,7 @@ def test_results_have_a_row_for_every_number_of_every_run(study_dir):
     assert np.isfinite([row["value"] for row in rows]).all()
 
 
+@pytest.mark.long
 def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     text = (study_dir / "tables.md").read_text(encoding="utf-8")
     page = (study_dir / "report.html").read_text(encoding="utf-8")
@@ -359,6 +362,7 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     assert "age_group=other" in page
 
 
+@pytest.mark.long
 def test_a_grid_shows_its_own_seeds_alone(study_dir):
     one_seed = (study_dir / "tables.md").read_text(encoding="utf-8").split("### One seed")[1]
     means = [line for line in one_seed.splitlines() if line.startswith("| feed | fm | bce |")]
@@ -366,6 +370,7 @@ def test_a_grid_shows_its_own_seeds_alone(study_dir):
     assert "(" not in means[0]  # One seed has no standard deviation.
 
 
+@pytest.mark.long
 def test_only_what_was_asked_for_is_left(study_dir):
     assert {path.name for path in study_dir.iterdir()} == {
         "data",
