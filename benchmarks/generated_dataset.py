@@ -27,6 +27,7 @@ def generated_dataset(
     *,
     num_rows: int,
     vocabulary_size: int,
+    num_categorical: int = NUM_CATEGORICAL,
     num_numeric: int = 0,
     num_shards: int = 8,
     layout: RecordLayout = "packed",
@@ -34,13 +35,14 @@ def generated_dataset(
 ) -> DatasetDir:
     """The dataset of these arguments below ``directory``; made if it is not there yet, the same each time.
 
-    Each of the 26 categorical features has ids of its own, all equally frequent: the hardest case for caches. The log
-    odds of a click are the sum of an effect per id and per number, with standard deviation about 1.
+    Each categorical feature has ids of its own, all equally frequent: the hardest case for caches. The log odds of a
+    click are the sum of an effect per id and per number, with standard deviation about 1.
 
     Args:
       directory: where generated datasets are kept.
       num_rows: of the training split; validation and test have a twentieth of it each.
       vocabulary_size: ids of each feature, that of missing values included, at least 2.
+      num_categorical: categorical features.
       num_numeric: float features, standard normal.
       num_shards: files of the training split.
       layout: of the records.
@@ -55,17 +57,17 @@ def generated_dataset(
             f"Received: num_rows={num_rows}, num_shards={num_shards}, vocabulary_size={vocabulary_size}"
         )
     suffix = "-gz" if compressed else ""
-    name = f"generated-{num_rows}x{num_numeric}-{vocabulary_size}-{num_shards}-{layout}{suffix}"
+    name = f"generated-{num_rows}x{num_categorical}+{num_numeric}-{vocabulary_size}-{num_shards}-{layout}{suffix}"
     path = directory / name
     if not path.exists():
         with staged_directory(path) as staging:
-            spec = _spec(vocabulary_size, num_numeric, layout)
+            spec = _spec(vocabulary_size, num_categorical, num_numeric, layout)
             _write(DatasetLayout(staging), spec, _rows_of_splits(num_rows), num_shards, compressed)
     return DatasetDir(path)
 
 
-def _spec(vocabulary_size: int, num_numeric: int, layout: RecordLayout) -> FeatureSpec:
-    categorical = [f"category_{index}" for index in range(NUM_CATEGORICAL)]
+def _spec(vocabulary_size: int, num_categorical: int, num_numeric: int, layout: RecordLayout) -> FeatureSpec:
+    categorical = [f"category_{index}" for index in range(num_categorical)]
     numeric = [f"number_{index}" for index in range(num_numeric)]
     types = {"user_id": "int64", "item_id": "int64", "time": "int64", "click": "int64"}
     types |= {f"{name}_column": "int64" for name in categorical} | {f"{name}_column": "float" for name in numeric}
@@ -140,7 +142,7 @@ def _chunks(spec: FeatureSpec, start: int, stop: int) -> Iterator[dict[str, np.n
             logits += effect[columns[entry.name]]
         for name in inputs.numeric:
             columns[name] = random.standard_normal(size, np.float32)
-            logits += columns[name] / np.sqrt(NUM_CATEGORICAL)
+            logits += columns[name] / np.sqrt(len(inputs.categorical))
         columns["label"] = (random.random(size) < 1.0 / (1.0 + np.exp(-logits))).astype(np.float32)
         columns["sample_weight"] = columns["intensity_label"] = np.ones(size, np.float32)
         columns["intensity_value"] = np.full(size, np.nan, np.float32)
@@ -154,5 +156,5 @@ def _chunks(spec: FeatureSpec, start: int, stop: int) -> Iterator[dict[str, np.n
 def _effects(vocabulary_sizes: tuple[int, ...]) -> list[np.ndarray]:
     """What each id adds to the log odds of a click."""
     random = np.random.default_rng(0)
-    scale = 1.0 / np.sqrt(NUM_CATEGORICAL)
+    scale = 1.0 / np.sqrt(len(vocabulary_sizes))
     return [random.normal(0.0, scale, size) for size in vocabulary_sizes]
