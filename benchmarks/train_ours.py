@@ -15,7 +15,7 @@ from clsd_tf.fit import steps_per_epoch
 from clsd_tf.input_pipeline import training_epochs
 from clsd_tf.train_config import TrainConfig, load_config
 
-_PROFILED_STEPS = (10, 15)  # Behind those that trace and fill caches.
+_PROFILED_STEPS = 5
 
 
 def task_config(task: Task) -> TrainConfig:
@@ -42,16 +42,24 @@ def main() -> None:
     make_deterministic()
     config = task_config(task)
     dataset = DatasetDir(task.dataset_dir)
-    batches = training_epochs(dataset, batch_size=config.batch_size, seed=config.seed, first_epoch=0, num_epochs=1)
+    batches = training_epochs(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        first_epoch=0,
+        num_epochs=1,
+        max_cache_bytes=config.max_cache_bytes,
+    )
     worker.begin_model()
     model = build_model(config, dataset.inputs)
 
+    steps = steps_per_epoch(dataset, config)
     callbacks = []
     if task.profile_dir is not None:
-        callbacks = [tf.keras.callbacks.TensorBoard(task.profile_dir, write_graph=False, profile_batch=_PROFILED_STEPS)]
+        middle = (steps // 2 + 1, min(steps, steps // 2 + _PROFILED_STEPS))  # Behind those that trace and fill caches.
+        callbacks = [tf.keras.callbacks.TensorBoard(task.profile_dir, write_graph=False, profile_batch=middle)]
 
     def train() -> tuple[int, float]:
-        steps = steps_per_epoch(dataset, config)
         history = model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=callbacks)
         return dataset.num_rows("train"), history.history["bce"][0]
 

@@ -95,7 +95,7 @@ OURS = (
     _ours("ours, float32, row-wise Adagrad", "float32", "rowwise_adagrad"),
     _ours("ours, bfloat16, row-wise Adagrad", "bfloat16", "rowwise_adagrad"),
 )
-FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "cache=none")
+FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "max_cache_bytes=0")
 PEERS = {
     "deepctr-torch": Contender(
         "deepctr-torch", "benchmarks.train_deepctr", "float32", "dense_adam", peer="deepctr-torch"

@@ -21,6 +21,7 @@ from clsd_tf.artifacts import ArtifactError, DatasetDir
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import FeedConfig, simulate_feed
 
+
 def build(raw_dir: str, output: str) -> None:
     os.setsid()  # A process group of its own, to be killed with all that the engine starts.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
