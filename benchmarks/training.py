@@ -232,7 +232,7 @@ def result_columns(results: Sequence[Result]) -> list[str]:
         "parameters",
         "memory / table",
     ]
-    return ["training from memory", "examples/s", *peers, *costs]
+    return ["training", "examples/s", *peers, *costs]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -16,9 +17,14 @@ from clsd_tf.callbacks import best_weights
 from clsd_tf.clsd import AdGate, ClsdModel
 from clsd_tf.losses import bce_from_logits, focal_loss, label_smoothed_bce
 from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.optimizers import build_optimizer
 from clsd_tf.train_config import TrainConfig, parse_config
 
 EVALUATION_BATCH_SIZE = 4096
+_EMBEDDING_SETTINGS = (
+    "embedding_l2", "embedding_l2_rows", "embedding_initializer", "embedding_init_scale", "unified_buckets",
+)  # fmt: skip
+_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # Keras' names.
 
 
 def make_deterministic() -> None:
@@ -29,30 +35,52 @@ def make_deterministic() -> None:
 def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
     """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
     tf.keras.utils.set_random_seed(config.seed)
-    backbone = _build_backbone(config, inputs)
-    clsd = config.effective_clsd
+    clsd, features = config.effective_clsd, _example_features(inputs)
+    with _precision(config.precision):
+        backbone = _build_backbone(config, inputs)
+        teacher_backbone = _build_backbone(config, inputs) if clsd.teacher == "ema" else None
+        for model in (backbone, teacher_backbone):
+            if model is not None:
+                model(features)  # Within: layers may make others when they are first called.
     model = ClsdModel(
         backbone,
         AdGate(inputs, clsd.ad_gate) if clsd.mu > 0 else None,
         clsd,
         loss_function=_loss_function(config),
-        teacher_backbone=_build_backbone(config, inputs) if clsd.teacher == "ema" else None,
+        teacher_backbone=teacher_backbone,
     )
-    model.compile(tf.keras.optimizers.Adam(config.learning_rate))
-    _build_variables(model, inputs)
+    model.debug_outputs(features)
+    # A checkpoint can only be restored into slots that exist.
+    model.compile(build_optimizer(config.optimizer, config.learning_rate, backbone))
+    model.optimizer.build(backbone.trainable_variables)
+    if model.ad_gate is not None:
+        model.ad_gate_optimizer.build(model.ad_gate.trainable_variables)
     return model
 
 
+@contextlib.contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    """Layers made within compute in that precision; their variables are float32 in any case."""
+    before = tf.keras.mixed_precision.global_policy()
+    tf.keras.mixed_precision.set_global_policy(_POLICIES[precision])
+    try:
+        yield
+    finally:
+        tf.keras.mixed_precision.set_global_policy(before)
+
+
 def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
-    # A user's own factory need not know of the penalty until it is asked for.
-    penalty = {"embedding_l2": config.embedding_l2} if config.embedding_l2 else {}
+    # A user's own factory need not know of these settings until they are asked for.
+    defaults = TrainConfig.model_fields
+    asked_for = {name: getattr(config, name) for name in _EMBEDDING_SETTINGS}
+    asked_for = {name: value for name, value in asked_for.items() if value != defaults[name].default}
     return build_backbone(
         config.backbone,
         inputs,
         embedding_dim=config.embedding_dim,
         hidden_units=config.hidden_units,
         dropout=config.dropout,
-        **penalty,
+        **asked_for,
         **config.backbone_arguments,
     )
 
@@ -65,18 +93,13 @@ def _loss_function(config: TrainConfig) -> Callable[[tf.Tensor, tf.Tensor], tf.T
     return bce_from_logits
 
 
-def _build_variables(model: ClsdModel, inputs: ModelInputs) -> None:
-    """Creates weights and optimizer slots now, so that a checkpoint can be restored into them."""
+def _example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
+    """One row of zeros: a model that has seen it has all its variables."""
     features: dict[str, tf.Tensor] = {"teacher_score": tf.zeros([1])}
     for entry in inputs.categorical:
         features[entry.name] = tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
     features |= {name: tf.zeros([1]) for name in inputs.numeric}
-    features |= {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
-    model(features)
-    model.debug_outputs(features)
-    model.optimizer.build(model.backbone.trainable_variables)
-    if model.ad_gate is not None:
-        model.ad_gate_optimizer.build(model.ad_gate.trainable_variables)
+    return features | {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
 
 
 def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,12 @@ import tensorflow as tf
 from clsd_tf.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
 
 Quantisation = Literal["float16", "int8"]
+L2Rows = Literal["all", "touched"]
+Initializer = Literal["normal", "uniform"]
+
+# The finaliser of MurmurHash3 for 64 bits: its two multipliers, as int64.
+_MULTIPLIERS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)
+_UNIFIED = "unified"
 
 
 class SharedRows(NamedTuple):
@@ -47,41 +54,79 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     Args:
       inputs: the model inputs.
       embedding_dim: size of each embedding, >= 1.
-      l2: penalty l2 * sum(table^2) over the whole table, added to the layer's losses; >= 0.
+      l2: weight of the penalty that is added to the layer's losses, >= 0.
+      l2_rows: what the penalty is of. ``all``: l2 * sum(table^2), which gives every row a gradient in every step, so
+        that a step takes as long as the table is large. ``touched``: l2 * the sum over the rows that the batch looks
+        up, each once. That is another objective: a row's decay then depends on how often it occurs.
+      initializer: of the tables: ``normal`` with standard deviation ``init_scale``, or ``uniform`` in
+        [-init_scale, init_scale].
+      init_scale: > 0.
+      unified_buckets: all vocabularies then share one table of that many rows: a value's row is a hash of its
+        vocabulary and id. Memory no longer depends on vocabularies, and values collide. Source: Coleman et al. (2023),
+        "Unified Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems", section 3.
 
     Returns:
       ``call`` maps the feature dict to [batch, num_fields, embedding_dim] in the layer's compute dtype (float32 by
       default), fields in the order of ``inputs``. Features may be ``SharedRows``: those are looked up once per value.
     """
 
-    def __init__(self, inputs: ModelInputs, embedding_dim: int, l2: float = 0.0, **kwargs: Any):
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        embedding_dim: int,
+        l2: float = 0.0,
+        *,
+        l2_rows: L2Rows = "all",
+        initializer: Initializer = "normal",
+        init_scale: float = 0.01,
+        unified_buckets: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be at least 1. Received: {embedding_dim}")
         if l2 < 0:
             raise ValueError(f"l2 must be at least 0. Received: {l2}")
+        if unified_buckets is not None and unified_buckets < 1:
+            raise ValueError(f"unified_buckets must be at least 1. Received: {unified_buckets}")
         self._inputs = inputs
-        self._l2 = l2
         self._embedding_dim = embedding_dim
-        sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}
-        offsets = itertools.accumulate(sizes.values(), initial=0)
-        self._offsets = dict(zip(sizes, offsets, strict=False))
-        self._num_rows = sum(sizes.values())
+        self._l2 = l2
+        self._l2_rows = l2_rows
+        self._initializer = initializer
+        self._init_scale = init_scale
+        self._unified_buckets = unified_buckets
+        self._row_ranges = _row_ranges(inputs, unified_buckets)
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
         self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
-            self._tables = self._add_vectors("tables", self._num_rows)
+            num_rows = max(rows.stop for rows in self._row_ranges.values())
+            self._tables = self._add_vectors("tables", num_rows, penalised=self._l2_rows == "all")
         if self._inputs.numeric:
-            self._numeric_vectors = self._add_vectors("numeric_vectors", len(self._inputs.numeric))
+            self._numeric_vectors = self._add_vectors("numeric_vectors", len(self._inputs.numeric), penalised=True)
         super().build(input_shape)
 
-    def _add_vectors(self, name: str, count: int) -> tf.Variable:
-        initializer = tf.keras.initializers.RandomNormal(stddev=0.01)  # One each: shared, it would repeat itself.
-        penalty = tf.keras.regularizers.L2(self._l2) if self._l2 else None
+    def _add_vectors(self, name: str, count: int, *, penalised: bool) -> tf.Variable:
+        scale = self._init_scale
+        if self._initializer == "normal":  # One each: shared, it would repeat itself.
+            initializer = tf.keras.initializers.RandomNormal(stddev=scale)
+        else:
+            initializer = tf.keras.initializers.RandomUniform(-scale, scale)
+        penalty = tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None
         shape = [count, self._embedding_dim]
         return self.add_weight(name=name, shape=shape, initializer=initializer, regularizer=penalty)
+
+    @property
+    def tables(self) -> tf.Variable:
+        """The embeddings of all vocabularies, float32 [num_rows, embedding_dim]; the layer must be built."""
+        return self._tables
+
+    @property
+    def row_ranges(self) -> dict[str, range]:
+        """Vocabulary -> its rows of ``tables``; a unified table is one range."""
+        return dict(self._row_ranges)
 
     def quantise(self, kind: Quantisation) -> None:
         """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
@@ -115,9 +160,19 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         parts = self._quantised or (self._tables,)
         return sum(part.dtype.size * part.shape.num_elements() for part in parts if part is not None)
 
+    def _first_row(self, vocabulary: str) -> int:
+        """What is added to the ids of a vocabulary before they are looked up."""
+        return self._row_ranges[vocabulary].start if self._unified_buckets is None else _salt(vocabulary)
+
     def _rows(self, ids: tf.Tensor) -> tf.Tensor:
-        """Rows of the tables: ids with offsets, of any shape -> [*ids.shape, embedding_dim]."""
+        """Rows of the tables: ids counted from ``_first_row``, of any shape -> [*ids.shape, embedding_dim]."""
+        if self._unified_buckets is not None:
+            ids = tf.math.floormod(_mixed(ids), self._unified_buckets)
         if self._quantised is None:
+            if self._l2 and self._l2_rows == "touched":
+                touched, _ = tf.unique(tf.reshape(ids, [-1]))
+                rows = tf.nn.embedding_lookup(self._tables, touched)
+                self.add_loss(self._l2 * tf.reduce_sum(tf.square(rows)))
             return tf.nn.embedding_lookup(self._tables, ids)
         table, scales = self._quantised
         rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
@@ -158,8 +213,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         """
         if isinstance(ids, SharedRows):
             return tf.gather(self.lookup(vocabulary, ids.values), ids.row_of)
-        embedded = self._rows(ids + self._offsets[vocabulary])
-        return self._combined(embedded, vocabulary)
+        return self._combined(self._rows(ids + self._first_row(vocabulary)), vocabulary)
 
     def present(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
         """Which values are there: ids [..., num_values * ids_per_value] -> bool [..., num_values]."""
@@ -183,8 +237,8 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             starts[entry.name] = sum(column.shape[1] for column in columns)
             ids = features[entry.name]
             columns.append(ids[:, tf.newaxis] if entry.num_ids is None else ids)
-        offsets = [self._offsets[entry.vocabulary] for entry in entries for _ in range(entry.num_ids or 1)]
-        embedded = self._rows(tf.concat(columns, axis=1) + tf.constant(offsets, tf.int64))
+        first_rows = [self._first_row(entry.vocabulary) for entry in entries for _ in range(entry.num_ids or 1)]
+        embedded = self._rows(tf.concat(columns, axis=1) + tf.constant(first_rows, tf.int64))
         fields = []
         # Neighbours with single ids stay one slice: fewer pieces to put together again.
         for is_single, group in itertools.groupby(entries, lambda entry: entry.num_ids is None):
@@ -213,8 +267,35 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             "inputs": self._inputs.to_dict(),
             "embedding_dim": self._embedding_dim,
             "l2": self._l2,
+            "l2_rows": self._l2_rows,
+            "initializer": self._initializer,
+            "init_scale": self._init_scale,
+            "unified_buckets": self._unified_buckets,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FieldEmbeddings:
         return cls(**{**config, "inputs": ModelInputs.from_dict(config["inputs"])})
+
+
+def _row_ranges(inputs: ModelInputs, unified_buckets: int | None) -> dict[str, range]:
+    if unified_buckets is not None:
+        return {_UNIFIED: range(unified_buckets)}
+    sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}
+    ends = itertools.accumulate(sizes.values())
+    return {name: range(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+def _salt(vocabulary: str) -> int:
+    """Far enough apart that the ids of two vocabularies do not meet; of the name alone, so that rows stay where they
+    are when vocabularies grow."""
+    return int.from_bytes(hashlib.sha256(vocabulary.encode()).digest()[:8], "little", signed=True)
+
+
+def _mixed(values: tf.Tensor) -> tf.Tensor:
+    """A hash of int64 values, of the same shape: xor and multiply, twice (the finaliser of MurmurHash3)."""
+    for multiplier in _MULTIPLIERS:
+        shifted = tf.bitwise.right_shift(tf.bitcast(values, tf.uint64), tf.constant(33, tf.uint64))
+        values = tf.bitwise.bitwise_xor(values, tf.bitcast(shifted, tf.int64)) * multiplier
+    shifted = tf.bitwise.right_shift(tf.bitcast(values, tf.uint64), tf.constant(33, tf.uint64))
+    return tf.bitwise.bitwise_xor(values, tf.bitcast(shifted, tf.int64))

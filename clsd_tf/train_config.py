@@ -11,7 +11,9 @@ import pydantic
 
 from clsd_tf.calibration import CalibrationConfig
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
+from clsd_tf.embeddings import Initializer, L2Rows
 from clsd_tf.input_pipeline import MAX_CACHE_BYTES
+from clsd_tf.optimizers import OptimizerConfig
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
 
@@ -28,11 +30,19 @@ class TrainConfig(StrictModel):
       backbone: a name in ``clsd_tf.backbones.BACKBONES``.
       backbone_arguments: the backbone's own arguments, by name.
       embedding_dim: size of each field's embedding.
-      embedding_l2: the loss gets embedding_l2 * the sum of squares of the embedding tables, >= 0.
+      embedding_l2: the loss gets embedding_l2 * the sum of squares of embedding tables, >= 0.
+      embedding_l2_rows: ``all`` rows, which makes every step as slow as the tables are large; or those ``touched`` by
+        the batch, each once: another objective, under which frequent rows decay more.
+      embedding_initializer: of the tables, ``normal`` or ``uniform``.
+      embedding_init_scale: standard deviation, or largest absolute value, > 0.
+      unified_buckets: all vocabularies share one hashed table of that many rows; null: a row for each value.
       hidden_units: units of the backbone's hidden layers.
       dropout: rate after each hidden layer, in [0, 1).
       batch_size: examples per optimizer step.
-      learning_rate: of Adam, for the backbone.
+      learning_rate: for the backbone.
+      optimizer: its rules, schedule and clipping.
+      precision: what the backbone's layers compute in, in training and serving. ``bfloat16`` is faster where the CPU
+        has instructions for it. Variables, optimizer state, logits and loss stay float32.
       max_epochs: passes over the training split at most.
       patience_epochs: stop after this many epochs without a better validation AUC, and keep the best epoch's weights;
         null trains max_epochs whatever the validation says and keeps the last.
@@ -52,10 +62,16 @@ class TrainConfig(StrictModel):
     backbone_arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
     embedding_dim: int = pydantic.Field(10, ge=1)
     embedding_l2: float = pydantic.Field(0.0, ge=0)
+    embedding_l2_rows: L2Rows = "all"
+    embedding_initializer: Initializer = "normal"
+    embedding_init_scale: float = pydantic.Field(0.01, gt=0)
+    unified_buckets: int | None = pydantic.Field(None, ge=1)
     hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (128, 64)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     batch_size: int = pydantic.Field(512, ge=1)
     learning_rate: float = pydantic.Field(2e-3, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
     max_epochs: int = pydantic.Field(10, ge=1)
     patience_epochs: int | None = pydantic.Field(2, ge=1)
     seed: int = pydantic.Field(1, ge=0)

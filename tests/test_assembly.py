@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy.special import expit
 
 from clsd_tf import input_pipeline, metrics
@@ -88,6 +89,34 @@ def test_backbone_settings_reach_the_backbone(feed_dataset, tiny):
     assert three - one == 2 * (32 * 32 + 32)  # A matrix and a bias each.
     dropout = build_model(tiny("method=bce", "dropout=0.5"), feed_dataset.inputs).backbone
     assert [layer.rate for layer in dropout.submodules if type(layer).__name__ == "Dropout"] == [0.5]
+
+
+@pytest.mark.parametrize("backbone", ["deepfm", "masknet"])  # MaskNet makes layers when it is first called.
+def test_bfloat16_computes_in_half_precision_and_keeps_float32(feed_dataset, tiny, backbone):
+    batch = next(iter(input_pipeline.batches(feed_dataset, "train", batch_size=256)))
+    settings = ("clsd.teacher=ema", "clsd.loss_warmup_steps=0", f"backbone={backbone}")
+    exact, half = (build_model(tiny(*settings, f"precision={x}"), feed_dataset.inputs) for x in ("float32", "bfloat16"))
+    dense = [layer for layer in half.backbone.submodules if isinstance(layer, tf.keras.layers.Dense)]
+    assert {layer.compute_dtype for layer in dense} == {"bfloat16", "float32"}  # float32: the one that gives logits.
+    assert {layer.compute_dtype for layer in half.ad_gate.submodules if hasattr(layer, "compute_dtype")} == {"float32"}
+    for one, other in zip(exact.get_weights(), half.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    losses = [[float(model.train_step(batch)["loss"]) for _ in range(5)] for model in (exact, half)]
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+    assert losses[0] != losses[1]
+    assert {variable.dtype for variable in (*half.variables, *half.optimizer.variables)} <= {tf.float32, tf.int64}
+    assert half.logits(batch[0]).dtype == tf.float32
+    assert tf.keras.mixed_precision.global_policy().name == "float32"
+
+
+def test_embedding_settings_reach_the_tables(feed_dataset, tiny):
+    def table(*assignments):
+        model = build_model(tiny("method=bce", "backbone=fm", *assignments), feed_dataset.inputs)
+        return model.backbone.get_weights()[0]
+
+    assert table("unified_buckets=31").shape == (31, 5)
+    uniform = table("embedding_initializer=uniform", "embedding_init_scale=0.5")
+    assert 0.45 < np.abs(uniform).max() <= 0.5
 
 
 def test_unknown_backbones_and_arguments_are_refused_with_the_known_ones(feed_dataset, tiny):

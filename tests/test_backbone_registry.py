@@ -26,7 +26,8 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_an_unknown_argument_lists_the_known_ones():
-    allowed = "dropout, embedding_dim, embedding_l2, hidden_units, num_cross_layers"
+    embedding = "embedding_dim, embedding_init_scale, embedding_initializer, embedding_l2, embedding_l2_rows"
+    allowed = f"dropout, {embedding}, hidden_units, num_cross_layers, unified_buckets"
     with pytest.raises(ValueError, match=rf"'dcn'.*Received: cross_layers. Allowed: {allowed}$"):
         build_backbone("dcn", INPUTS, cross_layers=3)
     with pytest.raises(ValueError, match=r"Received: gelu. Allowed: activation, dropout, embedding_dim, hidden_units$"):
@@ -51,8 +52,8 @@ def test_a_subclass_of_backbone_takes_the_arguments_of_its_parents():
         def __init__(self, inputs, *, temperature=1.0, **kwargs):
             super().__init__(inputs, **kwargs)
 
-    common = {"embedding_dim", "embedding_l2", "hidden_units", "dropout"}
-    assert Mine.argument_names() == {"temperature", "num_cross_layers", *common}
+    assert Mine.argument_names() == {"temperature", *BACKBONES["dcn"].argument_names()}
+    assert {"num_cross_layers", "embedding_dim", "hidden_units"} < Mine.argument_names()
     assert isinstance(build_backbone("mine", INPUTS, temperature=2.0, num_cross_layers=1), Mine)
 
 

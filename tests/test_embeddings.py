@@ -142,3 +142,86 @@ def test_a_layer_of_numbers_cannot_be_quantised():
     layer(FEATURES)
     with pytest.raises(ValueError, match="Received: a layer with numbers only"):
         layer.quantise("int8")
+
+
+# Penalties, initial values, and one table for all.
+
+
+def test_a_penalty_is_over_all_rows_or_over_those_of_the_batch_each_once():
+    table = np.arange(32.0).reshape(16, 2)
+    features = {name: values[:2] for name, values in FEATURES.items()}
+    # Items 1 and 2, cities 0 and 1 (rows 7 and 8), tags 1 and 2 and padding (rows 12, 13 and 11).
+    touched = [1, 2, 0, 7, 8, 12, 13, 11]
+    assert set(features["recent_items"].numpy().flat) <= {0, 1}
+    for l2_rows, rows in (("all", range(16)), ("touched", touched)):
+        layer = FieldEmbeddings(INPUTS, 2, 0.5, l2_rows=l2_rows)
+        layer(features)
+        layer.set_weights([table, np.zeros([2, 2])])
+        with tf.GradientTape() as tape:
+            layer(features)
+            penalty = tf.add_n(layer.losses)
+        assert float(penalty) == pytest.approx(0.5 * (table[list(rows)] ** 2).sum())
+        gradient = tf.convert_to_tensor(tape.gradient(penalty, layer.tables)).numpy()
+        expected = np.zeros_like(table)
+        expected[list(rows)] = table[list(rows)]  # 2 * .5 * row.
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_a_penalty_on_touched_rows_keeps_the_gradient_sparse():
+    for l2_rows, kind in (("all", tf.Tensor), ("touched", tf.IndexedSlices)):
+        layer = FieldEmbeddings(INPUTS, 2, 0.5, l2_rows=l2_rows)
+        layer(FEATURES)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(FEATURES)) + tf.add_n(layer.losses)
+        assert isinstance(tape.gradient(loss, layer.tables), kind)
+
+
+def test_initial_values_have_the_scale_that_was_asked_for():
+    inputs = dataclasses.replace(
+        INPUTS, categorical=(dataclasses.replace(INPUTS.categorical[0], vocabulary_size=4000),), numeric=()
+    )
+    for initializer, low, high in (("normal", 0.27, 0.33), ("uniform", 0.16, 0.19)):  # Std of uniform: .3 / sqrt(3).
+        tf.keras.utils.set_random_seed(1)
+        layer = FieldEmbeddings(inputs, 3, initializer=initializer, init_scale=0.3)
+        layer({"item": tf.constant([0], tf.int64)})
+        assert low < layer.tables.numpy().std() < high
+        assert (np.abs(layer.tables.numpy()).max() <= 0.3) == (initializer == "uniform")
+
+
+def test_row_ranges_say_where_each_vocabulary_lies(embeddings):
+    assert embeddings.row_ranges == {"item": range(0, 7), "city": range(7, 11), "tags": range(11, 16)}
+    assert FieldEmbeddings(INPUTS, 2, unified_buckets=5).row_ranges == {"unified": range(5)}
+
+
+def test_a_unified_table_spreads_all_values_and_histories_share_the_rows_of_their_items():
+    entry = dataclasses.replace(INPUTS.categorical[0], vocabulary_size=20_000)
+    other = dataclasses.replace(INPUTS.categorical[1], vocabulary_size=20_000)
+    layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=(entry, other), numeric=()), 1, unified_buckets=100)
+    ids = {name: tf.range(20_000, dtype=tf.int64) for name in ("item", "city")}
+    layer(ids)
+    layer.set_weights([np.arange(100.0)[:, None]])
+    rows = layer(ids).numpy()[:, :, 0].astype(int)
+    for column in rows.T:
+        counts = np.bincount(column, minlength=100)
+        assert counts.sum() == 20_000
+        # 200 on average: chi-squared with 99 degrees of freedom, below its 99.99 % quantile.
+        assert ((counts - 200) ** 2 / 200).sum() < 161
+    # The two vocabularies meet as often as chance has them meet.
+    assert 100 < (rows[:, 0] == rows[:, 1]).sum() < 300
+    shared = FieldEmbeddings(INPUTS, 2, unified_buckets=1000)
+    shared(FEATURES)
+    np.testing.assert_array_equal(_history(shared, [4, 0, 0]), shared.lookup("item", tf.constant(4, tf.int64)))
+
+
+def test_rows_of_a_unified_table_do_not_depend_on_the_sizes_of_vocabularies():
+    grown = dataclasses.replace(
+        INPUTS,
+        categorical=tuple(dataclasses.replace(x, vocabulary_size=x.vocabulary_size + 9) for x in INPUTS.categorical),
+    )
+    layers = [FieldEmbeddings(inputs, 2, unified_buckets=50) for inputs in (INPUTS, grown)]
+    weights = None
+    for layer in layers:
+        layer(FEATURES)
+        weights = weights or layer.get_weights()
+        layer.set_weights(weights)
+    np.testing.assert_array_equal(*(layer(FEATURES) for layer in layers))

@@ -22,7 +22,7 @@ LEVELS = [
     {"data_checks"},
     {"data_report"},
     {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
-    {"backbones"},
+    {"backbones", "optimizers"},
     {"clsd"},
     {"train_config", "callbacks"},
     {"assembly"},

@@ -14,7 +14,6 @@ from clsd_tf.backbones.base import (
     require_positive_integers,
     split_first_order,
 )
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -57,7 +56,7 @@ class Afm(Backbone):
         super().__init__(inputs, **kwargs)
         require_positive_integers(attention_units=attention_units)
         self._config["attention_units"] = attention_units
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
         self._dropout = tf.keras.layers.Dropout(self._config["dropout"])
         self._pooling = AttentionPooling(attention_units, name="attention_pooling")
         self._logits = logit_layer()

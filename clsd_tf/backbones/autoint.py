@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, concat_fields, logit_layer, mlp, require_positive_integers
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -72,7 +71,7 @@ class AutoInt(Backbone):
         own = {"num_attention_layers": num_attention_layers, "num_heads": num_heads, "head_dim": head_dim}
         require_positive_integers(**own)
         self._config.update(own)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"], self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
         self._interacting = [
             InteractingLayer(num_heads, head_dim, name=f"interacting_{index}") for index in range(num_attention_layers)
         ]

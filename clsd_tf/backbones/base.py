@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.embeddings import SharedRows
+from clsd_tf.embeddings import FieldEmbeddings, Initializer, L2Rows, SharedRows
 from clsd_tf.model_inputs import ModelInputs
 
 Features = Mapping[str, tf.Tensor | SharedRows]
@@ -27,7 +27,8 @@ class Backbone(tf.keras.Model):
     Args:
       inputs: what the transform gives.
       embedding_dim: size of each field's embedding, >= 1.
-      embedding_l2: penalty embedding_l2 * sum(table^2), part of ``losses``, >= 0.
+      embedding_l2: weight of the penalty on the tables' squares, part of ``losses``, >= 0.
+      embedding_l2_rows, embedding_initializer, embedding_init_scale, unified_buckets: as ``FieldEmbeddings`` has them.
       hidden_units: units of the hidden layers; empty for none.
       dropout: rate after each hidden layer, in [0, 1).
 
@@ -43,6 +44,10 @@ class Backbone(tf.keras.Model):
         *,
         embedding_dim: int = 10,
         embedding_l2: float = 0.0,
+        embedding_l2_rows: L2Rows = "all",
+        embedding_initializer: Initializer = "normal",
+        embedding_init_scale: float = 0.01,
+        unified_buckets: int | None = None,
         hidden_units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
         **kwargs: Any,
@@ -61,9 +66,26 @@ class Backbone(tf.keras.Model):
             "inputs": inputs.to_dict(),
             "embedding_dim": embedding_dim,
             "embedding_l2": embedding_l2,
+            "embedding_l2_rows": embedding_l2_rows,
+            "embedding_initializer": embedding_initializer,
+            "embedding_init_scale": embedding_init_scale,
+            "unified_buckets": unified_buckets,
             "hidden_units": list(hidden_units),
             "dropout": dropout,
         }
+
+    def field_embeddings(self, inputs: ModelInputs, num_columns: int) -> FieldEmbeddings:
+        """Embeddings of ``inputs`` with ``num_columns`` numbers each, by this backbone's settings."""
+        config = self._config
+        return FieldEmbeddings(
+            inputs,
+            num_columns,
+            config["embedding_l2"],
+            l2_rows=config["embedding_l2_rows"],
+            initializer=config["embedding_initializer"],
+            init_scale=config["embedding_init_scale"],
+            unified_buckets=config["unified_buckets"],
+        )
 
     def get_config(self) -> dict[str, Any]:
         return dict(self._config)
@@ -133,7 +155,9 @@ def split_first_order(looked_up: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     Returns:
       Embeddings [batch, num_fields, embedding_dim]; first-order term, float32 [batch].
     """
-    return looked_up[:, :, :-1], tf.reduce_sum(tf.cast(looked_up[:, :, -1], tf.float32), axis=1)
+    # Not slices: the gradient of two slices is two padded copies and their sum, that of a split one concatenation.
+    embeddings, first_order = tf.split(looked_up, [looked_up.shape[2] - 1, 1], axis=2)
+    return embeddings, tf.reduce_sum(tf.cast(first_order, tf.float32), axis=[1, 2])
 
 
 def pair_products(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:

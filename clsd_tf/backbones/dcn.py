@@ -8,7 +8,6 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, concat_fields, logit_layer, mlp, require_positive_integers
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -21,7 +20,7 @@ class CrossAndDeep(Backbone):
 
     def __init__(self, inputs: ModelInputs, crosses: Sequence[tf.keras.layers.Layer], **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"], self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
         self._crosses = list(crosses)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()

@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, concat_fields, logit_layer, mlp, split_first_order
 from clsd_tf.backbones.fm import pairwise_interactions
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -20,7 +19,7 @@ class DeepFm(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 

@@ -17,7 +17,6 @@ from clsd_tf.backbones.base import (
     require_choice,
     require_unit_sizes,
 )
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -108,10 +107,8 @@ class Din(Backbone):
         self._target_of = _history_targets(inputs)
         others = tuple(entry for entry in inputs.categorical if entry.name not in self._target_of)
         self._position = {entry.name: index for index, entry in enumerate(others)}
-        self._embeddings = FieldEmbeddings(
-            dataclasses.replace(inputs, categorical=others),
-            self._config["embedding_dim"],
-            self._config["embedding_l2"],
+        self._embeddings = self.field_embeddings(
+            dataclasses.replace(inputs, categorical=others), self._config["embedding_dim"]
         )
         self._attentions = {
             name: TargetAttention(attention_units, name=f"attention_{name}") for name in self._target_of

@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, concat_fields, logit_layer, mlp
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -19,7 +18,7 @@ class Dnn(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"], self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 

@@ -17,7 +17,6 @@ from clsd_tf.backbones.base import (
     split_first_order,
     stacked_glorot,
 )
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -84,7 +83,7 @@ class FiBiNet(Backbone):
         super().__init__(inputs, **kwargs)
         require_positive_integers(reduction_ratio=reduction_ratio)
         self._config["reduction_ratio"] = reduction_ratio
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
         self._senet = Senet(reduction_ratio, name="senet")
         self._of_embeddings = BilinearInteraction(name="bilinear_of_embeddings")
         self._of_senet = BilinearInteraction(name="bilinear_of_senet")

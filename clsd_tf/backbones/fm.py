@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, LogitBias, split_first_order
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -35,7 +34,7 @@ class Fm(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
         self._bias = LogitBias()
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, LogitBias
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -22,7 +21,7 @@ class Lr(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = FieldEmbeddings(inputs, 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, 1)
         self._bias = LogitBias()
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:

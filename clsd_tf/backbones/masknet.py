@@ -15,7 +15,6 @@ from clsd_tf.backbones.base import (
     require_choice,
     require_positive_integers,
 )
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -84,7 +83,7 @@ class MaskNet(Backbone):
         if self._config["embedding_dim"] < 2:
             raise ValueError("MaskNet normalises each embedding: embedding_dim must be at least 2. Received: 1")
         self._config.update(structure=structure, **sizes)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"], self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
         self._normalise = tf.keras.layers.LayerNormalization(name="normalise")
         self._blocks = [MaskBlock(block_units, reduction_ratio, name=f"block_{index}") for index in range(num_blocks)]
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])

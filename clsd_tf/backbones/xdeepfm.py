@@ -16,7 +16,6 @@ from clsd_tf.backbones.base import (
     require_unit_sizes,
     split_first_order,
 )
-from clsd_tf.embeddings import FieldEmbeddings
 from clsd_tf.model_inputs import ModelInputs
 
 
@@ -64,7 +63,7 @@ class XDeepFm(Backbone):
         super().__init__(inputs, **kwargs)
         require_unit_sizes("cin_units", cin_units, min_layers=1)
         self._config["cin_units"] = list(cin_units)
-        self._embeddings = FieldEmbeddings(inputs, self._config["embedding_dim"] + 1, self._config["embedding_l2"])
+        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
         self._cin = CompressedInteractions(cin_units, name="cin")
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()

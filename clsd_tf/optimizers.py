@@ -1,0 +1,332 @@
+"""The optimizer of a CTR model: row-sparse rules for embedding tables, Adam or AdamW for everything else.
+
+A batch looks up a small part of a table. Keras' Adam still moves every row in every step, so that a step takes as long
+as the table is large. Here a step reads and writes the rows that the batch looked up, and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tensorflow as tf
+
+from clsd_tf.embeddings import FieldEmbeddings
+from clsd_tf.validation import StrictModel
+
+TableRuleName = Literal["lazy_adam", "adagrad", "rowwise_adagrad", "ftrl", "adam"]
+
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
+_INITIAL_ACCUMULATOR = 0.1
+_Positive = Annotated[float, pydantic.Field(gt=0)]
+_NotNegative = Annotated[float, pydantic.Field(ge=0)]
+
+
+class TableOptimizerConfig(StrictModel):
+    """How embedding tables learn.
+
+    Attributes:
+      kind: the rule, see the functions of this module: ``lazy_adam``, ``adagrad``, ``rowwise_adagrad`` (one number per
+        row), ``ftrl``; or ``adam``, the one that moves every row in every step, to compare with.
+      learning_rate: null takes that of the run.
+      l1: of ``ftrl``: rows whose gradients stay small become exactly 0.
+      l2: of ``ftrl``.
+    """
+
+    kind: TableRuleName = "lazy_adam"
+    learning_rate: _Positive | None = None
+    l1: _NotNegative = 0.0
+    l2: _NotNegative = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> TableOptimizerConfig:
+        if self.kind != "ftrl" and (self.l1 or self.l2):
+            raise ValueError(
+                f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Allowed there: embedding_l2 of the run"
+            )
+        return self
+
+
+class DenseOptimizerConfig(StrictModel):
+    """How everything but the tables learns.
+
+    Attributes:
+      kind: ``adam``, or ``adamw`` with decoupled weight decay.
+      weight_decay: of ``adamw``: each step takes learning_rate * weight_decay of a variable away.
+    """
+
+    kind: Literal["adam", "adamw"] = "adam"
+    weight_decay: _NotNegative = 0.01
+
+
+class OptimizerConfig(StrictModel):
+    """The optimizer of a run; ``learning_rate`` stands in the run's own settings.
+
+    Attributes:
+      embeddings: the embedding tables.
+      dense: everything else.
+      schedule: of both learning rates after their warm-up: ``constant``, or falling to 0 at ``lr_decay_steps`` on a
+        straight line (``linear``) or half a cosine (``cosine``).
+      lr_warmup_steps: optimizer steps over which both learning rates rise on a straight line.
+      lr_decay_steps: optimizer step at which the learning rates reach 0; needed unless ``constant``.
+      global_clip_norm: gradients are scaled down together where the norm over all of them is larger; null: never.
+    """
+
+    embeddings: TableOptimizerConfig = TableOptimizerConfig()
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = pydantic.Field(0, ge=0)
+    lr_decay_steps: int | None = pydantic.Field(None, ge=1)
+    global_clip_norm: _Positive | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if (self.schedule == "constant") != (self.lr_decay_steps is None):
+            raise ValueError(
+                "lr_decay_steps goes with schedule linear or cosine. "
+                f"Received: schedule={self.schedule}, lr_decay_steps={self.lr_decay_steps}"
+            )
+        if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
+            raise ValueError(
+                "lr_decay_steps must be greater than lr_warmup_steps. "
+                f"Received: {self.lr_decay_steps} after {self.lr_warmup_steps}"
+            )
+        return self
+
+
+class WarmupSchedule(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """learning_rate * min(1, (step + 1) / lr_warmup_steps) * decay(step).
+
+    decay is 1, or with progress = (step - lr_warmup_steps) / (lr_decay_steps - lr_warmup_steps), held within [0, 1]:
+    1 - progress (``linear``), (1 + cos(pi * progress)) / 2 (``cosine``).
+
+    Args:
+      learning_rate: the highest one.
+      config: shape and steps.
+    """
+
+    def __init__(self, learning_rate: float, config: OptimizerConfig):
+        self._learning_rate = learning_rate
+        self._config = config
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        config, step = self._config, tf.cast(step, tf.float32)
+        rate = tf.constant(self._learning_rate, tf.float32)
+        if config.lr_warmup_steps:
+            rate *= tf.minimum(1.0, (step + 1.0) / config.lr_warmup_steps)
+        if config.schedule == "constant":
+            return rate
+        num_steps = config.lr_decay_steps - config.lr_warmup_steps
+        progress = tf.clip_by_value((step - config.lr_warmup_steps) / num_steps, 0.0, 1.0)
+        return rate * (1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + tf.cos(math.pi * progress)))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"learning_rate": self._learning_rate, "config": self._config.model_dump(mode="json")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRule:
+    """How rows of a table move, as a pure function of the rows that a batch touched.
+
+    Attributes:
+      slots: name of each slot -> its value before the first step.
+      update: (rows, slots, gradient, learning_rate, step) -> (rows, slots): rows and gradient float32
+        [num_touched, embedding_dim], slots likewise, or [num_touched] of a row-wise rule; step the number of this step,
+        from 1.
+      is_rowwise: whether a slot has one number per row.
+    """
+
+    slots: dict[str, float]
+    update: Callable[..., tuple[tf.Tensor, Sequence[tf.Tensor]]]
+    is_rowwise: bool = False
+
+
+def lazy_adam(rows, slots, gradient, learning_rate, step):
+    """Adam of the touched rows: m = .9 m + .1 g, v = .999 v + .001 g^2,
+    rows - learning_rate * sqrt(1 - .999^step) / (1 - .9^step) * m / (sqrt(v) + 1e-7).
+
+    ``step`` counts all steps, not those of the row. Rows that the batch does not touch keep m and v, and do not move;
+    in Adam they decay, and the row moves on.
+    Source: Kingma and Ba (2015), "Adam: A Method for Stochastic Optimization", section 2, before its last paragraph.
+    """
+    m, v = slots
+    m = _BETA_1 * m + (1.0 - _BETA_1) * gradient
+    v = _BETA_2 * v + (1.0 - _BETA_2) * tf.square(gradient)
+    rate = learning_rate * tf.sqrt(1.0 - tf.pow(_BETA_2, step)) / (1.0 - tf.pow(_BETA_1, step))
+    return rows - rate * m / (tf.sqrt(v) + _EPSILON), (m, v)
+
+
+def adagrad(rows, slots, gradient, learning_rate, step):
+    """a = a + g^2, rows - learning_rate * g / sqrt(a + 1e-7); a starts at .1.
+
+    Source: Duchi et al. (2011), "Adaptive Subgradient Methods", section 1.1.
+    """
+    accumulator = slots[0] + tf.square(gradient)
+    return rows - learning_rate * gradient * tf.math.rsqrt(accumulator + _EPSILON), (accumulator,)
+
+
+def rowwise_adagrad(rows, slots, gradient, learning_rate, step):
+    """a = a + mean over the row of g^2, rows - learning_rate * g / sqrt(a + 1e-7); a starts at .1.
+
+    One number per row: the least memory of these rules.
+    Source: Gupta et al. (2014), "Training Highly Multiclass Classifiers", section 5.
+    """
+    accumulator = slots[0] + tf.reduce_mean(tf.square(gradient), axis=1)
+    rate = learning_rate * tf.math.rsqrt(accumulator + _EPSILON)
+    return rows - rate[:, tf.newaxis] * gradient, (accumulator,)
+
+
+def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
+    """n' = n + g^2, z' = z + g - (sqrt(n') - sqrt(n)) / learning_rate * rows,
+    (clip(z', -l1, l1) - z') / (sqrt(n') / learning_rate + 2 l2); n starts at .1.
+
+    Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", algorithm 1.
+    """
+    accumulator, linear = slots
+    new_accumulator = accumulator + tf.square(gradient)
+    root = tf.sqrt(new_accumulator)
+    linear = linear + gradient - (root - tf.sqrt(accumulator)) / learning_rate * rows
+    rows = (tf.clip_by_value(linear, -l1, l1) - linear) / (root / learning_rate + 2.0 * l2)
+    return rows, (new_accumulator, linear)
+
+
+def table_rule(config: TableOptimizerConfig) -> TableRule | None:
+    """The rule of a config; None for ``adam``, which is that of the dense part."""
+    if config.kind == "lazy_adam":
+        return TableRule({"m": 0.0, "v": 0.0}, lazy_adam)
+    if config.kind == "adagrad":
+        return TableRule({"accumulator": _INITIAL_ACCUMULATOR}, adagrad)
+    if config.kind == "rowwise_adagrad":
+        return TableRule({"accumulator": _INITIAL_ACCUMULATOR}, rowwise_adagrad, is_rowwise=True)
+    if config.kind == "ftrl":
+
+        def update(*arguments):
+            return ftrl(*arguments, l1=config.l1, l2=config.l2)
+
+        return TableRule({"accumulator": _INITIAL_ACCUMULATOR, "linear": 0.0}, update)
+    return None
+
+
+def embedding_tables(model: tf.keras.Model) -> list[tf.Variable]:
+    """The tables of a built model: those of ``FieldEmbeddings`` and of Keras' own embedding layers."""
+    layers = model.submodules
+    tables = [layer.tables for layer in layers if isinstance(layer, FieldEmbeddings) and layer.has_tables]
+    return tables + [layer.embeddings for layer in layers if isinstance(layer, tf.keras.layers.Embedding)]
+
+
+class RowSparseOptimizer(tf.keras.optimizers.Adam):
+    """A table rule for tables, Adam or AdamW for all other variables; one counter of steps, one norm for clipping.
+
+    Gradients of rows that occur several times in a batch are summed first: a rule sees each row once. A table whose
+    gradient is dense (as full-table L2 makes it) is updated as a whole, by the same rule.
+
+    Args:
+      tables: variables that the rule is for; the optimizer must be built with them and all others.
+      rule: how rows move.
+      learning_rate: of the dense part; a number or a schedule.
+      table_learning_rate_ratio: learning rate of tables / learning_rate, in every step.
+      weight_decay: of the dense part; None for Adam.
+      global_clip_norm: gradients are multiplied by min(1, global_clip_norm / norm over all of them), with each row's
+        summed gradient counted once.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[tf.Variable],
+        rule: TableRule,
+        *,
+        learning_rate: float | tf.keras.optimizers.schedules.LearningRateSchedule = 1e-3,
+        table_learning_rate_ratio: float = 1.0,
+        weight_decay: float | None = None,
+        global_clip_norm: float | None = None,
+        name: str = "RowSparseOptimizer",
+    ):
+        super().__init__(
+            learning_rate,
+            beta_1=_BETA_1,
+            beta_2=_BETA_2,
+            epsilon=_EPSILON,
+            weight_decay=weight_decay,
+            global_clipnorm=global_clip_norm,
+            jit_compile=False,
+            name=name,
+        )
+        self._table_keys = [self._var_key(table) for table in tables]
+        self._rule = rule
+        self._table_learning_rate_ratio = table_learning_rate_ratio
+        self._table_slots: list[list[tf.Variable]] = []
+
+    def build(self, var_list: Sequence[tf.Variable]) -> None:
+        """Creates all slots; tables get those of their rule instead of Adam's."""
+        if getattr(self, "_built", False):
+            return
+        tables = [variable for variable in var_list if self._is_table(variable)]
+        super().build([variable for variable in var_list if not self._is_table(variable)])
+        for index, table in enumerate(tables):
+            self._index_dict[self._var_key(table)] = index
+            self._table_slots.append([self._add_slot(table, name, value) for name, value in self._rule.slots.items()])
+
+    def _is_table(self, variable: tf.Variable) -> bool:
+        return self._var_key(variable) in self._table_keys
+
+    def _add_slot(self, table: tf.Variable, name: str, value: float) -> tf.Variable:
+        shape = table.shape[:1] if self._rule.is_rowwise else table.shape
+        return self.add_variable_from_reference(table, name, shape, initial_value=tf.fill(shape, value))
+
+    def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
+        if not self._is_table(variable):
+            super().update_step(gradient, variable)
+            return
+        slots = self._table_slots[self._index_dict[self._var_key(variable)]]
+        rate = tf.cast(self.learning_rate, tf.float32) * self._table_learning_rate_ratio
+        step = tf.cast(self.iterations + 1, tf.float32)
+        moved = (variable, *slots)
+        if not isinstance(gradient, tf.IndexedSlices):
+            rows, *before = (tf.convert_to_tensor(values) for values in moved)
+            after, slots_after = self._rule.update(rows, before, gradient, rate, step)
+            for values, new in zip(moved, (after, *slots_after), strict=True):
+                values.assign(new)
+            return
+        rows, *before = (tf.gather(values, gradient.indices) for values in moved)
+        after, slots_after = self._rule.update(rows, before, gradient.values, rate, step)
+        # Not scatter_sub: it takes several times as long as reading rows and putting others in their place.
+        for values, new in zip(moved, (after, *slots_after), strict=True):
+            values.scatter_update(tf.IndexedSlices(new, gradient.indices))
+
+    def _clip_gradients(self, gradients):
+        # Keras clips before it sums the gradients of a row: its norm would not be that of the gradient.
+        return super()._clip_gradients(super()._deduplicate_sparse_grad(gradients))
+
+    def _deduplicate_sparse_grad(self, gradients):
+        return gradients
+
+    def _use_weight_decay(self, variable: tf.Variable) -> bool:
+        return not self._is_table(variable) and super()._use_weight_decay(variable)
+
+
+def build_optimizer(
+    config: OptimizerConfig, learning_rate: float, model: tf.keras.Model
+) -> tf.keras.optimizers.Optimizer:
+    """The optimizer of a built model.
+
+    Args:
+      config: rules, schedule and clipping.
+      learning_rate: of the dense part, and of tables that have none of their own.
+      model: a backbone with all its variables.
+    """
+    schedule = WarmupSchedule(learning_rate, config)
+    rate = schedule if config.schedule != "constant" or config.lr_warmup_steps else learning_rate
+    weight_decay = config.dense.weight_decay if config.dense.kind == "adamw" else None
+    rule = table_rule(config.embeddings)
+    tables = embedding_tables(model) if rule is not None else []
+    return RowSparseOptimizer(
+        tables,
+        rule,
+        learning_rate=rate,
+        table_learning_rate_ratio=(config.embeddings.learning_rate or learning_rate) / learning_rate,
+        weight_decay=weight_decay,
+        global_clip_norm=config.global_clip_norm,
+    )
