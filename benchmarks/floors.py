@@ -108,11 +108,17 @@ def _gemm_rate(precision: Precision, batch_size: int, units: int) -> float:
 
 
 def _product_rate(precision: Precision, rows: int, inner: int, columns: int) -> float:
-    # Different operands: TensorFlow computes equal products once.
+    left, right, products = different_products(precision, rows, inner, columns)
+    return len(left) * rows * inner * columns / shortest_seconds(lambda: products(left, right))
+
+
+def different_products(
+    precision: Precision, rows: int, inner: int, columns: int
+) -> tuple[list[tf.Tensor], list[tf.Tensor], Callable]:
+    """Operands, and the function that multiplies them pair by pair. TensorFlow computes equal products only once."""
     left = [tf.cast(tf.random.normal([rows, inner]), precision) for _ in range(_OPERANDS)]
     right = [tf.cast(tf.random.normal([inner, columns]), precision) for _ in range(_OPERANDS)]
-    products = tf.function(lambda left, right: [tf.matmul(*pair) for pair in zip(left, right, strict=True)])
-    return _OPERANDS * rows * inner * columns / shortest_seconds(lambda: products(left, right))
+    return left, right, tf.function(lambda left, right: [tf.matmul(*pair) for pair in zip(left, right, strict=True)])
 
 
 def _gather_rate(num_rows: int, row_length: int) -> float:

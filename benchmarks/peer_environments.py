@@ -8,7 +8,7 @@ import sys
 
 _TORCH = "torch==2.13.0"
 # Peer -> what pip installs into an environment of its own.
-_REQUIREMENTS = {
+REQUIREMENTS = {
     # FuxiCTR 2.3.10 asks polars.scan_csv for an argument that polars 1.30 dropped.
     "fuxictr": ("fuxictr==2.3.10", "polars<1.30"),
     # It imports requests, which it does not declare.
@@ -33,7 +33,7 @@ def peer_python(work_dir: pathlib.Path, peer: str) -> pathlib.Path:
     python = directory / "bin" / "python"
     if not _is_installed(directory):
         _run([sys.executable, "-m", "venv", "--clear", str(directory)])
-        _run([str(python), "-m", "pip", "install", "--quiet", *_REQUIREMENTS[peer]])
+        _run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[peer]])
         _mark_installed(directory)
     return python
 
