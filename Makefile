@@ -1,10 +1,11 @@
-# Four commands: `make demo`, `make serve`, `make test` and `make study`. Each creates .venv and installs on first use.
+# Commands: `make demo`, `make serve`, `make test`, `make test-all`, `make study` and `make bench`. Each creates .venv and
+# installs on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve test study lint clean-demo
+.PHONY: demo serve test test-all study bench lint clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipelines.demo --demo_dir=demo
@@ -15,12 +16,20 @@ serve: $(INSTALLED) demo/servable/models.config
 demo/servable/models.config:
 	$(MAKE) demo
 
+# Without the tests marked as long, so that continuous integration has room; test-all runs everything.
 test: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
 
 study: $(INSTALLED)
 	$(BIN)/python -m pipelines.study --study=small --study_dir=study
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.training --work_dir=bench
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

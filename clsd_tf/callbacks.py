@@ -13,8 +13,10 @@ import tensorflow as tf
 from clsd_tf import metrics
 from clsd_tf.artifacts import WorkDir, read_json, write_json
 from clsd_tf.console import console
+from clsd_tf.throughput import Throughput
 
 _SCALARS_EVERY_STEPS = 100
+_BAR_UPDATE_SECONDS = 0.1  # Reading loss and counters at every step would slow small models down.
 
 
 class TrainingDivergedError(RuntimeError):
@@ -141,20 +143,32 @@ def _json_number(value: Any) -> float | None:
 
 
 class Scalars(tf.keras.callbacks.Callback):
-    """Writes the logs as TensorBoard scalars under their own names, every 100 optimizer steps and after each epoch.
+    """Writes logs and throughput as TensorBoard scalars, every 100 optimizer steps and after each epoch.
 
     Keras' TensorBoard callback walks through all logs at every step, even when it writes per epoch: with a mean per
     user group that took a third of a small model's step. The values are means since the epoch began.
+
+    Args:
+      work_dir: where the events go.
+      batch_size: examples per step.
     """
 
     _supports_tf_logs = True  # Nothing is copied to Python at the steps between.
 
-    def __init__(self, work_dir: WorkDir):
+    def __init__(self, work_dir: WorkDir, *, batch_size: int):
         super().__init__()
         self._writer = tf.summary.create_file_writer(str(work_dir.tensorboard))
+        self._throughput = Throughput(batch_size)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._throughput.begin(self.model)
+        self._hundreds = int(self.model.optimizer.iterations) // _SCALARS_EVERY_STEPS
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if (batch + 1) % _SCALARS_EVERY_STEPS == 0:
+        self._throughput.step()
+        hundreds = int(self.model.optimizer.iterations) // _SCALARS_EVERY_STEPS
+        if hundreds > self._hundreds:
+            self._hundreds = hundreds
             self._write(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -162,13 +176,13 @@ class Scalars(tf.keras.callbacks.Callback):
 
     def _write(self, logs: dict[str, Any]) -> None:
         with self._writer.as_default(step=int(self.model.optimizer.iterations)):
-            for name, value in logs.items():
+            for name, value in {**logs, **self._throughput.read()}.items():
                 tf.summary.scalar(name, value)
         self._writer.flush()
 
 
 class ProgressBar(tf.keras.callbacks.Callback):
-    """A live bar with loss, examples/s and the time left in the epoch, then one line per epoch.
+    """A live bar with loss, throughput and the time left in the epoch, then one line per epoch.
 
     Args:
       title: what is being trained.
@@ -182,31 +196,44 @@ class ProgressBar(tf.keras.callbacks.Callback):
         super().__init__()
         self._title = title
         self._steps = steps_per_epoch
-        self._batch_size = batch_size
+        self._throughput = Throughput(batch_size)
+        self._next_update = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._start = time.monotonic()
+        self._throughput.begin(self.model)
         self._bar = rich.progress.Progress(
             *rich.progress.Progress.get_default_columns(),
-            rich.progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} examples/s"),
+            rich.progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[throughput]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._bar.start()
-        self._task = self._bar.add_task(f"{self._title} epoch {epoch + 1}", total=self._steps, loss=0.0, rate=0.0)
+        done = int(self.model.optimizer.iterations) % self._steps
+        self._task = self._bar.add_task(
+            f"{self._title} epoch {epoch + 1}", total=self._steps, completed=done, loss=0.0, throughput=""
+        )
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._bar.update(self._task, completed=batch + 1, loss=float(logs["loss"]), rate=self._rate(batch + 1))
+        self._throughput.step()
+        if not console.is_terminal or time.monotonic() < self._next_update:
+            return
+        self._next_update = time.monotonic() + _BAR_UPDATE_SECONDS
+        done = (int(self.model.optimizer.iterations) - 1) % self._steps + 1
+        self._bar.update(self._task, completed=done, loss=float(logs["loss"]), throughput=self._described())
 
-    def _rate(self, steps: int) -> float:
-        return steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)
+    def _described(self) -> str:
+        found = self._throughput.read()
+        text = f"{found['examples_per_second']:,.0f} examples/s"
+        if "input_wait_share" in found:
+            text += f", {found['input_wait_share']:.0%} waiting for input"
+        return text
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._bar.stop()
         console.print(
             f"{self._title} epoch {epoch + 1}: loss {logs['loss']:.4f}, validation AUC {logs['val_auc']:.4f}, "
-            f"{self._rate(self._steps):,.0f} examples/s",
+            f"{self._described()}",
             soft_wrap=True,
         )
 

@@ -116,8 +116,19 @@ def parse_records(serialized: tf.Tensor, inputs: ModelInputs, layout: RecordLayo
         spec = {name: _fixed(width, tf.int64) for name, width in ids.items()}
         return tf.io.parse_example(serialized, spec | {name: _fixed(None, tf.float32) for name in numbers})
     spec = {"ids": _fixed(_total(ids), tf.int64), "numbers": _fixed(_total(numbers), tf.float32)}
-    packed = tf.io.parse_example(serialized, spec)
+    return unpacked(tf.io.parse_example(serialized, spec), inputs)
+
+
+def unpacked(packed: Mapping[str, tf.Tensor], inputs: ModelInputs) -> dict[str, tf.Tensor]:
+    """Takes what ``record_tensors`` packed apart: ``ids`` and ``numbers`` -> as ``parse_records``."""
+    ids, numbers = packed_columns(inputs)
     return _apart(packed["ids"], ids) | _apart(packed["numbers"], numbers)
+
+
+def parsed_bytes_per_row(inputs: ModelInputs) -> int:
+    """Memory of a training record once it is parsed: 8 bytes an integer, 4 a float."""
+    ids, numbers = packed_columns(inputs)
+    return tf.int64.size * _total(ids) + tf.float32.size * _total(numbers)
 
 
 def _total(widths: Mapping[str, int | None]) -> int:

@@ -60,7 +60,12 @@ def fit(
     if first_epoch < config.max_epochs and not keeper.is_exhausted:
         batches = _training_batches(dataset, config, first_epoch, row_weights, teacher_scores())
         steps = steps_per_epoch(dataset, config)
-        callbacks = [StopOnNonFiniteLoss(), _validation_auc(dataset), Scalars(work_dir), keeper]
+        callbacks = [
+            StopOnNonFiniteLoss(),
+            _validation_auc(dataset),
+            Scalars(work_dir, batch_size=config.batch_size),
+            keeper,
+        ]
         if title is not None:
             callbacks.append(ProgressBar(title, steps_per_epoch=steps, batch_size=config.batch_size))
         tf.keras.utils.set_random_seed(config.seed)  # Fold models may have used the random state meanwhile.
@@ -129,6 +134,7 @@ def _training_batches(
         seed=config.seed,
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
+        max_cache_bytes=config.max_cache_bytes,
     )
     if row_weights is not None:
         batches = input_pipeline.with_row_weights(batches, row_weights)

@@ -1,18 +1,55 @@
-"""TFRecord shards -> tf.data of (features, labels, sample_weight)."""
+"""TFRecord shards -> tf.data of (features, labels, sample_weight).
+
+Rows move in blocks of a file, never one by one, and are parsed last, a whole batch at once: what is shuffled, skipped
+or left to another worker is never parsed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from clsd_tf.artifacts import DatasetDir
-from clsd_tf.examples import packed_columns, parse_records
+from clsd_tf.examples import parse_records, parsed_bytes_per_row, record_tensors, unpacked
 
-_SHUFFLE_BUFFER_ROWS = 200_000
-_READ_PARALLELISM = 4
+MAX_CACHE_BYTES = 2**28
+# Mixes as well as a shuffle buffer of 200,000 rows does: a row moves by 2^19 / sqrt(6) = 214,000 places (standard
+# deviation). Some four windows of serialized rows are held at a time: 300 MB for 26 ids a row.
+_WINDOW_ROWS = 2**19
+_BLOCK_ROWS = 1024
+_FILES_AT_ONCE = 4
+_PARALLEL = {"num_parallel_calls": 2, "deterministic": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of each batch a worker parses: rows [index * n // count, (index + 1) * n // count) of n.
+
+    Attributes:
+      index: of the worker, in [0, count).
+      count: of the workers.
+
+    Raises:
+      ValueError: the index is out of range.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"a shard's index must be in [0, count). Received: index={self.index}, count={self.count}. "
+                "A single worker is Shard(0, 1)"
+            )
+
+    def of(self, rows: tf.Tensor) -> tf.Tensor:
+        num_rows = tf.shape(rows, tf.int64)[0]
+        return rows[self.index * num_rows // self.count : (self.index + 1) * num_rows // self.count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,70 +78,165 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
       dataset: a complete dataset directory.
       split: train, validation or test.
       batch_size: rows per batch; the last batch may be smaller.
-      shuffle_seed: shuffles rows, differently in each pass; None keeps the file order.
+      shuffle_seed: shuffles rows, differently in each pass; None keeps the file order, shards side by side.
 
     Returns:
       (features, labels, sample_weight): labels and weights are float32 [batch]. Features hold the model inputs, the
       user groups and ``row_id``.
     """
-    serialized = _serialized(dataset.record_files(split))
-    if shuffle_seed is not None:
-        serialized = serialized.shuffle(_buffer_rows(dataset, split), seed=shuffle_seed)
-    return _prepared(_parsed(serialized, dataset, batch_size).map(_as_training_batch, **_PARALLEL))
+    _require_at_least("batch_size", batch_size, 1)
+    source = _files(dataset, split)
+    if shuffle_seed is None:
+        rows = _blocks(source, source.parts).rebatch(batch_size)
+    else:
+        num_rows = dataset.num_rows(split)
+        seeds = tf.data.Dataset.random(shuffle_seed, rerandomize_each_iteration=True).take(1)
+        rows = seeds.flat_map(lambda seed: _shuffled(source, num_rows, seed, 0, 1).rebatch(batch_size))
+    return _prepared(rows.map(lambda batch: _as_training_batch(source.records(batch)), **_PARALLEL))
 
 
 def training_epochs(
-    dataset: DatasetDir, *, batch_size: int, seed: int, first_epoch: int, num_epochs: int
+    dataset: DatasetDir,
+    *,
+    batch_size: int,
+    seed: int,
+    first_epoch: int,
+    num_epochs: int,
+    first_step: int = 0,
+    shard: Shard = Shard(0, 1),
+    max_cache_bytes: int = MAX_CACHE_BYTES,
 ) -> tf.data.Dataset:
     """Epochs ``first_epoch`` to ``num_epochs`` of the training split, one after the other.
 
-    The order of rows is a function of (seed, epoch) alone, so a run that resumes at an epoch sees what it would have
-    seen. Yields as ``batches``.
+    The order of rows is a function of (seed, epoch) alone, the same on every machine: a run that resumes sees what it
+    would have seen. An epoch takes the shards in random order, four side by side, and permutes windows of 524,288 rows;
+    memory does not grow with the rows.
+
+    Args:
+      dataset: a complete dataset directory.
+      batch_size: rows per batch over all workers; the last batch of an epoch may be smaller.
+      seed: of the order.
+      first_epoch: from 0.
+      num_epochs: the last epoch is ``num_epochs`` - 1.
+      first_step: batch with which the first epoch begins. Those before it are read, not parsed.
+      shard: the part of each batch to yield; it may be empty in a last batch of fewer rows than workers.
+      max_cache_bytes: a split that takes at most this once parsed is read only once and held in memory; 0 reads the
+        files in each epoch. Changes nothing of what is yielded.
+
+    Returns:
+      As ``batches``.
+
+    Raises:
+      ValueError: a size, an epoch or a step out of range.
     """
-    parsed_batches = _from_memory if dataset.num_rows("train") <= _SHUFFLE_BUFFER_ROWS else _from_files
-    shuffled_batches = parsed_batches(dataset, batch_size)
-
-    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        # The pair (seed, epoch): the function's graph would otherwise bring in the seed of the whole process.
-        # Plus 1, since TensorFlow gives the pair (0, 0) a meaning of its own.
-        tf.compat.v1.get_default_graph().seed = seed + 1
-        return shuffled_batches(epoch)
-
-    epochs = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(one_epoch)
-    return _prepared(epochs.map(_as_training_batch, **_PARALLEL))
-
-
-def _from_memory(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:
-    """Epoch -> batches of records, of a training split that the shuffle buffer would hold as a whole.
-
-    Parsed once: small models spent most of their time parsing the same rows in each epoch. In the order of
-    ``_from_files``.
-    """
-    _require_batch_size(batch_size)
-    ids, numbers = packed_columns(dataset.inputs)
-    columns = read_columns(dataset, "train", [*ids, *numbers])
-    columns = {name: tf.constant(values) for name, values in columns.items()}
     num_rows = dataset.num_rows("train")
+    _require_at_least("batch_size", batch_size, 1)
+    _require_at_least("first_epoch", first_epoch, 0)
+    batch_sizes = _sizes(num_rows, batch_size)
+    if not 0 <= first_step < len(batch_sizes):
+        raise ValueError(
+            f"first_step must be a batch of its epoch. Received: {first_step}. Allowed: 0 to {len(batch_sizes) - 1}; "
+            "after the last one comes first_step=0 of the next epoch"
+        )
+    fits = num_rows * parsed_bytes_per_row(dataset.inputs) <= max_cache_bytes
+    source = _memory(dataset, "train") if fits else _files(dataset, "train")
+    rows = _shuffled(source, num_rows, seed, first_epoch, num_epochs).rebatch(batch_sizes).skip(first_step)
+    return _prepared(rows.map(lambda batch: _as_training_batch(source.records(shard.of(batch))), **_PARALLEL))
 
-    def records(rows: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {name: tf.gather(values, rows) for name, values in columns.items()}
 
-    def shuffled_batches(epoch: tf.Tensor) -> tf.data.Dataset:
-        rows = tf.data.Dataset.range(num_rows).shuffle(num_rows, seed=epoch, reshuffle_each_iteration=False)
-        return rows.batch(batch_size).map(records, **_PARALLEL)
+class _Source(NamedTuple):
+    """Rows that are told apart by handles, which are cheap to move: serialized records, or places in memory.
 
-    return shuffled_batches
+    Attributes:
+      parts: a file each, [num_files, ...].
+      handles: part -> handles of its rows, one by one in their order.
+      records: handles [batch] -> records as ``parse_records`` gives them.
+    """
+
+    parts: tf.Tensor
+    handles: Callable[[tf.Tensor], tf.data.Dataset]
+    records: Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
 
-def _from_files(dataset: DatasetDir, batch_size: int) -> Callable[[tf.Tensor], tf.data.Dataset]:
-    """Epoch -> batches of records, read from the files in each epoch."""
-    files = dataset.record_files("train")
+def _files(dataset: DatasetDir, split: str) -> _Source:
+    paths = dataset.record_files(split)
+    compression = "GZIP" if paths[0].endswith(".gz") else ""
+    inputs, layout = dataset.inputs, dataset.spec.record_layout
+    return _Source(
+        tf.constant(paths),
+        lambda path: tf.data.TFRecordDataset(path, compression_type=compression, buffer_size=2**20),
+        lambda serialized: parse_records(serialized, inputs, layout),
+    )
 
-    def shuffled_batches(epoch: tf.Tensor) -> tf.data.Dataset:
-        rows = _serialized(files).shuffle(_SHUFFLE_BUFFER_ROWS, seed=epoch, reshuffle_each_iteration=False)
-        return _parsed(rows, dataset, batch_size)
 
-    return shuffled_batches
+def _memory(dataset: DatasetDir, split: str) -> _Source:
+    """The same rows, parsed once: small models spent most of their time parsing the same rows in each epoch."""
+    files = _files(dataset, split)
+
+    def blocks(file: tf.Tensor, path: tf.Tensor) -> tf.data.Dataset:
+        return files.handles(path).batch(4 * _BLOCK_ROWS).map(lambda rows: (tf.fill(tf.shape(rows), file), rows))
+
+    def packed_block(file: tf.Tensor, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"file": file, **record_tensors(files.records(rows), dataset.inputs, "packed")}
+
+    in_order = tf.data.Dataset.from_tensor_slices(files.parts).enumerate().flat_map(blocks)
+    found = _concatenated(in_order.map(packed_block, **_PARALLEL))
+    ends = np.cumsum(np.bincount(found["file"], minlength=len(files.parts)))
+    packed = {name: tf.constant(found[name]) for name in ("ids", "numbers")}
+    return _Source(
+        tf.constant(np.stack([np.append(0, ends[:-1]), ends], axis=1), tf.int64),
+        lambda bounds: tf.data.Dataset.range(bounds[0], bounds[1]),
+        lambda rows: unpacked({name: tf.gather(values, rows) for name, values in packed.items()}, dataset.inputs),
+    )
+
+
+def _concatenated(batched: tf.data.Dataset) -> dict[str, np.ndarray]:
+    parts = list(_prepared(batched).as_numpy_iterator())
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _blocks(source: _Source, parts: tf.Tensor) -> tf.data.Dataset:
+    """Handles of these parts, [at most 1024]; a block from each of four parts in turn."""
+    return tf.data.Dataset.from_tensor_slices(parts).interleave(
+        lambda part: source.handles(part).batch(_BLOCK_ROWS),
+        cycle_length=_FILES_AT_ONCE,
+        block_length=1,
+        **_PARALLEL,
+    )
+
+
+def _shuffled(
+    source: _Source, num_rows: int, seed: int | tf.Tensor, first_epoch: int, num_epochs: int
+) -> tf.data.Dataset:
+    """Handles of epoch after epoch in the order of ``training_epochs``, a window at a time.
+
+    One stream over all epochs, so that the next epoch is read while this one ends.
+    """
+    window_sizes = _sizes(num_rows, _WINDOW_ROWS)
+
+    def blocks(epoch: tf.Tensor) -> tf.data.Dataset:
+        return _blocks(source, _permuted(source.parts, seed, epoch, 0))
+
+    def permuted(index: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+        epoch, place = first_epoch + index // len(window_sizes), index % len(window_sizes)
+        return _permuted(window, seed, epoch, 1 + place)
+
+    windows = tf.data.Dataset.range(first_epoch, num_epochs).flat_map(blocks).rebatch(window_sizes)
+    return windows.enumerate().map(permuted, num_parallel_calls=1, deterministic=True)
+
+
+def _permuted(values: tf.Tensor, seed: int | tf.Tensor, epoch: tf.Tensor, place: tf.Tensor | int) -> tf.Tensor:
+    """Values in an order that (seed, epoch, place) decide; place is below 2^32."""
+    pair = tf.stack([tf.cast(seed, tf.int64), tf.cast(epoch, tf.int64) * 2**32 + tf.cast(place, tf.int64)])
+    # The algorithm is named: by default it would depend on the device.
+    order = tf.random.experimental.stateless_shuffle(tf.range(tf.shape(values)[0]), pair, alg="philox")
+    return tf.gather(values, order)
+
+
+def _sizes(num_rows: int, size: int) -> list[int]:
+    """``num_rows`` in parts of ``size`` and a smaller last one."""
+    full, rest = divmod(num_rows, size)
+    return [size] * full + [rest] * bool(rest)
 
 
 def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues) -> tf.data.Dataset:
@@ -125,40 +257,19 @@ def with_row_weights(batched: tf.data.Dataset, weights: RowValues) -> tf.data.Da
 
 def read_columns(dataset: DatasetDir, split: str, names: list[str]) -> dict[str, np.ndarray]:
     """Whole columns of a split in file order: record fields or model inputs, by name."""
-    parsed = _parsed(_serialized(dataset.record_files(split)), dataset, 4096)
-    selected = _prepared(parsed.map(lambda record: {name: record[name] for name in names}))
-    parts = list(selected.as_numpy_iterator())
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+    source = _files(dataset, split)
+    blocks = _blocks(source, source.parts).rebatch(4 * _BLOCK_ROWS)
+
+    def selected(rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        records = source.records(rows)
+        return {name: records[name] for name in names}
+
+    return _concatenated(blocks.map(selected, **_PARALLEL))
 
 
-_PARALLEL = {"num_parallel_calls": 2, "deterministic": True}
-
-
-def _buffer_rows(dataset: DatasetDir, split: str) -> int:
-    return min(dataset.num_rows(split), _SHUFFLE_BUFFER_ROWS)
-
-
-def _serialized(files: list[str]) -> tf.data.Dataset:
-    compression = "GZIP" if files[0].endswith(".gz") else ""
-    return tf.data.Dataset.from_tensor_slices(files).interleave(
-        lambda path: tf.data.TFRecordDataset(path, compression_type=compression),
-        cycle_length=min(len(files), _READ_PARALLELISM),
-        block_length=64,
-        num_parallel_calls=min(len(files), _READ_PARALLELISM),
-        deterministic=True,
-    )
-
-
-def _parsed(serialized: tf.data.Dataset, dataset: DatasetDir, batch_size: int) -> tf.data.Dataset:
-    _require_batch_size(batch_size)
-    # Batch first: parsing whole batches is more than ten times as fast as parsing examples.
-    inputs, layout = dataset.inputs, dataset.spec.record_layout
-    return serialized.batch(batch_size).map(lambda batch: parse_records(batch, inputs, layout), **_PARALLEL)
-
-
-def _require_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}")
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}. Received: {value}")
 
 
 def _as_training_batch(record):

@@ -12,6 +12,7 @@ import pydantic
 from clsd_tf.calibration import CalibrationConfig
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
 from clsd_tf.embeddings import Initializer, L2Rows
+from clsd_tf.input_pipeline import MAX_CACHE_BYTES
 from clsd_tf.optimizers import OptimizerConfig
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
@@ -46,6 +47,8 @@ class TrainConfig(StrictModel):
       patience_epochs: stop after this many epochs without a better validation AUC, and keep the best epoch's weights;
         null trains max_epochs whatever the validation says and keeps the last.
       seed: of initial weights, row order and folds.
+      max_cache_bytes: a training split of at most this size, 8 bytes an id and 4 a number, is parsed once and held in
+        memory; 0 reads its files in each epoch. Results are the same.
       clsd: how clicks are weighted.
       calibration: fitted on the validation split after training; part of the model from then on.
     """
@@ -72,6 +75,7 @@ class TrainConfig(StrictModel):
     max_epochs: int = pydantic.Field(10, ge=1)
     patience_epochs: int | None = pydantic.Field(2, ge=1)
     seed: int = pydantic.Field(1, ge=0)
+    max_cache_bytes: int = pydantic.Field(MAX_CACHE_BYTES, ge=0)
     clsd: ClsdConfig = ClsdConfig()
     calibration: CalibrationConfig = CalibrationConfig()
 

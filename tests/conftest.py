@@ -22,6 +22,13 @@ from clsd_tf.training import train
 from pipelines.build import BuildConfig, build_dataset
 from pipelines.feed import FeedConfig, simulate_feed
 
+
+def pytest_terminal_summary(terminalreporter):
+    left_out = [item for item in terminalreporter.stats.get("deselected", []) if item.get_closest_marker("long")]
+    if left_out:
+        terminalreporter.write_line(f"{len(left_out)} long tests were left out: make test-all runs them")
+
+
 _SHOP = """
 name: shop
 tables:

@@ -1,11 +1,19 @@
 """The training input: every row once, in an order that seed and epoch decide, with values found by row id."""
 
+import shutil
+import zlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from benchmarks.generated_dataset import generated_dataset
 from clsd_tf import input_pipeline
-from clsd_tf.input_pipeline import RowValues
+from clsd_tf.artifacts import DatasetDir
+from clsd_tf.examples import parse_records
+from clsd_tf.input_pipeline import RowValues, Shard
 
 
 def row_ids(batched):
@@ -178,16 +186,195 @@ def test_an_unknown_split_is_refused(feed_dataset):
         input_pipeline.batches(feed_dataset, "dev", batch_size=8)
 
 
-def test_rows_kept_in_memory_come_in_the_order_of_rows_read_from_files(feed_dataset):
-    seed = tf.constant(3, tf.int64)
+# --- Where rows come from, and where an epoch begins ----------------------------------------------------------------
 
-    def epoch(source):
-        tf.random.set_seed(7)
-        return list(source(feed_dataset, 64)(seed).as_numpy_iterator())
+IN_MEMORY, FROM_FILES = 2**30, 0
 
-    in_memory, from_files = epoch(input_pipeline._from_memory), epoch(input_pipeline._from_files)
-    assert len(in_memory) == len(from_files) > 2
-    for one, other in zip(in_memory, from_files, strict=True):
-        assert set(one) == set(other)
-        for name, values in one.items():
-            np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+@pytest.fixture(params=[IN_MEMORY, FROM_FILES], ids=["in_memory", "from_files"])
+def max_cache_bytes(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory):
+    """5,003 rows in 7 files: a window of rows spans files, and no size divides another."""
+    path = tmp_path_factory.mktemp("many")
+    return generated_dataset(path, num_rows=5003, vocabulary_size=50, num_categorical=2, num_shards=7)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """As a dataset of many millions of rows would be: blocks of 64 rows, windows of 1,000."""
+    monkeypatch.setattr(input_pipeline, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(input_pipeline, "_WINDOW_ROWS", 1000)
+
+
+def assert_same_batches(received, expected):
+    for one, other in zip(received, expected, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("name", ["feed_dataset", "shop_dataset", "many_files"])
+def test_rows_held_in_memory_come_as_rows_read_from_files(name, request, small_windows):
+    # The shop's files are compressed, and hold features of several values.
+    dataset = request.getfixturevalue(name)
+    arguments = {"batch_size": 64, "seed": 3, "first_epoch": 1, "num_epochs": 3}
+    in_memory, from_files = (
+        list(input_pipeline.training_epochs(dataset, **arguments, max_cache_bytes=size).as_numpy_iterator())
+        for size in (IN_MEMORY, FROM_FILES)
+    )
+    assert len(in_memory) == 2 * -(-dataset.num_rows("train") // 64)
+    assert_same_batches(in_memory, from_files)
+
+
+def test_the_cache_holds_what_fits_its_bytes_to_the_byte(many_files, tmp_path, monkeypatch):
+    # 2 ids and 3 integers of 8 bytes, 4 floats of 4: once the files are gone, only what was held can be walked.
+    size = 5003 * (5 * 8 + 4 * 4)
+    shutil.copytree(many_files.path, tmp_path / "copy")
+    copy = DatasetDir(tmp_path / "copy")
+    held, read = (first_epoch(copy, max_cache_bytes=limit) for limit in (size, size - 1))
+    shutil.rmtree(copy.layout.records)
+    assert len(np.concatenate(row_ids(held))) == 5003
+    with pytest.raises(tf.errors.NotFoundError):
+        row_ids(read)
+
+
+@pytest.mark.parametrize("batch_size", [97, 1000, 1024, 6000])
+def test_the_order_of_rows_does_not_depend_on_the_batch_size(many_files, small_windows, batch_size, max_cache_bytes):
+    arguments = {"seed": 4, "num_epochs": 2, "max_cache_bytes": max_cache_bytes}
+    one = np.concatenate(row_ids(first_epoch(many_files, **arguments)))
+    other = row_ids(first_epoch(many_files, batch_size=batch_size, **arguments))
+    np.testing.assert_array_equal(np.concatenate(other), one)
+    assert [len(batch) for batch in other] == ([batch_size] * (5003 // batch_size) + [5003 % batch_size]) * 2
+
+
+def test_the_order_is_the_same_on_every_machine(many_files):
+    # Written down on 2026-11-27 with TensorFlow 2.21: a run that moves to another machine must find its rows again.
+    found = np.concatenate(row_ids(first_epoch(many_files, num_epochs=2)))
+    assert found[:6].tolist() == [2526, 685, 3951, 4386, 4564, 2432]
+    assert zlib.crc32(found.astype("<i8").tobytes()) == 3351735159
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_size=st.integers(300, 2500), epoch=st.integers(0, 2), step=st.integers(0, 100), in_memory=st.booleans())
+def test_an_epoch_begun_at_any_step_goes_on_as_one_begun_at_its_start(
+    many_files, small_windows, batch_size, epoch, step, in_memory
+):
+    per_epoch = -(-5003 // batch_size)
+    step %= per_epoch
+    arguments = {"batch_size": batch_size, "num_epochs": 3, "max_cache_bytes": IN_MEMORY if in_memory else FROM_FILES}
+    whole = row_ids(first_epoch(many_files, **arguments))
+    resumed = row_ids(first_epoch(many_files, first_epoch=epoch, first_step=step, **arguments))
+    assert_same_batches(resumed, whole[epoch * per_epoch + step :])
+
+
+def test_what_a_resumed_epoch_skips_is_not_parsed(many_files, tmp_path, small_windows):
+    # Records that are none, in what the first ten batches hold: whoever parsed them would fail.
+    first_ten = set(np.concatenate(row_ids(first_epoch(many_files, batch_size=100))[:10]).tolist())
+    shutil.copytree(many_files.path, tmp_path / "copy")
+    copy = DatasetDir(tmp_path / "copy")
+    for path in copy.record_files("train"):
+        serialized = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
+        rows = parse_records(tf.constant(serialized), copy.inputs, "packed")["row_id"].numpy()
+        with tf.io.TFRecordWriter(path) as writer:
+            for row, record in zip(rows.tolist(), serialized, strict=True):
+                writer.write(b"no record" if row in first_ten else record)
+    arguments = {"batch_size": 100, "max_cache_bytes": FROM_FILES}
+    resumed = row_ids(first_epoch(copy, first_step=10, **arguments))
+    assert_same_batches(resumed, row_ids(first_epoch(many_files, first_step=10, **arguments)))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        row_ids(first_epoch(copy, first_step=9, **arguments))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch_size=st.integers(300, 2500), count=st.integers(1, 4), step=st.integers(0, 2), in_memory=st.booleans())
+def test_the_workers_parts_make_up_the_batch_of_one_worker(
+    many_files, small_windows, batch_size, count, step, in_memory
+):
+    step = min(step, -(-5003 // batch_size) - 1)
+    arguments = {"batch_size": batch_size, "num_epochs": 2, "first_step": step}
+    arguments["max_cache_bytes"] = IN_MEMORY if in_memory else FROM_FILES
+    whole = list(first_epoch(many_files, **arguments).as_numpy_iterator())
+    parts = [
+        list(first_epoch(many_files, shard=Shard(index, count), **arguments).as_numpy_iterator())
+        for index in range(count)
+    ]
+    together = [
+        tf.nest.map_structure(lambda *x: np.concatenate(x), *of_workers) for of_workers in zip(*parts, strict=True)
+    ]
+    assert_same_batches(together, whole)
+    for of_workers in zip(*parts, strict=True):
+        sizes = [len(labels) for _, labels, _ in of_workers]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_worker_gets_an_empty_part_of_a_batch_of_fewer_rows_than_workers(many_files, max_cache_bytes):
+    # 5,003 = 5 * 1,000 + 3 rows for 8 workers: floor(i * 3 / 8) of 0, 0, 0, 1, 1, 1, 2, 2, 3.
+    arguments = {"batch_size": 1000, "max_cache_bytes": max_cache_bytes}
+    last = [row_ids(first_epoch(many_files, shard=Shard(index, 8), **arguments))[-1] for index in range(8)]
+    assert [len(part) for part in last] == [0, 0, 1, 0, 0, 1, 0, 1]
+    np.testing.assert_array_equal(np.concatenate(last), row_ids(first_epoch(many_files, **arguments))[-1])
+
+
+@pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_shard_that_is_not_one_of_its_count_is_refused(index, count):
+    with pytest.raises(ValueError, match=rf"in \[0, count\)\. Received: index={index}, count={count}\. A single"):
+        Shard(index, count)
+
+
+@pytest.mark.parametrize("step", [-1, 20])
+def test_a_first_step_outside_its_epoch_is_refused(many_files, step):
+    with pytest.raises(ValueError, match=rf"batch of its epoch\. Received: {step}\. Allowed: 0 to 19; after the last"):
+        first_epoch(many_files, first_step=step)
+
+
+def test_a_first_epoch_below_0_is_refused(many_files):
+    with pytest.raises(ValueError, match=r"first_epoch must be at least 0\. Received: -1"):
+        first_epoch(many_files, first_epoch=-1)
+
+
+# --- How well rows are mixed -----------------------------------------------------------------------------------------
+
+
+def places(dataset, **arguments):
+    """For each row of an epoch in file order: its place in the epoch."""
+    order = np.concatenate(row_ids(first_epoch(dataset, batch_size=4000, **arguments)))
+    return np.argsort(order)
+
+
+def test_a_window_mixes_as_a_shuffle_buffer_of_200000_rows(tmp_path, monkeypatch):
+    """At a tenth of the size: windows of 52,429 rows against a buffer of 20,000, one file whose order matters."""
+    dataset = generated_dataset(tmp_path, num_rows=262_145, vocabulary_size=3, num_categorical=1, num_shards=1)
+    monkeypatch.setattr(input_pipeline, "_WINDOW_ROWS", input_pipeline._WINDOW_ROWS // 10 + 1)
+    rows = tf.data.Dataset.range(262_145).shuffle(20_000, seed=1).batch(262_145)
+    buffered = np.argsort(next(rows.as_numpy_iterator()))
+    ours = places(dataset)
+    moved, moved_by_buffer = (np.std(place - np.arange(len(place))) for place in (ours, buffered))
+    assert moved > moved_by_buffer
+    # Neighbours in the log are alike: how many of them share a batch of 400?
+    shared, shared_by_buffer = (np.mean(np.diff(place // 400) == 0) for place in (ours, buffered))
+    assert shared < shared_by_buffer < 0.02
+    # Within a window, no place is likelier than another: the mean place of its first half is that of its second.
+    window = ours[:52_000]
+    standard_error = 52_429 / np.sqrt(12) * np.sqrt(2 / 26_000)
+    assert abs(window[:26_000].mean() - window[26_000:].mean()) < 4 * standard_error
+
+
+def test_each_epoch_takes_the_files_in_another_order(many_files, small_windows):
+    # Rows 0 to 714 are the first file's. Without that, an epoch would end with the same files as all others.
+    means = [places(many_files, first_epoch=epoch, num_epochs=epoch + 1)[:714].mean() for epoch in range(4)]
+    assert max(means) - min(means) > 1000
+
+
+# --- The autotune trap -----------------------------------------------------------------------------------------------
+
+
+def test_no_dataset_that_reaches_fit_is_tuned_at_run_time(feed_dataset, by_row, max_cache_bytes):
+    # When an epoch ends, fit would wait for autotune to wake up: seconds, measured with TensorFlow 2.21.
+    training = first_epoch(feed_dataset, max_cache_bytes=max_cache_bytes)
+    weighted = input_pipeline.with_row_weights(training, by_row)
+    scored = input_pipeline.with_teacher_scores(weighted, by_row)
+    passes = [input_pipeline.batches(feed_dataset, "train", batch_size=64, shuffle_seed=seed) for seed in (None, 1)]
+    for batched in (training, weighted, scored, *passes, *(one.cache() for one in passes)):
+        assert batched.options().autotune.enabled is False

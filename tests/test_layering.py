@@ -21,7 +21,7 @@ LEVELS = [
     {"data_statistics"},
     {"data_checks"},
     {"data_report"},
-    {"input_pipeline", "embeddings", "losses", "metrics", "significance", "calibration"},
+    {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones", "optimizers"},
     {"clsd"},
     {"train_config", "callbacks"},

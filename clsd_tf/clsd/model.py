@@ -22,6 +22,7 @@ from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig, OverconfidentTeache
 from clsd_tf.clsd.guards import ConfidenceGuard, GuardState
 from clsd_tf.clsd.monitors import GroupLogs, MeansPerGroup, Range, WeightedMeans, effective_click_share
 from clsd_tf.losses import bce_from_logits, weighted_mean
+from clsd_tf.throughput import InputWait
 
 _WATCHED = ("loss", "bce", "mean_pctr")
 _WATCHED_CLICKS = ("ad_gate_loss", "effective_click_share")
@@ -83,6 +84,7 @@ class ClsdModel(tfrs.Model):
         self._range = Range("click_confidence") if self.weights_clicks else None
         watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
         self._per_group = [MeansPerGroup(("click_confidence", "ad_gate"), group) for group in watched_groups]
+        self._input_wait = InputWait()
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:
@@ -142,6 +144,27 @@ class ClsdModel(tfrs.Model):
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
             callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
         return super().fit(*args, callbacks=callbacks, **kwargs)
+
+    @property
+    def input_wait_seconds(self) -> float | None:
+        """How long training steps have waited for input here; None where a coordinator hands steps to workers."""
+        return None if self._cluster_coordinator else self._input_wait.seconds
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """As ``tf.keras.Model.make_train_function``; the steps measure ``input_wait_seconds``."""
+        if self.train_function is not None and not force:
+            return self.train_function
+        function = super().make_train_function(force)
+        if self._cluster_coordinator:
+            return function
+
+        def train_function(iterator):
+            return function(self._input_wait.timed(iterator))
+
+        self.train_function = train_function
+        if not self.run_eagerly:
+            self.train_function = tf.function(train_function, reduce_retracing=True, autograph=False)
+        return self.train_function
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:
         logits = self.logits(features, training=training)
