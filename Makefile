@@ -28,6 +28,9 @@ test-all: $(INSTALLED)
 study: $(INSTALLED)
 	$(BIN)/python -m pipelines.study --study=small --study_dir=study
 
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.training --work_dir=bench
+
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .

@@ -86,7 +86,7 @@ def _beam_rows(work_dir: pathlib.Path) -> Result:
 
 
 def _fuxictr(work_dir: pathlib.Path) -> Result:
-    command = [str(peer_environments.fuxictr_python(work_dir)), str(_HERE / "build_fuxictr.py")]
+    command = [str(peer_environments.peer_python(work_dir, "fuxictr")), str(_HERE / "build_fuxictr.py")]
     return measured_build("fuxictr", command, work_dir, _ROWS.value, RAY_USAGE_STATS_ENABLED="0", PYTHONPATH="")
 
 

@@ -6,8 +6,15 @@ import pathlib
 import subprocess
 import sys
 
-# FuxiCTR 2.3.10 asks polars.scan_csv for an argument that polars 1.30 dropped.
-_FUXICTR = ("fuxictr==2.3.10", "polars<1.30")
+_TORCH = "torch==2.13.0"
+# Peer -> what pip installs into an environment of its own.
+REQUIREMENTS = {
+    # FuxiCTR 2.3.10 asks polars.scan_csv for an argument that polars 1.30 dropped.
+    "fuxictr": ("fuxictr==2.3.10", "polars<1.30"),
+    # It imports requests, which it does not declare.
+    "deepctr-torch": (_TORCH, "deepctr-torch==0.3.0", "requests"),
+    "torch-rechub": (_TORCH, "torch-rechub==0.9.0"),
+}
 # Without it Beam's WriteToTFRecord refuses to write.
 _BEAM_TFRECORD = ("google-crc32c",)
 
@@ -16,17 +23,17 @@ class InstallError(RuntimeError):
     """pip could not install a peer."""
 
 
-def fuxictr_python(work_dir: pathlib.Path) -> pathlib.Path:
-    """The interpreter of a virtual environment with FuxiCTR, made on first use.
+def peer_python(work_dir: pathlib.Path, peer: str) -> pathlib.Path:
+    """The interpreter of a virtual environment with ``peer``, made on first use.
 
     Raises:
       InstallError: pip failed.
     """
-    directory = work_dir / "fuxictr-venv"
+    directory = work_dir / f"{peer}-venv"
     python = directory / "bin" / "python"
     if not _is_installed(directory):
         _run([sys.executable, "-m", "venv", "--clear", str(directory)])
-        _run([str(python), "-m", "pip", "install", "--quiet", *_FUXICTR])
+        _run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[peer]])
         _mark_installed(directory)
     return python
 

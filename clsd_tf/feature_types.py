@@ -86,19 +86,24 @@ class Hashing(StrictModel):
 
 
 class IdFeature(StrictModel):
-    """What becomes ids: by a vocabulary of the training split, or by hash (``hash_buckets: N`` is short for one)."""
+    """What becomes ids: by a vocabulary of the training split, or by hash (``hash_buckets: N`` is short for one).
+
+    ``shares`` names another such feature, whose ids and embedding table are this one's too: of two columns with cities,
+    say. Its vocabulary is made of that feature's column alone.
+    """
 
     name: Name
     column: Name
     vocabulary: Vocabulary | None = None
     hash_buckets: int | None = pydantic.Field(None, ge=1)
     hash: Hashing | None = None
+    shares: Name | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_encoding(self):
-        given = [name for name in ("vocabulary", "hash_buckets", "hash") if getattr(self, name)]
+        given = [name for name in ("vocabulary", "hash_buckets", "hash", "shares") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"give one of vocabulary, hash_buckets and hash. Received: {', '.join(given)}")
+            raise ValueError(f"give one of vocabulary, hash_buckets, hash and shares. Received: {', '.join(given)}")
         return self
 
     @property
@@ -112,8 +117,8 @@ class IdFeature(StrictModel):
 
     @property
     def resolved_vocabulary(self) -> Vocabulary | None:
-        """The vocabulary's rule, or None when values are hashed."""
-        return None if self.resolved_hash else self.vocabulary or Vocabulary()
+        """The vocabulary's rule, or None when values are hashed or another feature's vocabulary is shared."""
+        return None if self.resolved_hash or self.shares else self.vocabulary or Vocabulary()
 
 
 class CategoricalFeature(IdFeature):

@@ -72,6 +72,7 @@ class FeatureSpec(StrictModel):
         self._check_names()
         self._check_columns()
         self._check_uses()
+        self._check_shares()
         self._check_raw_names()
         self._check_groups()
         self._check_expectations()
@@ -264,6 +265,15 @@ class FeatureSpec(StrictModel):
                 f"Received: of={history.of!r}. Allowed: {choices}"
             )
 
+    def _check_shares(self) -> None:
+        allowed = [entry.name for entry in self.features if isinstance(entry, IdFeature) and not entry.shares]
+        for feature in self.features:
+            if isinstance(feature, IdFeature) and feature.shares and feature.shares not in allowed:
+                raise ValueError(
+                    f"{feature.name!r} can share the ids of a categorical or multi-valued feature that has its own. "
+                    f"Received: shares={feature.shares!r}. Allowed: {allowed}"
+                )
+
     def _check_groups(self) -> None:
         profiles = list(self.user_tables.values()) or [self.tables.log]
         allowed = list(
@@ -360,6 +370,10 @@ class FeatureSpec(StrictModel):
     def feature(self, name: str) -> Feature:
         return next(feature for feature in self.features if feature.name == name)
 
+    def id_source(self, feature: IdFeature) -> IdFeature:
+        """The feature whose ids it has: the one that it shares, or itself."""
+        return self.feature(feature.shares) if feature.shares else feature
+
     def model_inputs(self, vocabulary_lengths: Mapping[str, int]) -> ModelInputs:
         """What models see, given the number of values in each vocabulary."""
         categorical = [self._categorical_input(feature, vocabulary_lengths) for feature in self.features]
@@ -378,7 +392,7 @@ class FeatureSpec(StrictModel):
         profile = {name for table in self.user_tables.values() for name in table.column_names if name != self.user_key}
         single_valued = (CategoricalFeature, NumericFeature)
         found = [x for x in self.features if isinstance(x, single_valued) and x.column in profile]
-        return tuple(x.name for x in found if isinstance(x, NumericFeature) or x.ids_per_value == 1)
+        return tuple(x.name for x in found if isinstance(x, NumericFeature) or self.id_source(x).ids_per_value == 1)
 
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):
@@ -387,13 +401,14 @@ class FeatureSpec(StrictModel):
         if isinstance(feature, NumericFeature):
             is_id = feature.scaling == "quantile_buckets"
             return CategoricalInput(feature.name, feature.name, 1 + feature.num_buckets) if is_id else None
-        rule, hashing = feature.resolved_vocabulary, feature.resolved_hash
-        size = 1 + (rule.num_oov_indices + lengths[feature.name] if rule else hashing.buckets)
+        source = self.id_source(feature)
+        rule, hashing = source.resolved_vocabulary, source.resolved_hash
+        size = 1 + (rule.num_oov_indices + lengths[source.name] if rule else hashing.buckets)
         max_values = feature.max_values if isinstance(feature, MultiValuedFeature) else None
         if rule:
-            return CategoricalInput(feature.name, feature.name, size, max_values)
+            return CategoricalInput(feature.name, source.name, size, max_values)
         combiner = "product" if hashing.method == "quotient_remainder" else "sum"
-        return CategoricalInput(feature.name, feature.name, size, max_values, feature.ids_per_value, combiner)
+        return CategoricalInput(feature.name, source.name, size, max_values, source.ids_per_value, combiner)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, defaults written out."""

@@ -18,6 +18,7 @@ from clsd_tf.features import (
     Feature,
     FeatureSpec,
     HistoryFeature,
+    IdFeature,
     MultiValuedFeature,
     NumericFeature,
     UserGroup,
@@ -107,13 +108,11 @@ class FeatureTransform(tf.Module):
         super().__init__()
         self._statistics = statistics
         self._entries = {entry.name: entry for entry in (*spec.features, *spec.user_groups)}
-        self._lookups = {
-            feature.name: self._lookup(feature, vocabulary_dir)
-            for feature in spec.features
-            if isinstance(feature, (CategoricalFeature, MultiValuedFeature))
-        }
+        features = [feature for feature in spec.features if isinstance(feature, IdFeature)]
+        own = {feature.name: self._lookup(feature, vocabulary_dir) for feature in features if not feature.shares}
+        self._lookups = {feature.name: own[spec.id_source(feature).name] for feature in features}
 
-    def _lookup(self, feature: CategoricalFeature | MultiValuedFeature, directory: pathlib.Path) -> tf.Module:
+    def _lookup(self, feature: IdFeature, directory: pathlib.Path) -> tf.Module:
         rule = feature.resolved_vocabulary
         if rule is None:
             return HashLookup(feature.resolved_hash)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
+from commands import run_command
 from shop import events, items, refused, users, write_shop
 
 import feature_specs
@@ -29,7 +30,9 @@ def test_unknown_spec_key_ends_the_command_with_its_message_and_writes_nothing(s
     with pytest.raises(SpecError, match="units"):
         feature_specs.get_spec(str(tmp_path / "shop.yaml"))
     output = tmp_path / "out" / "dataset"
-    result = run_command(f"--spec={tmp_path / 'shop.yaml'}", f"--input_dir={raw}", f"--dataset_dir={output}")
+    result = run_command(
+        "pipelines.build_dataset", f"--spec={tmp_path / 'shop.yaml'}", f"--input_dir={raw}", f"--dataset_dir={output}"
+    )
     assert result.returncode == 1
     assert "event_time.units: unknown key. Received: 'units'. Allowed: column, earliest, latest, unit" in result.stderr
     assert "Traceback" not in result.stderr
@@ -210,10 +213,6 @@ def test_a_mistyped_flag_is_refused():
 
 def command(*arguments):
     return [sys.executable, "-m", "pipelines.build_dataset", *arguments]
-
-
-def run_command(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
 
 
 def test_job_killed_half_way_leaves_no_directory_that_looks_finished(tmp_path):

@@ -4,12 +4,11 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tensorflow as tf
 from broken_servables import GALLERY
+from commands import run_command
 from good_servable import (
     UNPARSABLE,
     VERSION,
@@ -207,13 +206,11 @@ def test_the_command_prints_each_rule_and_fails_if_one_fails(good, tmp_path):
     broken = tmp_path / "shop"
     shutil.copytree(good, broken)
     (broken / VERSION / "fingerprint.pb").write_bytes(b"[red]not a proto[/]")
-    command = [sys.executable, "-m", "export.contract"]
-    arguments = ([str(good), f"--json={tmp_path / 'good.json'}"], [str(broken)])
     runs = [
-        subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        for more in arguments
+        run_command("export.contract", good, f"--json={tmp_path / 'good.json'}"),
+        run_command("export.contract", broken),
     ]
-    (passing, _), (failing, _) = (run.communicate() for run in runs)
+    passing, failing = (run.stdout for run in runs)
     assert [run.returncode for run in runs] == [0, 1]
     for rule in RULES:
         assert f"{rule.title} ({rule.id}): " in passing

@@ -6,17 +6,18 @@ import subprocess
 import sys
 
 import pyarrow.csv
+from commands import run_command
 
 TINY = ["embedding_dim=4", "hidden_units=[16]", "max_epochs=2", "clsd.teacher=self", "clsd.loss_warmup_steps=20"]
 
 
-def run(*arguments, expect_status=0):
-    # Without colours and line breaks that depend on the terminal.
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == expect_status, done.stdout + done.stderr
+# Without colours and line breaks that depend on the terminal.
+ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def run(*arguments):
+    done = run_command(*arguments, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -43,6 +44,9 @@ def test_raw_log_to_scores_by_commands(tmp_path):
 
 
 def test_a_users_mistake_is_one_clear_line_and_status_1(tmp_path):
-    message = run("pipelines.train", f"--dataset_dir={tmp_path}", f"--work_dir={tmp_path / 'w'}", expect_status=1)
-    assert "error: a dataset directory is complete when it holds _SUCCESS. Received:" in message
-    assert "Traceback" not in message
+    command = [sys.executable, "-m", "pipelines.train", f"--dataset_dir={tmp_path}", f"--work_dir={tmp_path / 'w'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a dataset directory is complete when it holds _SUCCESS. Received:")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -143,6 +143,7 @@ def test_threads_build_the_same_dataset(build_with, in_memory):
     assert_same(build_with("--direct_num_workers=2", "--direct_running_mode=multi_threading"), in_memory)
 
 
+@pytest.mark.long
 def test_processes_build_the_same_dataset(build_with, in_memory):
     assert_same(build_with("--direct_num_workers=2", "--direct_running_mode=multi_processing"), in_memory)
 

@@ -192,6 +192,7 @@ def test_the_manifest_names_inputs_private_ones_and_every_file(feed_dataset, pub
     assert check_files(published.path, manifest) == []
 
 
+@pytest.mark.long
 def test_models_config_parses_and_keeps_other_models_and_where_the_server_finds_them(feed_dataset, run, published):
     base = published.path.parent.parent
     config = ModelsConfig(base / "models.config")

@@ -1,6 +1,7 @@
 """The feature spec: strictness, every rule, fingerprint, group labels and model inputs; and the Keras guard."""
 
 import copy
+import dataclasses
 import os
 import random
 import re
@@ -75,7 +76,7 @@ def test_unknown_key_at_the_top_names_allowed_keys(shop_content):
             "gap_days, rule, seed, test, test_events, test_from, train, until, validation, validation_events, "
             "validation_from",
         ),
-        ("features.0.categorical.buckets", "column, hash, hash_buckets, name, type, vocabulary"),
+        ("features.0.categorical.buckets", "column, hash, hash_buckets, name, shares, type, vocabulary"),
         ("features.1.categorical.vocabulary.min_size", "max_size, max_tracked, min_count, num_oov_indices, weighted"),
         ("features.6.history.column", "delay_seconds, max_length, name, of, type, where, within_seconds"),
         ("user_groups.0.borders", "boundaries, column, name, values"),
@@ -371,7 +372,8 @@ def test_categorical_feature_of_float_is_refused(shop_content, name, kind):
 
 def test_vocabulary_together_with_hash_buckets_is_refused(shop_content):
     feature(shop_content, "item")["hash_buckets"] = 5
-    assert "give one of vocabulary, hash_buckets and hash. Received: vocabulary, hash_buckets" in error_of(shop_content)
+    message = error_of(shop_content)
+    assert "give one of vocabulary, hash_buckets, hash and shares. Received: vocabulary, hash_buckets" in message
 
 
 @pytest.mark.parametrize(
@@ -617,6 +619,32 @@ def test_history_of_a_hashed_feature_shares_its_buckets(shop_content):
     feature(shop_content, "recent_items")["of"] = "user"
     inputs = parse_spec(shop_content, "shop").model_inputs({"item": 5, "user_city": 3, "item_tags": 7})
     assert inputs.categorical[-1] == CategoricalInput("recent_items", "user", 11, 3)
+
+
+def _with_birth_city(content, **entry):
+    content["tables"]["user"]["columns"].append({"name": "birth_city", "type": "string"})
+    content["features"].append({"name": "user_birth_city", "column": "birth_city", "type": "categorical", **entry})
+    return content
+
+
+def test_a_feature_may_share_ids_and_table_of_another(shop_content):
+    spec = parse_spec(_with_birth_city(shop_content, shares="user_city"), "shop")
+    inputs = spec.model_inputs({"item": 5, "user_city": 3, "item_tags": 7})
+    by_name = {entry.name: entry for entry in inputs.categorical}
+    assert by_name["user_birth_city"] == dataclasses.replace(by_name["user_city"], name="user_birth_city")
+    assert list(spec.vocabularies) == ["item", "user_city", "item_tags"]
+    assert {"user_city", "user_birth_city"} < set(inputs.user_features)
+
+
+@pytest.mark.parametrize("shares", ["user_birth_city", "user_age", "recent_items", "nothing"])
+def test_only_a_feature_with_ids_of_its_own_can_be_shared(shop_content, shares):
+    with pytest.raises(SpecError, match=rf"that has its own\. Received: shares='{shares}'\. Allowed: \['user', 'item'"):
+        parse_spec(_with_birth_city(shop_content, shares=shares), "shop")
+
+
+def test_a_shared_feature_takes_no_encoding_of_its_own(shop_content):
+    with pytest.raises(SpecError, match=r"give one of .* Received: hash_buckets, shares"):
+        parse_spec(_with_birth_city(shop_content, shares="user_city", hash_buckets=5), "shop")
 
 
 def test_raw_inputs_are_the_columns_of_features_and_groups_without_labels_and_time(shop_spec):

@@ -4,13 +4,12 @@ import fnmatch
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from commands import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,9 +332,8 @@ def test_one_value_stands_for_all_age_groups():
 
 
 def test_the_command_plants_what_its_flags_say(tmp_path):
-    command = [sys.executable, "-m", "pipelines.simulate_feed", f"--raw_dir={tmp_path / 'feed'}", "--num_rows=50"]
     changes = ["--base_logit=-1", "--accidental_click_rate=0.1,0,0,0,0.3", "--rank=2", "--popularity_exponent=0"]
-    done = subprocess.run([*command, *changes], capture_output=True, text=True, check=False)
+    done = run_command("pipelines.simulate_feed", f"--raw_dir={tmp_path / 'feed'}", "--num_rows=50", *changes)
     assert done.returncode == 0, done.stderr
     expected = FeedConfig(
         num_rows=50, base_logit=-1.0, accidental_click_rate=(0.1, 0.0, 0.0, 0.0, 0.3), rank=2, popularity_exponent=0.0

@@ -201,7 +201,7 @@ def test_rules_that_make_no_sense_are_refused(rule, message):
 def test_a_hash_beside_a_vocabulary_is_refused():
     content = feed_content(SINGLE)
     content["features"][0]["vocabulary"] = {}
-    with pytest.raises(SpecError, match=r"give one of vocabulary, hash_buckets and hash. Received: vocabulary, hash"):
+    with pytest.raises(SpecError, match=r"give one of .* and shares. Received: vocabulary, hash"):
         parse_spec(content, "feed")
 
 

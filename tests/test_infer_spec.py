@@ -1,13 +1,12 @@
 """A spec inferred from files that nobody prepared loads, builds, and says what it rests on."""
 
 import gzip
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from commands import run_command
 
 from clsd_tf.features import load_spec
 from pipelines.build import BuildConfig, build_dataset
@@ -231,15 +230,7 @@ def test_names_of_any_file_become_names_of_a_spec(source_name, name):
 
 def test_the_command_writes_the_spec_and_prints_what_it_decided(feed_dir, tmp_path):
     output = tmp_path / "my feed.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.infer_spec",
-        "--log=log.csv",
-        f"--input_dir={feed_dir}",
-        f"--output={output}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command("pipelines.infer_spec", "--log=log.csv", f"--input_dir={feed_dir}", f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert load_spec(output).name == "my_feed"
     assert "left out: its name (like...) says that it is known only after the event" in done.stdout

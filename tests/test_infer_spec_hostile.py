@@ -2,13 +2,12 @@
 
 import gzip
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from commands import run_command
 
 from clsd_tf.features import load_spec
 from clsd_tf.tables import Column
@@ -58,9 +57,8 @@ def write_log(directory, **others):
     write_table(directory / "log.csv", log_columns(**others))
 
 
-def run_command(directory, *arguments):
-    command = [sys.executable, "-m", "pipelines.infer_spec", f"--input_dir={directory}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def infer_by_command(directory, *arguments):
+    return run_command("pipelines.infer_spec", f"--input_dir={directory}", *arguments)
 
 
 # --- What is known only after the event ------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ def test_what_could_not_be_read_is_reported(tmp_path):
     log = profile_table("log", "log*.csv.gz", str(tmp_path), 100_000)
     [unreadable] = log.unreadable
     assert re.match(r".*log2\.csv\.gz: .*(truncated|compressed|end)", unreadable)
-    done = run_command(tmp_path, "--log=log*.csv.gz", f"--output={tmp_path / 'feed.yaml'}")
+    done = infer_by_command(tmp_path, "--log=log*.csv.gz", f"--output={tmp_path / 'feed.yaml'}")
     assert done.returncode == 0, done.stderr
     assert f"warning: log: not looked at behind what cannot be read. {unreadable}" in done.stdout + done.stderr
 
@@ -254,7 +252,7 @@ def test_no_value_of_users_stands_in_comments_or_on_the_console(tmp_path):
         },
     )
     output = tmp_path / "feed.yaml"
-    done = run_command(tmp_path, "--log=log.csv", "--user=users.csv", f"--output={output}")
+    done = infer_by_command(tmp_path, "--log=log.csv", "--user=users.csv", f"--output={output}")
     assert done.returncode == 0, done.stderr
     for text in (output.read_text(), done.stdout, done.stderr):
         assert not [value for value in ("7000001", "4917000", "example.org", "Ada", "81000") if value in text]
@@ -264,7 +262,7 @@ def test_no_value_of_users_stands_in_comments_or_on_the_console(tmp_path):
 def test_nothing_is_written_when_the_spec_does_not_load(tmp_path):
     write_log(tmp_path)
     output = tmp_path / "feed.yaml"
-    done = run_command(tmp_path, "--log=log.csv", "--user_key=item_id", "--item_key=item_id", f"--output={output}")
+    done = infer_by_command(tmp_path, "--log=log.csv", "--user_key=item_id", "--item_key=item_id", f"--output={output}")
     assert done.returncode != 0
     assert "which is not written" in done.stderr
     assert not output.exists()

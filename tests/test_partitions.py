@@ -64,7 +64,7 @@ def test_data_statistics_are_those_of_one_partition(many, feed_dataset):
                 assert column.distinct.estimate == other[split].columns[name].distinct.estimate, name
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_the_number_of_workers_changes_no_byte(many, in_partitions, num_workers):
     again = in_partitions(f"--direct_num_workers={num_workers}", "--direct_running_mode=multi_threading")
     assert again.fingerprint == many.fingerprint

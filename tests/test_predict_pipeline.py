@@ -1,9 +1,7 @@
 """Bulk scoring with real Beam runs: the servable's scores in the order of the input, and every row accounted for."""
 
 import json
-import pathlib
 import subprocess
-import sys
 
 import fastavro
 import numpy as np
@@ -13,6 +11,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+from commands import run_command
 from feed_servables import save_feed_model
 
 from clsd_tf.artifacts import read_json
@@ -162,11 +161,9 @@ def test_the_order_holds_within_and_between_files(servable, many, tmp_path, monk
 
 def test_the_command_tells_how_many_rows_it_scored(servable, tmp_path):
     write(tmp_path / "rows.csv", rows(30))
-    command = [
-        sys.executable, "-m", "pipelines.predict", f"--servable={servable.path.parent}", f"--output={tmp_path / 'out'}",
-        f"--input={tmp_path}/rows.csv", *IN_MEMORY,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, check=True)
+    files = (f"--input={tmp_path}/rows.csv", f"--output={tmp_path / 'out'}")
+    done = run_command("pipelines.predict", f"--servable={servable.path.parent}", *files, *IN_MEMORY)
+    assert done.returncode == 0, done.stderr
     assert "30 rows read = 30 scored + 0 bad; scores in" in done.stdout
     np.testing.assert_allclose(scored(tmp_path / "out")["ctr"], expected(servable, rows(30)), atol=1e-6)
 

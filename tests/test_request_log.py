@@ -4,8 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import time
 import types
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+from commands import run_command
 from grpc_calls import wait_until
 from tensorflow_serving.apis import classification_pb2, input_pb2, predict_pb2, prediction_service_pb2_grpc
 
@@ -177,13 +176,12 @@ def test_planted_skew_in_the_documented_log_is_an_anomaly_and_what_is_left_out_i
 ):
     guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (log_dir,) = re.findall(r"`--request_log_dir=(\S+)", guide)
-    (documented,) = re.findall(r"^python (-m pipelines\.validate_data .*)$", guide, flags=re.MULTILINE)
+    (documented,) = re.findall(r"^python -m (pipelines\.validate_data .*)$", guide, flags=re.MULTILINE)
     older = pa.array([None if age is None else age + 30 for age in rows.column("age").to_pylist()], pa.int64())
     skewed = rows.set_column(rows.column_names.index("age"), "age", older)
     logged(servable_dir, tmp_path / log_dir, "serving_default", skewed, raw_inputs)
     here = documented.replace("movielens_100k", "feed").replace("demo/dataset", str(feed_dataset.path)).split()
-    command = [sys.executable, *here, "--report_dir=report"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_command(*here, "--report_dir=report", cwd=tmp_path)
     assert done.returncode == 1
     assert "error:" not in done.stderr
     assert "served requests leave out user_id: not compared" in done.stdout

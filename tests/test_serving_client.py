@@ -3,10 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
-import pathlib
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from commands import start_command
 from feed_servables import RAW_INPUTS, save_feed_model
 
 from clsd_tf.examples import encode_raw_rows
@@ -445,18 +443,8 @@ def test_a_rate_sets_the_moments_and_waiting_for_a_sender_counts():
 
 def run_commands(*commands):
     """Runs all at once -> (status, output, errors) of each."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "export.client", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=pathlib.Path(__file__).parent.parent,
-        )
-        for command in commands
-    ]
-    outputs = [process.communicate(timeout=120) for process in running]
-    return [(process.returncode, *texts) for process, texts in zip(running, outputs, strict=True)]
+    done = [finish() for finish in [start_command("export.client", *command) for command in commands]]
+    return [(process.returncode, process.stdout, process.stderr) for process in done]
 
 
 def test_the_command_shows_scores_and_errors(server, tmp_path):

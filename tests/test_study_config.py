@@ -1,16 +1,14 @@
 """Studies in YAML: what they declare, which runs they stand for, where their data lies, and the command itself."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import yaml
+from commands import run_command
 
 from clsd_tf.artifacts import ArtifactError, read_json, write_json
 from clsd_tf.validation import SpecError
@@ -314,19 +312,19 @@ def study_dir(tmp_path_factory):
     """The directory of a study that the command ran, with what it printed. Read-only."""
     path = tmp_path_factory.mktemp("study")
     (path / "tiny.yaml").write_text(_TINY_STUDY, encoding="utf-8")
-    command = ["pipelines.study", f"--study={path / 'tiny.yaml'}", f"--study_dir={path / 'study'}", "--num_processes=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "300", "NO_COLOR": "1"},
+    done = run_command(
+        "pipelines.study",
+        f"--study={path / 'tiny.yaml'}",
+        f"--study_dir={path / 'study'}",
+        "--num_processes=1",
+        env={"COLUMNS": "300", "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path / "output.txt").write_text(done.stdout, encoding="utf-8")
     return path / "study"
 
 
+@pytest.mark.long
 def test_each_seed_simulates_with_its_own_seed(study_dir):
     planted = [read_json(study_dir / "data" / f"feed_seed_{seed}" / "raw" / "truth.json") for seed in (1, 2)]
     configs = [FeedConfig.model_validate_json(json.dumps(entry["config"])) for entry in planted]
@@ -334,6 +332,7 @@ def test_each_seed_simulates_with_its_own_seed(study_dir):
     assert configs[0].model_copy(update={"seed": 2}) == configs[1]
 
 
+@pytest.mark.long
 def test_results_have_a_row_for_every_number_of_every_run(study_dir):
     results = pyarrow.parquet.read_table(study_dir / "results.parquet")
     assert {field.name: str(field.type) for field in results.schema} == {
@@ -351,6 +350,7 @@ def test_results_have_a_row_for_every_number_of_every_run(study_dir):
     assert np.isfinite([row["value"] for row in rows]).all()
 
 
+@pytest.mark.long
 def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     text = (study_dir / "tables.md").read_text(encoding="utf-8")
     page = (study_dir / "report.html").read_text(encoding="utf-8")
@@ -362,6 +362,7 @@ def test_tables_and_page_show_placebos_and_stopped_runs(study_dir):
     assert "age_group=other" in page
 
 
+@pytest.mark.long
 def test_a_grid_shows_its_own_seeds_alone(study_dir):
     one_seed = (study_dir / "tables.md").read_text(encoding="utf-8").split("### One seed")[1]
     means = [line for line in one_seed.splitlines() if line.startswith("| feed | fm | bce |")]
@@ -369,6 +370,7 @@ def test_a_grid_shows_its_own_seeds_alone(study_dir):
     assert "(" not in means[0]  # One seed has no standard deviation.
 
 
+@pytest.mark.long
 def test_only_what_was_asked_for_is_left(study_dir):
     assert {path.name for path in study_dir.iterdir()} == {
         "data",

@@ -146,6 +146,7 @@ def test_an_event_that_the_log_repeats_is_scored_by_a_model_that_saw_neither_cop
     np.testing.assert_array_equal(firsts, copies)
 
 
+@pytest.mark.long
 def test_repeats_are_averaged(dataset, rows, cross_fit, by_row, tmp_path):
     found = teacher_scores(dataset, cross_fit("clsd.num_repeats=2"), title=None)
     # The second division into folds has the seed 1001; its first model is the third of all, with the seed 3001.

@@ -134,6 +134,15 @@ def test_multi_valued_ids_have_full_width_when_no_row_has_values(transform):
     assert transform(raw_tensors(tags=["", ""]))["item_tags"].shape == (2, 3)
 
 
+def test_a_feature_that_shares_ids_reads_its_own_column_by_the_other_vocabulary(shop_content, vocabulary_dir):
+    # The user's tags, of which only "b" and "ü" are tags of items: 0 missing, 1 oov, a b c ü = 2 3 4 5.
+    shop_content["tables"]["user"]["columns"].append({"name": "likes", "type": "string"})
+    shop_content["features"].append({"name": "liked", "type": "categorical", "column": "likes", "shares": "item_tags"})
+    transform = FeatureTransform(parse_spec(shop_content, "shop"), STATISTICS, vocabulary_dir)
+    raw = {"likes": tf.constant(["b", "ü", "d", ""])}
+    assert transform(raw, inputs=["likes"])["liked"].numpy().tolist() == [3, 5, 1, 0]
+
+
 # --- Histories -------------------------------------------------------------------------------------------------------
 
 

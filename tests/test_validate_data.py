@@ -1,8 +1,6 @@
 """The command that checks data: served requests, days and splits, its report and its exit status."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +8,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import yaml
+from commands import run_command
 
 import feature_specs
 from clsd_tf.artifacts import read_json
@@ -26,8 +25,7 @@ FACTS = {"dataset": "<b>d</b>", "spec": "s", "min_group_users": 20, "left_out": 
 
 
 def validate(dataset, *arguments):
-    command = [sys.executable, "-m", "pipelines.validate_data", f"--dataset_dir={dataset.path}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command("pipelines.validate_data", f"--dataset_dir={dataset.path}", *arguments)
 
 
 @pytest.fixture(scope="module")

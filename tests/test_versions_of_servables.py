@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import grpc
 import pytest
+from commands import run_command
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
@@ -583,9 +584,7 @@ def test_the_list_of_a_model_without_manifest_or_entry(tmp_path):
 
 
 def run(versions, *arguments):
-    command = [sys.executable, "-m", "export.manage", *arguments]
-    where = [f"--servable_dir={versions.servable_dir}", "--name=feed"]
-    return subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_command("export.manage", *arguments, f"--servable_dir={versions.servable_dir}", "--name=feed")
 
 
 def test_the_command_says_when_a_label_has_to_wait(feed):

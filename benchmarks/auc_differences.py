@@ -1,0 +1,40 @@
+"""Runs that differ in one setting, their AUC, and the row of a table for what the setting changes."""
+
+from __future__ import annotations
+
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from clsd_tf.assembly import load_model, predict_logits
+from clsd_tf.input_pipeline import read_columns
+from clsd_tf.metrics import auc
+from clsd_tf.significance import PairedDifference
+from clsd_tf.train_config import load_config
+from clsd_tf.training import train
+
+# Setting -> what it adds to the shared ones.
+SETTINGS = {
+    "float32, lazy Adam": ("precision=float32", "optimizer.embeddings.kind=lazy_adam"),
+    "bfloat16, lazy Adam": ("precision=bfloat16", "optimizer.embeddings.kind=lazy_adam"),
+    "float32, dense Adam": ("precision=float32", "optimizer.embeddings.kind=adam"),
+}
+# (treatment, baseline)
+COMPARISONS = (("bfloat16, lazy Adam", "float32, lazy Adam"), ("float32, lazy Adam", "float32, dense Adam"))
+
+
+def auc_of_run(dataset: DatasetDir, work_dir: WorkDir, settings: list[str]) -> float:
+    """AUC of a run on the test split; trained, unless ``work_dir`` holds it already."""
+    config = load_config(None, settings)
+    train(dataset, config, work_dir, title=None)
+    columns = read_columns(dataset, "test", ["label", "sample_weight"])
+    logits = predict_logits(load_model(work_dir, dataset), dataset, "test")
+    return auc(columns["label"], logits, columns["sample_weight"])
+
+
+def difference_row(treatment: str, baseline: str, difference: PairedDifference, baseline_auc: float) -> list[str]:
+    low, high = difference.confidence_interval
+    return [
+        f"{treatment} - {baseline}",
+        f"{baseline_auc:.5f}",
+        f"{difference.mean:+.5f}",
+        f"{low:+.5f} to {high:+.5f}",
+        str(difference.num_pairs),
+    ]

@@ -1,0 +1,58 @@
+"""What faster training costs in AUC: bfloat16 against float32, and lazy against dense Adam, by runs that share seeds.
+
+Example:
+  python -m benchmarks.precision --dataset_dir=demo/dataset --set=max_epochs=1
+
+Each comparison trains both settings on every seed; a pair differs in nothing else. AUC is that of the test split,
+without calibration, which keeps the order of scores but for ties. The interval is that of the paired t-test, 95 %:
+a difference within it of 0 may be chance. Finished runs below --work_dir are not trained again.
+"""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from absl import flags
+
+from benchmarks.auc_differences import COMPARISONS, SETTINGS, auc_of_run, difference_row
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.artifacts import DatasetDir, WorkDir
+from clsd_tf.assembly import make_deterministic
+from clsd_tf.significance import paired_difference
+
+_DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train and test on.", required=True)
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps the runs; default: a temporary directory.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Pairs of each comparison.", 2)
+_SET = flags.DEFINE_multi_string("set", [], "Training settings that all runs share; may be repeated.")
+
+
+def main(argv) -> None:
+    make_deterministic()
+    dataset = DatasetDir(_DATASET_DIR.value)
+    found: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    with _work_directory() as directory:
+        for seed in range(1, _SEEDS.value + 1):
+            for name, settings in SETTINGS.items():
+                work_dir = WorkDir(directory / name.replace(", ", "_").replace(" ", "_") / f"seed_{seed}")
+                with console.step(f"{name}, seed {seed}") as say:
+                    found[name].append(auc_of_run(dataset, work_dir, [*_SET.value, *settings, f"seed={seed}"]))
+                    say(f"AUC {found[name][-1]:.5f}")
+    rows = []
+    for treatment, baseline in COMPARISONS:
+        difference = paired_difference(found[treatment], found[baseline])
+        rows.append(difference_row(treatment, baseline, difference, sum(found[baseline]) / len(found[baseline])))
+    console.print_table("AUC on the test split", ["difference", "AUC", "mean", "95 % interval", "pairs"], rows)
+
+
+@contextlib.contextmanager
+def _work_directory() -> Iterator[pathlib.Path]:
+    if _WORK_DIR.value:
+        yield pathlib.Path(_WORK_DIR.value)
+        return
+    with tempfile.TemporaryDirectory(prefix="precision-benchmark-") as path:
+        yield pathlib.Path(path)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,114 @@
+"""Speed of training against peers, all on the same rows and in turn, and against what this machine could do at best.
+
+Example:
+  python -m benchmarks.training --work_dir=bench
+
+Everyone trains DeepFM with 26 categorical features, embeddings of 16 numbers and a first-order weight per id, an MLP of
+400x3, BCE and Adam with learning rate .001, in batches of 4096, with 2 threads, from memory:
+
+  ours           what `pipelines.train` runs, without validation, with several precisions and optimizers of the tables
+  deepctr-torch  DeepCTR-Torch's DeepFM and its `fit`
+  torch-rechub   Torch-RecHub's DeepFM, without batch normalisation, and its CTRTrainer
+
+Ids are uniform, the hardest case for caches and sparse updates. Competitors are processes that train one pass over the
+rows at a time, in another order each round and never two at once, so that the machine's drift meets all alike. Numbers
+are medians of 5 rounds, ratios the medians of each round's ratios. The floor is the time of a step's multiply-adds and
+row traffic at the rates that matrix products, random gathers and copies reached in the same run; dense optimizers
+stream their tables. Memory is what the process held at most beyond what it held before its model was built.
+
+Peers are installed by pip from its configured index into environments under --work_dir, on first use and not counted:
+that index should offer CPU builds of torch, or gigabytes of GPU libraries come along. Takes some 10 GB of memory.
+Linux only. Give the machine nothing else to do.
+"""
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from benchmarks.contest import (
+    FROM_DISK,
+    FULL,
+    HEADLINE,
+    OURS,
+    PEERS,
+    QUICK,
+    Result,
+    Scale,
+    contest,
+    make_task,
+    markdown_table,
+    profile,
+    result_columns,
+    result_rows,
+    setting,
+    training_targets,
+)
+from benchmarks.floors import measure_rates
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+
+_PEERS = flags.DEFINE_list("peers", ["deepctr-torch", "torch-rechub"], "Peers to train; empty for none.")
+_WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps rows and peers' environments; default: a temporary directory.")
+_PROFILE = flags.DEFINE_string("profile", None, "Directory for a TensorBoard trace of some of our steps.")
+_QUICK = flags.DEFINE_bool("quick", False, "A tiny model and few rows: shows that all runs, its numbers say nothing.")
+
+
+def _run(work_dir: pathlib.Path, scale: Scale) -> None:
+    few, many = scale.vocabulary_sizes
+    with console.step("generate rows"):
+        tasks = {size: make_task(work_dir, scale, size) for size in (few, many)}
+    contenders = [*OURS, FROM_DISK, *(PEERS[name] for name in _PEERS.value)]
+    results = []
+    for size, task in tasks.items():
+        beside = [(HEADLINE, tasks[few])] if size == many else []
+        found = contest([*((contender, task) for contender in contenders), *beside], work_dir, scale.rounds)
+        _print_results([result for result in found if result.task.vocabulary_size == size])
+        results += found
+    targets = training_targets(results, few, many)
+    print(markdown_table(["measure", "found", "to reach", "reached"], [target.row() for target in targets]))
+    if _PROFILE.value:
+        profile(tasks[many], _PROFILE.value)
+
+
+def _print_results(results: Sequence[Result]) -> None:
+    if not results:
+        return
+    task = results[0].task
+    with console.step("measure the machine"):
+        rates = measure_rates(
+            num_rows=task.num_features * task.vocabulary_size,
+            embedding_dim=task.embedding_dim,
+            batch_size=task.batch_size,
+            units=task.hidden_units[0],
+        )
+    print(f"\n{task.vocabulary_size:,} ids per feature. {setting(results, rates)}\n")
+    print(markdown_table(result_columns(results), result_rows(results, rates)), end="\n\n", flush=True)
+
+
+def main(argv) -> None:
+    unknown = [name for name in _PEERS.value if name not in PEERS]
+    if unknown:
+        raise ValueError(f"unknown peers. Received: {', '.join(unknown)}. Allowed: {', '.join(PEERS)}")
+    with _work_directory() as work_dir:
+        _run(work_dir, QUICK if _QUICK.value else FULL)
+
+
+@contextlib.contextmanager
+def _work_directory() -> Iterator[pathlib.Path]:
+    if _WORK_DIR.value:
+        path = pathlib.Path(_WORK_DIR.value).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    path = pathlib.Path(tempfile.mkdtemp(prefix="training-benchmark-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    console.run(main)
