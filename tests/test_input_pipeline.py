@@ -205,6 +205,12 @@ def many_files(tmp_path_factory):
     return generated_dataset(path, num_rows=5003, vocabulary_size=50, num_categorical=2, num_shards=7)
 
 
+@pytest.fixture(scope="module")
+def named_layout(tmp_path_factory):
+    path = tmp_path_factory.mktemp("named")
+    return generated_dataset(path, num_rows=500, vocabulary_size=9, num_categorical=2, num_numeric=1, layout="named")
+
+
 @pytest.fixture
 def small_windows(monkeypatch):
     """As a dataset of many millions of rows would be: blocks of 64 rows, windows of 1,000."""
@@ -217,7 +223,7 @@ def assert_same_batches(received, expected):
         tf.nest.map_structure(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("name", ["feed_dataset", "shop_dataset", "many_files"])
+@pytest.mark.parametrize("name", ["feed_dataset", "shop_dataset", "many_files", "named_layout"])
 def test_rows_held_in_memory_come_as_rows_read_from_files(name, request, small_windows):
     # The shop's files are compressed, and hold features of several values.
     dataset = request.getfixturevalue(name)
