@@ -295,6 +295,7 @@ def test_what_a_resumed_epoch_skips_is_not_parsed(many_files, tmp_path, small_wi
         row_ids(first_epoch(copy, first_step=9, **arguments))
 
 
+@pytest.mark.long
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch_size=st.integers(300, 2500), count=st.integers(1, 4), step=st.integers(0, 2), in_memory=st.booleans())
 def test_the_workers_parts_make_up_the_batch_of_one_worker(
@@ -351,6 +352,7 @@ def places(dataset, **arguments):
     return np.argsort(order)
 
 
+@pytest.mark.long
 def test_a_window_mixes_as_a_shuffle_buffer_of_200000_rows(tmp_path, monkeypatch):
     """At a tenth of the size: windows of 52,429 rows against a buffer of 20,000, one file whose order matters."""
     dataset = generated_dataset(tmp_path, num_rows=262_145, vocabulary_size=3, num_categorical=1, num_shards=1)
