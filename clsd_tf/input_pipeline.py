@@ -249,13 +249,17 @@ def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues) -> tf.data.
     def add(features, labels, sample_weight):
         return {**features, "teacher_score": table.lookup(features["row_id"])}, labels, sample_weight
 
-    return batched.map(add)
+    return _prepared(batched.map(add))
 
 
 def with_row_weights(batched: tf.data.Dataset, weights: RowValues) -> tf.data.Dataset:
     """Multiplies the sample weights by a weight per row; weight 0 leaves a row out of the loss."""
     table = weights.lookup_table()
-    return batched.map(lambda features, labels, weight: (features, labels, weight * table.lookup(features["row_id"])))
+
+    def weigh(features, labels, sample_weight):
+        return features, labels, sample_weight * table.lookup(features["row_id"])
+
+    return _prepared(batched.map(weigh))
 
 
 def read_columns(dataset: DatasetDir, split: str, names: list[str]) -> dict[str, np.ndarray]:

@@ -51,7 +51,8 @@ def test_calibrated_and_uncalibrated_predictions_are_measured_side_by_side(clsd_
     for part, scores in (("overall", pctr), ("uncalibrated", expit(logits.astype(np.float64)))):
         assert evaluation[part]["pcoc"] == pytest.approx(scores.mean() / label.mean(), rel=1e-5)
         assert evaluation[part]["log_loss"] == pytest.approx(log_loss(label, scores), rel=1e-5)
-        assert evaluation[part]["auc"] == pytest.approx(roc_auc_score(label, scores), abs=1e-5)
+        # Scores that are equal in one precision only make a pair or two of 36,000.
+        assert evaluation[part]["auc"] == pytest.approx(roc_auc_score(label, scores), abs=1e-4)
     assert abs(evaluation["overall"]["pcoc"] - evaluation["uncalibrated"]["pcoc"]) > 0.01
 
 
