@@ -41,6 +41,7 @@ from benchmarks.contest import (
     contest,
     make_task,
     markdown_table,
+    pipeline_targets,
     profile,
     result_columns,
     result_rows,
@@ -48,6 +49,7 @@ from benchmarks.contest import (
     training_targets,
 )
 from benchmarks.floors import measure_rates
+from benchmarks.generated_dataset import generated_dataset
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 
 _PEERS = flags.DEFINE_list("peers", ["deepctr-torch", "torch-rechub"], "Peers to train; empty for none.")
@@ -67,7 +69,9 @@ def _run(work_dir: pathlib.Path, scale: Scale) -> None:
         found = contest([*((contender, task) for contender in contenders), *beside], work_dir, scale.rounds)
         _print_results([result for result in found if result.task.vocabulary_size == size])
         results += found
-    targets = training_targets(results, few, many)
+    with console.step("walk the input pipeline"):
+        dataset = generated_dataset(work_dir, num_rows=scale.pipeline_rows, vocabulary_size=few)
+        targets = [*training_targets(results, few, many), *pipeline_targets(dataset, scale.batch_size)]
     print(markdown_table(["measure", "found", "to reach", "reached"], [target.row() for target in targets]))
     if _PROFILE.value:
         profile(tasks[many], _PROFILE.value)
