@@ -12,6 +12,10 @@ import pathlib
 
 from absl import flags
 
+# isort: off
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+
+# isort: on
 from benchmarks.generated_dataset import generated_dataset
 from benchmarks.input_rates import (
     copied_rows_per_second,
@@ -19,7 +23,6 @@ from benchmarks.input_rates import (
     pipeline_examples_per_second,
     records_per_second,
 )
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where generated datasets are kept.", required=True)
 _ROWS = flags.DEFINE_integer("rows", 2_000_000, "Rows of the training split.", 1000)

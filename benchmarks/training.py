@@ -29,6 +29,10 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+# isort: off
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+
+# isort: on
 from benchmarks.contest import (
     FROM_DISK,
     FULL,
@@ -50,7 +54,6 @@ from benchmarks.contest import (
 )
 from benchmarks.floors import measure_rates
 from benchmarks.generated_dataset import generated_dataset
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 
 _PEERS = flags.DEFINE_list("peers", ["deepctr-torch", "torch-rechub"], "Peers to train; empty for none.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps rows and peers' environments; default: a temporary directory.")
