@@ -21,12 +21,19 @@ COMPARISONS = (("bfloat16, lazy Adam", "float32, lazy Adam"), ("float32, lazy Ad
 
 
 def auc_of_run(dataset: DatasetDir, work_dir: WorkDir, settings: list[str]) -> float:
-    """AUC of a run on the test split; trained, unless ``work_dir`` holds it already."""
+    """AUC of a run on the test split; trained, unless ``work_dir`` holds it already.
+
+    Raises:
+      ValueError: the test split has rows of one label only.
+    """
     config = load_config(None, settings)
     train(dataset, config, work_dir, title=None)
     columns = read_columns(dataset, "test", ["label", "sample_weight"])
     logits = predict_logits(load_model(work_dir, dataset), dataset, "test")
-    return auc(columns["label"], logits, columns["sample_weight"])
+    found = auc(columns["label"], logits, columns["sample_weight"])
+    if found is None:
+        raise ValueError(f"an AUC needs rows with and without clicks. Received: the test split of {dataset.path}")
+    return found
 
 
 def difference_row(treatment: str, baseline: str, difference: PairedDifference, baseline_auc: float) -> list[str]:

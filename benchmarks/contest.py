@@ -17,8 +17,10 @@ import numpy as np
 from benchmarks import peer_environments
 from benchmarks.floors import Precision, Rates, Updates, Work, mlp_multiply_adds, row_work
 from benchmarks.generated_dataset import NUM_CATEGORICAL, generated_dataset
+from benchmarks.input_rates import epoch_end_overhead, pipeline_examples_per_second, records_per_second
 from benchmarks.rounds import CompetitorError, Ready, Round, Task, running, take_turns
 from clsd_tf import console
+from clsd_tf.artifacts import DatasetDir
 from clsd_tf.input_pipeline import read_columns
 
 
@@ -32,6 +34,7 @@ class Scale:
     batch_size: int = 4096
     steps: int = 25
     rounds: int = 5
+    pipeline_rows: int = 1_000_000
 
     @property
     def num_rows(self) -> int:
@@ -39,7 +42,15 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(vocabulary_sizes=(50, 200), embedding_dim=4, hidden_units=(8,), batch_size=64, steps=3, rounds=2)
+QUICK = Scale(
+    vocabulary_sizes=(50, 200),
+    embedding_dim=4,
+    hidden_units=(8,),
+    batch_size=64,
+    steps=4,
+    rounds=2,
+    pipeline_rows=2000,
+)
 _LEARNING_RATE = 1e-3
 _THREADS = 2
 
@@ -273,6 +284,18 @@ def training_targets(results: Sequence[Result], few: int, many: int) -> list[Tar
         Target(
             f"from disk over from memory, {few:,} ids", _ratio(_found(small, FROM_DISK), _found(small, HEADLINE)), 0.9
         ),
+    ]
+
+
+def pipeline_targets(dataset: DatasetDir, batch_size: int) -> list[Target]:
+    """What the input pipeline has to reach without a model, from files that the page cache holds."""
+    rate = pipeline_examples_per_second(dataset, batch_size=batch_size)
+    read = records_per_second(dataset, batch_size=batch_size)
+    overhead = epoch_end_overhead(dataset, batch_size=batch_size)
+    name = f"input pipeline alone, examples/s ({rate / read:.2f} of reading the records in order, unparsed)"
+    return [
+        Target(name, rate, 600_000),
+        Target("time of fit for an epoch over that until its last batch", 1 + overhead, 1.02, True),
     ]
 
 

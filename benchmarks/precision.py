@@ -15,8 +15,11 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from benchmarks.auc_differences import COMPARISONS, SETTINGS, auc_of_run, difference_row
+# isort: off
 from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+
+# isort: on
+from benchmarks.auc_differences import COMPARISONS, SETTINGS, auc_of_run, difference_row
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import make_deterministic
 from clsd_tf.significance import paired_difference

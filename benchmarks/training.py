@@ -29,6 +29,10 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+# isort: off
+from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+
+# isort: on
 from benchmarks.contest import (
     FROM_DISK,
     FULL,
@@ -41,6 +45,7 @@ from benchmarks.contest import (
     contest,
     make_task,
     markdown_table,
+    pipeline_targets,
     profile,
     result_columns,
     result_rows,
@@ -48,7 +53,7 @@ from benchmarks.contest import (
     training_targets,
 )
 from benchmarks.floors import measure_rates
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from benchmarks.generated_dataset import generated_dataset
 
 _PEERS = flags.DEFINE_list("peers", ["deepctr-torch", "torch-rechub"], "Peers to train; empty for none.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps rows and peers' environments; default: a temporary directory.")
@@ -67,7 +72,9 @@ def _run(work_dir: pathlib.Path, scale: Scale) -> None:
         found = contest([*((contender, task) for contender in contenders), *beside], work_dir, scale.rounds)
         _print_results([result for result in found if result.task.vocabulary_size == size])
         results += found
-    targets = training_targets(results, few, many)
+    with console.step("walk the input pipeline"):
+        dataset = generated_dataset(work_dir, num_rows=scale.pipeline_rows, vocabulary_size=few)
+        targets = [*training_targets(results, few, many), *pipeline_targets(dataset, scale.batch_size)]
     print(markdown_table(["measure", "found", "to reach", "reached"], [target.row() for target in targets]))
     if _PROFILE.value:
         profile(tasks[many], _PROFILE.value)

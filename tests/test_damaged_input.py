@@ -94,6 +94,7 @@ def test_damaged_csv_is_refused_by_name_or_accounted_for(shop_spec, file, slice_
     check(file, shop_spec, slice_bytes)
 
 
+@pytest.mark.long
 @many
 @given(file=damaged_files.delimited_files("tsv"), slice_bytes=slices)
 def test_damaged_tsv_is_refused_by_name_or_accounted_for(shop_spec, file, slice_bytes):

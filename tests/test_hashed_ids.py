@@ -256,7 +256,14 @@ def test_lookup_and_presence_are_those_of_values():
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-@every_rule
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(SINGLE, marks=pytest.mark.long, id="single"),
+        pytest.param(DIVIDED, marks=pytest.mark.long, id="quotient_remainder"),
+        pytest.param(MULTI, id="multi"),
+    ],
+)
 def test_a_model_learns_a_click_that_depends_on_hashed_values(rule):
     spec, transform = feed(rule)
     random = np.random.default_rng(0)

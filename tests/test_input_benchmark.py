@@ -5,7 +5,7 @@ import time
 import pytest
 import tensorflow as tf
 
-from benchmarks import input_pipeline
+from benchmarks import input_rates
 from benchmarks.generated_dataset import generated_dataset
 
 
@@ -17,7 +17,7 @@ def generated(tmp_path_factory):
 @pytest.mark.parametrize("max_cache_bytes", [0, 2**30])
 def test_the_pipelines_rate_is_rows_of_an_epoch_over_its_time(generated, monkeypatch, max_cache_bytes):
     # An epoch of 20 batches that take 0.01 seconds each at least: 0.2 seconds for 2,000 rows.
-    plain = input_pipeline.training_epochs
+    plain = input_rates.training_epochs
 
     def slow_epochs(*args, **kwargs):
         return plain(*args, **kwargs).map(slowly)
@@ -27,20 +27,20 @@ def test_the_pipelines_rate_is_rows_of_an_epoch_over_its_time(generated, monkeyp
         with tf.control_dependencies([pause]):
             return features, tf.identity(labels), weights
 
-    monkeypatch.setattr(input_pipeline, "training_epochs", slow_epochs)
-    rate = input_pipeline.pipeline_examples_per_second(
+    monkeypatch.setattr(input_rates, "training_epochs", slow_epochs)
+    rate = input_rates.pipeline_examples_per_second(
         generated, batch_size=100, repeats=2, max_cache_bytes=max_cache_bytes
     )
     assert 1000 < rate < 10_000
 
 
 def test_floors_are_above_zero(generated):
-    assert input_pipeline.records_per_second(generated, batch_size=100, repeats=1) > 0
-    assert input_pipeline.copied_rows_per_second(generated, repeats=1) > 0
+    assert input_rates.records_per_second(generated, batch_size=100, repeats=1) > 0
+    assert input_rates.copied_rows_per_second(generated, repeats=1) > 0
 
 
 def test_what_comes_after_the_last_batch_is_overhead():
-    clock = input_pipeline._EpochClock()
+    clock = input_rates._EpochClock()
     for _ in range(2):
         clock.on_epoch_begin(0)
         time.sleep(0.1)
@@ -51,4 +51,4 @@ def test_what_comes_after_the_last_batch_is_overhead():
 
 
 def test_the_overhead_of_a_fit_is_measured(generated):
-    assert input_pipeline.epoch_end_overhead(generated, batch_size=100, epochs=1) >= 0
+    assert input_rates.epoch_end_overhead(generated, batch_size=100, epochs=1) >= 0

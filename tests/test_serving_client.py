@@ -172,6 +172,7 @@ def exported(feed_dataset, clsd_run, tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_items_are_ordered_by_the_scores_of_their_rows(exported, feed_dataset):
     rows = pa.parquet.read_table(feed_dataset.layout.serving_sample).slice(0, 40)
     of_items = ["item_id", "category", "tags", "duration_seconds"]
