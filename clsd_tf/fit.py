@@ -59,6 +59,7 @@ def fit(
       ValueError: loss warm-up would never end.
     """
     first_counted_step = _loss_warmup_steps(config, dataset)
+    _check_penalty(config, strategy)
     with scope(strategy):
         model = build_model(config, dataset.inputs)
     in_turn(strategy, lambda: claim(work_dir, config, dataset))  # Only now, or what cannot run would occupy it.
@@ -157,6 +158,17 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir) -> None:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
             "Choose another --work_dir"
+        )
+
+
+def _check_penalty(config: TrainConfig, strategy: tf.distribute.Strategy | None) -> None:
+    if strategy is None or strategy.num_replicas_in_sync == 1 or not config.embedding_l2:
+        return
+    if config.embedding_l2_rows == "touched":
+        raise ValueError(
+            "a penalty on touched rows would depend on how replicas divide the batch. Received: "
+            f"embedding_l2_rows=touched, {strategy.num_replicas_in_sync} replicas. Use embedding_l2_rows=all or "
+            "embedding_l2=0"
         )
 
 

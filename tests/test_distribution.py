@@ -1,6 +1,7 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from clsd_tf.distribution import (
     is_chief,
     is_server,
 )
+from clsd_tf.fit import fit
 from clsd_tf.interruption import EXIT_CODE
 
 # TF_CONFIG.
@@ -85,6 +87,14 @@ def test_without_a_strategy_there_is_one_chief_with_all_rows(monkeypatch):
     assert in_turn(None, lambda: 3) == 3
     rows = distributed(None, lambda shard: tf.data.Dataset.from_tensors([shard.index, shard.count]))
     assert [row.tolist() for row in rows.as_numpy_iterator()] == [[0, 1]]
+
+
+def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_dataset, tiny, tmp_path):
+    config = tiny("embedding_l2=0.1", "embedding_l2_rows=touched")
+    two_replicas = types.SimpleNamespace(num_replicas_in_sync=2)
+    with pytest.raises(ValueError, match=r"Received: embedding_l2_rows=touched, 2 replicas. Use embedding_l2_rows=all"):
+        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, strategy=two_replicas)
+    assert not (tmp_path / "run").exists()
 
 
 # Processes.
