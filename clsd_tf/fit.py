@@ -192,14 +192,15 @@ def _training_batches(
     first_epoch: int,
     first_step: int,
     shard: Shard,
+    joined: int,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
-        batch_size=config.batch_size,
+        batch_size=joined * config.batch_size,
         seed=config.seed,
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
-        first_step=first_step,
+        first_step=first_step // joined,
         shard=shard,
         max_cache_bytes=config.max_cache_bytes,
     )
