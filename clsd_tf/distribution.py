@@ -205,24 +205,25 @@ def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContext
 
 
 def distributed(
-    strategy: tf.distribute.Strategy | None, batches: Callable[[Shard], tf.data.Dataset]
+    strategy: tf.distribute.Strategy | None, batches: Callable[[Shard, int], tf.data.Dataset]
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
     """The batches of all replicas: each has its part of every global batch.
 
-    Every process walks all records, and parses those of its part alone.
+    Every process walks all records, and parses those of its part alone. A parameter server's workers take whole batches
+    in turn, each in its own time: over an epoch a slow one leaves rows to the next, and a fast one is ahead.
 
     Args:
       strategy: None for one process with all rows.
-      batches: shard -> its slices of the global batches, as many as there are global batches.
+      batches: (shard, joined) -> the shard's slices of the batches, ``joined`` of which are put together beforehand.
     """
     if strategy is None:
-        return batches(Shard(0, 1))
+        return batches(Shard(0, 1), 1)
     if is_parameter_server(strategy):
         return tf.keras.utils.experimental.DatasetCreator(lambda context: _of_asynchronous_worker(batches))
 
     def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         shard = Shard(context.input_pipeline_id, context.num_input_pipelines)
-        own = _among_replicas(batches(shard), context.num_replicas_in_sync // context.num_input_pipelines)
+        own = _among_replicas(batches(shard, 1), context.num_replicas_in_sync // context.num_input_pipelines)
         # Keras counts the steps, and never asks beyond the last one. A dataset of known length would make the
         # processes ask each other before each step whether any of them has rows left.
         return own.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
@@ -230,10 +231,10 @@ def distributed(
     return strategy.distribute_datasets_from_function(of_worker)
 
 
-def _of_asynchronous_worker(batches: Callable[[Shard], tf.data.Dataset]) -> tf.data.Dataset:
+def _of_asynchronous_worker(batches: Callable[[Shard, int], tf.data.Dataset]) -> tf.data.Dataset:
     index = tf.distribute.coordinator.experimental_get_current_worker_index()
     num_workers = len(Cluster.from_environment("parameter_server").tasks["worker"])
-    return batches(Shard(tf.cast(index, tf.int64), num_workers)).repeat()
+    return batches(Shard(tf.cast(index, tf.int64), num_workers), num_workers).repeat()
 
 
 def _among_replicas(batches: tf.data.Dataset, num_replicas: int) -> tf.data.Dataset:

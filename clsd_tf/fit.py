@@ -63,12 +63,13 @@ def fit(
       TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
       ValueError: loss warm-up would never end.
     """
+    _check_penalty(config, strategy)
     with scope(strategy):
         model = build_model(config, dataset.inputs)
     if not work_dir.has_checkpoint:
         if init_from is not None:
             warm_start(model, config, dataset, init_from)
-        _require_loss_warmup_to_end(config, dataset, first_step=int(model.optimizer.iterations))
+        _require_loss_warmup_to_end(config, dataset, first_step=int(model.optimizer.iterations.numpy()))
     # Only now, or what cannot run would occupy it.
     in_turn(strategy, lambda: claim(work_dir, config, dataset, init_from))
     steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
@@ -177,6 +178,17 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
         )
 
 
+def _check_penalty(config: TrainConfig, strategy: tf.distribute.Strategy | None) -> None:
+    if strategy is None or strategy.num_replicas_in_sync == 1 or not config.embedding_l2:
+        return
+    if config.embedding_l2_rows == "touched":
+        raise ValueError(
+            "a penalty on touched rows would depend on how replicas divide the batch. Received: "
+            f"embedding_l2_rows=touched, {strategy.num_replicas_in_sync} replicas. Use embedding_l2_rows=all or "
+            "embedding_l2=0"
+        )
+
+
 def _last_fingerprint(ancestors: Sequence[Mapping[str, Any]]) -> str | None:
     return ancestors[-1]["work_fingerprint"] if ancestors else None
 
@@ -202,14 +214,15 @@ def _training_batches(
     first_epoch: int,
     first_step: int,
     shard: Shard,
+    joined: int,
 ) -> tf.data.Dataset:
     batches = input_pipeline.training_epochs(
         dataset,
-        batch_size=config.batch_size,
+        batch_size=joined * config.batch_size,
         seed=config.seed,
         first_epoch=first_epoch,
         num_epochs=config.max_epochs,
-        first_step=first_step,
+        first_step=first_step // joined,
         shard=shard,
         max_cache_bytes=config.max_cache_bytes,
     )

@@ -62,7 +62,7 @@ class Requests:
     """
 
     def __init__(self, num_kinds: int):
-        self.are_shared = tf.distribute.has_strategy()
+        self.are_shared = tf.distribute.get_strategy().num_replicas_in_sync > 1
         if self.are_shared:
             self._own, self._of_all = (
                 tf.Variable(tf.zeros([num_kinds]), trainable=False, name=name, **SAME_EVERYWHERE)

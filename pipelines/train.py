@@ -8,6 +8,11 @@ A killed run goes on at the batch behind its newest checkpoint, and ends with th
 start the same command again. There is a checkpoint at each epoch's end and every checkpoint_every_minutes,
 checkpoint_every_steps on top. SIGTERM finishes the running step, saves, and ends with status 75; Ctrl-C ends at once.
 
+On several machines, start the same command in each, with --strategy=multi_worker (in lockstep: batch_size stays the
+number of rows per step over all, and the result that of one process) or --strategy=parameter_server (asynchronous), the
+environment variable TF_CONFIG, and directories that all of them see. With multi_worker a process that dies ends the
+others; start all again. With parameter_server a worker may die; a ps may not.
+
 Defaults are printed with --print_config; every one can be set in a YAML file (--config) or by --set key=value, for
 example --set method=bce, --set backbone=dcnv2, --set clsd.teacher=self, --set clsd.loss_warmup_steps=500.
 """

@@ -1,6 +1,7 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from clsd_tf.distribution import (
     is_chief,
     is_server,
 )
+from clsd_tf.fit import fit
 from clsd_tf.interruption import EXIT_CODE
 
 # TF_CONFIG.
@@ -83,8 +85,16 @@ def test_without_a_strategy_there_is_one_chief_with_all_rows(monkeypatch):
     assert is_chief(None)
     assert chiefs_value(None, 0.25) == 0.25
     assert in_turn(None, lambda: 3) == 3
-    rows = distributed(None, lambda shard: tf.data.Dataset.from_tensors([shard.index, shard.count]))
-    assert [row.tolist() for row in rows.as_numpy_iterator()] == [[0, 1]]
+    rows = distributed(None, lambda shard, joined: tf.data.Dataset.from_tensors([shard.index, shard.count, joined]))
+    assert [row.tolist() for row in rows.as_numpy_iterator()] == [[0, 1, 1]]
+
+
+def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_dataset, tiny, tmp_path):
+    config = tiny("embedding_l2=0.1", "embedding_l2_rows=touched")
+    two_replicas = types.SimpleNamespace(num_replicas_in_sync=2)
+    with pytest.raises(ValueError, match=r"Received: embedding_l2_rows=touched, 2 replicas. Use embedding_l2_rows=all"):
+        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, strategy=two_replicas)
+    assert not (tmp_path / "run").exists()
 
 
 # Processes.
@@ -204,3 +214,17 @@ def test_a_killed_parameter_server_ends_the_chief_with_what_to_do(clsd_run, feed
         chief = tasks["chief", 0]
         assert chief.status(120) == 1, chief.text
     assert "start the ps and the chief again" in " ".join(chief.text.split())
+
+
+@pytest.mark.long
+def test_sigterm_to_the_chief_of_parameter_servers_saves_at_the_end_of_its_epoch(clsd_run, feed_dataset, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    settings = clsd_run.config.model_copy(update={"max_epochs": 50, "patience_epochs": None})
+    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
+    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
+        wait_until(work_dir.history.exists, tasks.values())
+        chief = tasks["chief", 0]
+        chief.process.terminate()
+        assert chief.status(120) == EXIT_CODE, chief.text
+    history = read_json(work_dir.history)
+    assert f"stopped by SIGTERM and saved: epoch {len(history) + 1}, 0 of 13 steps done" in " ".join(chief.text.split())

@@ -49,8 +49,12 @@ def data():
     return {"x": x, "tier": tier, "teacher_score": scores}, labels, random.uniform(0.5, 2, ROWS).astype(np.float32)
 
 
-def batches(shard):
-    assert (shard.index, shard.count) == (0, 1)  # One process: the strategy divides its batches among the replicas.
+def batches(shard, joined):
+    assert (shard.index, shard.count, joined) == (
+        0,
+        1,
+        1,
+    )  # One process: the strategy divides its batches among the replicas.
     return tf.data.Dataset.from_tensor_slices(data()).batch(BATCH).repeat(EPOCHS)
 
 

@@ -81,7 +81,7 @@ class ClsdConfig(StrictModel):
       allow_raw: lifts the refusal of the form ``raw``, which collapses predictions to 0.
       placebo: control runs of a study. ``shuffled_confidence`` deals confidence out among the clicks of the batch at
         random; ``permuted_groups`` gives AdGate the user features of other rows,
-        drawn anew in each step: it then knows no groups.
+        drawn anew in each step: it then knows no groups. Under a strategy each replica shuffles its own rows.
       ad_gate: the local correction.
       guards: when to stop.
     """
