@@ -116,7 +116,10 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             initializer = tf.keras.initializers.RandomUniform(-scale, scale)
         penalty = tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None
         shape = [count, self._embedding_dim]
-        return self.add_weight(name=name, shape=shape, initializer=initializer, regularizer=penalty)
+        # In half precision, a variable that casts itself is copied whole before each lookup.
+        return self.add_weight(
+            name=name, shape=shape, initializer=initializer, regularizer=penalty, experimental_autocast=False
+        )
 
     @property
     def tables(self) -> tf.Variable:
@@ -173,7 +176,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
                 touched, _ = tf.unique(tf.reshape(ids, [-1]))
                 rows = tf.nn.embedding_lookup(self._tables, touched)
                 self.add_loss(self._l2 * tf.reduce_sum(tf.square(rows)))
-            return tf.nn.embedding_lookup(self._tables, ids)
+            return tf.cast(tf.nn.embedding_lookup(self._tables, ids), self.compute_dtype)
         table, scales = self._quantised
         rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
         return rows if scales is None else rows * tf.cast(tf.gather(scales, ids), self.compute_dtype)
@@ -183,7 +186,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         if self._inputs.numeric:
             numbers = tf.stack([per_row(features[name]) for name in self._inputs.numeric], axis=1)
             # [batch, num_numeric, 1] * [num_numeric, embedding_dim]
-            fields.append(numbers[:, :, tf.newaxis] * self._numeric_vectors)
+            fields.append(numbers[:, :, tf.newaxis] * tf.cast(self._numeric_vectors, self.compute_dtype))
         return tf.concat(fields, axis=1)
 
     def _embed_categorical(self, features: Mapping[str, tf.Tensor | SharedRows]) -> list[tf.Tensor]:

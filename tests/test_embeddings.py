@@ -225,3 +225,14 @@ def test_rows_of_a_unified_table_do_not_depend_on_the_sizes_of_vocabularies():
         weights = weights or layer.get_weights()
         layer.set_weights(weights)
     np.testing.assert_array_equal(*(layer(FEATURES) for layer in layers))
+
+
+def test_in_half_precision_the_tables_stay_float32_and_are_not_copied_to_be_looked_up():
+    layer = FieldEmbeddings(INPUTS, 2, dtype="mixed_bfloat16")
+    signature = {name: tf.TensorSpec([None, *ids.shape[1:]], ids.dtype) for name, ids in FEATURES.items()}
+    graph = tf.function(layer).get_concrete_function(signature)
+    assert layer(FEATURES).dtype == tf.bfloat16
+    assert layer.tables.dtype == tf.float32
+    operations = graph.graph.get_operations()
+    readers = sorted(op.type for op in operations if any(x.dtype == tf.resource for x in op.inputs))
+    assert readers == ["ReadVariableOp", "ResourceGather"]  # Of the vectors of numbers, and of the tables.
