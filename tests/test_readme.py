@@ -90,7 +90,8 @@ def test_the_grpc_script_is_answered(server):
 
 
 def test_every_command_and_flag_in_the_documentation_exists():
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "BUILD.md", "docs/serving.md"))
+    documents = ("README.md", "BUILD.md", "docs/serving.md", "docs/training.md")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in documents)
     commands = re.findall(r"python -m ((?:pipelines|export)\.\w+)([^\n`]*)", text)
     assert len(commands) >= 9
     options = argparse.ArgumentParser(conflict_handler="resolve")
