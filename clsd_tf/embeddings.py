@@ -56,8 +56,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
       embedding_dim: size of each embedding, >= 1.
       l2: weight of the penalty that is added to the layer's losses, >= 0.
       l2_rows: what the penalty is of. ``all``: l2 * sum(table^2), which gives every row a gradient in every step, so
-        that a step takes as long as the table is large. ``touched``: l2 * the sum over the rows that the batch looks
-        up, each once. That is another objective: a row's decay then depends on how often it occurs.
+        that a step takes as long as the table is large. ``touched``: l2 * the sum over the rows that a batch looks
+        up, each once in each lookup (DIN looks its histories up apart). That is another objective: a row's decay then
+        depends on how often it occurs.
       initializer: of the tables: ``normal`` with standard deviation ``init_scale``, or ``uniform`` in
         [-init_scale, init_scale].
       init_scale: > 0.

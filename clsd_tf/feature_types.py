@@ -106,6 +106,11 @@ class IdFeature(StrictModel):
             raise ValueError(f"give one of vocabulary, hash_buckets, hash and shares. Received: {', '.join(given)}")
         return self
 
+    @pydantic.model_serializer(mode="wrap")
+    def _leave_out_what_is_not_shared(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Fingerprints of specs that share nothing, and so the datasets built by them, stay what they were.
+        return {name: value for name, value in serialize(self).items() if name != "shares" or value is not None}
+
     @property
     def resolved_hash(self) -> Hashing | None:
         """How values are hashed, or None when they have a vocabulary."""

@@ -397,7 +397,7 @@ class FeatureSpec(StrictModel):
     def _categorical_input(self, feature: Feature, lengths: Mapping[str, int]) -> CategoricalInput | None:
         if isinstance(feature, HistoryFeature):
             of = self._categorical_input(self.feature(feature.of), lengths)
-            return dataclasses.replace(of, name=feature.name, max_values=feature.max_length)
+            return dataclasses.replace(of, name=feature.name, max_values=feature.max_length, history_of=feature.of)
         if isinstance(feature, NumericFeature):
             is_id = feature.scaling == "quantile_buckets"
             return CategoricalInput(feature.name, feature.name, 1 + feature.num_buckets) if is_id else None

@@ -39,6 +39,7 @@ class CategoricalInput:
 
     Attributes:
       max_values: values of a row, padded with missing ones; None for a single value.
+      history_of: of a history, the input of single values that it is made of.
       ids_per_value: ids that stand for one value, side by side; all 0 where it is missing.
       combiner: what the embedding of a value is made of those of its ids e_0, e_1, ...: their sum, or the product
         e_0 * (1 + e_1) * ...
@@ -50,6 +51,7 @@ class CategoricalInput:
     max_values: int | None = None
     ids_per_value: int = 1
     combiner: Literal["sum", "product"] = "sum"
+    history_of: str | None = None
 
     @property
     def num_ids(self) -> int | None:

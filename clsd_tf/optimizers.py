@@ -21,6 +21,7 @@ TableRuleName = Literal["lazy_adam", "adagrad", "rowwise_adagrad", "ftrl", "adam
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 _INITIAL_ACCUMULATOR = 0.1
+_ADAMW_DECAY = 0.01
 _Positive = Annotated[float, pydantic.Field(gt=0)]
 _NotNegative = Annotated[float, pydantic.Field(ge=0)]
 
@@ -45,7 +46,12 @@ class TableOptimizerConfig(StrictModel):
     def _check(self) -> TableOptimizerConfig:
         if self.kind != "ftrl" and (self.l1 or self.l2):
             raise ValueError(
-                f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Allowed there: embedding_l2 of the run"
+                f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Choose it, or take embedding_l2 of the run"
+            )
+        if self.kind == "adam" and self.learning_rate is not None:
+            raise ValueError(
+                "kind adam moves tables with everything else, at the learning rate of the run. "
+                f"Received: learning_rate={self.learning_rate:g}. Leave it out, or choose lazy_adam"
             )
         return self
 
@@ -55,15 +61,30 @@ class DenseOptimizerConfig(StrictModel):
 
     Attributes:
       kind: ``adam``, or ``adamw`` with decoupled weight decay.
-      weight_decay: of ``adamw``: each step takes learning_rate * weight_decay of a variable away.
+      weight_decay: of ``adamw``, by default .01: each step takes learning_rate * weight_decay of a variable away.
     """
 
     kind: Literal["adam", "adamw"] = "adam"
-    weight_decay: _NotNegative = 0.01
+    weight_decay: _NotNegative | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> DenseOptimizerConfig:
+        if self.kind != "adamw" and self.weight_decay is not None:
+            raise ValueError(
+                f"weight_decay is for kind adamw. Received: kind={self.kind}. Choose it, or leave weight_decay out"
+            )
+        return self
+
+    @property
+    def resolved_weight_decay(self) -> float | None:
+        """``weight_decay``, or what it is by default; None where nothing decays."""
+        if self.kind == "adam":
+            return None
+        return _ADAMW_DECAY if self.weight_decay is None else self.weight_decay
 
 
 class OptimizerConfig(StrictModel):
-    """The optimizer of a run; ``learning_rate`` stands in the run's own settings.
+    """The optimizer of a run's backbone; ``learning_rate`` stands in the run's own settings. AdGate has its own.
 
     Attributes:
       embeddings: the embedding tables.
@@ -87,12 +108,12 @@ class OptimizerConfig(StrictModel):
         if (self.schedule == "constant") != (self.lr_decay_steps is None):
             raise ValueError(
                 "lr_decay_steps goes with schedule linear or cosine. "
-                f"Received: schedule={self.schedule}, lr_decay_steps={self.lr_decay_steps}"
+                f"Received: schedule={self.schedule}, lr_decay_steps={self.lr_decay_steps}. Give both or neither"
             )
         if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
             raise ValueError(
                 "lr_decay_steps must be greater than lr_warmup_steps. "
-                f"Received: {self.lr_decay_steps} after {self.lr_warmup_steps}"
+                f"Received: {self.lr_decay_steps} after {self.lr_warmup_steps}. Count both from step 0"
             )
         return self
 
@@ -125,6 +146,10 @@ class WarmupSchedule(tf.keras.optimizers.schedules.LearningRateSchedule):
 
     def get_config(self) -> dict[str, Any]:
         return {"learning_rate": self._learning_rate, "config": self._config.model_dump(mode="json")}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WarmupSchedule:
+        return cls(config["learning_rate"], OptimizerConfig.model_validate(config["config"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +249,8 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
     gradient is dense (as full-table L2 makes it) is updated as a whole, by the same rule.
 
     Args:
-      tables: variables that the rule is for; the optimizer must be built with them and all others.
-      rule: how rows move.
+      tables: variables that the rule is for, and that never decay. The optimizer is built with them and all others.
+      rule: how rows move; None leaves tables to Adam, which moves all their rows in every step.
       learning_rate: of the dense part; a number or a schedule.
       table_learning_rate_ratio: learning rate of tables / learning_rate, in every step.
       weight_decay: of the dense part; None for Adam.
@@ -236,7 +261,7 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
     def __init__(
         self,
         tables: Sequence[tf.Variable],
-        rule: TableRule,
+        rule: TableRule | None,
         *,
         learning_rate: float | tf.keras.optimizers.schedules.LearningRateSchedule = 1e-3,
         table_learning_rate_ratio: float = 1.0,
@@ -263,8 +288,8 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         """Creates all slots; tables get those of their rule instead of Adam's."""
         if getattr(self, "_built", False):
             return
-        tables = [variable for variable in var_list if self._is_table(variable)]
-        super().build([variable for variable in var_list if not self._is_table(variable)])
+        tables = [variable for variable in var_list if self._follows_rule(variable)]
+        super().build([variable for variable in var_list if not self._follows_rule(variable)])
         for index, table in enumerate(tables):
             self._index_dict[self._var_key(table)] = index
             self._table_slots.append([self._add_slot(table, name, value) for name, value in self._rule.slots.items()])
@@ -272,12 +297,15 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
     def _is_table(self, variable: tf.Variable) -> bool:
         return self._var_key(variable) in self._table_keys
 
+    def _follows_rule(self, variable: tf.Variable) -> bool:
+        return self._rule is not None and self._is_table(variable)
+
     def _add_slot(self, table: tf.Variable, name: str, value: float) -> tf.Variable:
         shape = table.shape[:1] if self._rule.is_rowwise else table.shape
         return self.add_variable_from_reference(table, name, shape, initial_value=tf.fill(shape, value))
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        if not self._is_table(variable):
+        if not self._follows_rule(variable):
             super().update_step(gradient, variable)
             return
         slots = self._table_slots[self._index_dict[self._var_key(variable)]]
@@ -319,14 +347,11 @@ def build_optimizer(
     """
     schedule = WarmupSchedule(learning_rate, config)
     rate = schedule if config.schedule != "constant" or config.lr_warmup_steps else learning_rate
-    weight_decay = config.dense.weight_decay if config.dense.kind == "adamw" else None
-    rule = table_rule(config.embeddings)
-    tables = embedding_tables(model) if rule is not None else []
     return RowSparseOptimizer(
-        tables,
-        rule,
+        embedding_tables(model),
+        table_rule(config.embeddings),
         learning_rate=rate,
         table_learning_rate_ratio=(config.embeddings.learning_rate or learning_rate) / learning_rate,
-        weight_decay=weight_decay,
+        weight_decay=config.dense.resolved_weight_decay,
         global_clip_norm=config.global_clip_norm,
     )

@@ -15,7 +15,7 @@ INPUTS = ModelInputs(
     categorical=(
         CategoricalInput("item", "item", 7),
         CategoricalInput("city", "city", 4),
-        CategoricalInput("recent_items", "item", 7, max_values=3),
+        CategoricalInput("recent_items", "item", 7, max_values=3, history_of="item"),
         CategoricalInput("tags", "tags", 5, max_values=2),
     ),
     numeric=("price", "age"),

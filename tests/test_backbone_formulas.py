@@ -374,4 +374,5 @@ def test_pairs_equal_a_double_loop(num_fields, dim, seed):
     products = [embeddings[:, i] * embeddings[:, j] for i, j in pairs_of(num_fields)]
     expected = np.array(products).reshape(len(products), 3, dim).swapaxes(0, 1)
     np.testing.assert_allclose(pair_products(embeddings, embeddings), expected)
-    np.testing.assert_allclose(pairwise_interactions(tf.constant(embeddings)), expected.sum(axis=(1, 2)), atol=1e-12)
+    # In float32, a difference of sums that may be ten times as large.
+    np.testing.assert_allclose(pairwise_interactions(tf.constant(embeddings)), expected.sum(axis=(1, 2)), atol=1e-4)

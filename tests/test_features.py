@@ -579,7 +579,7 @@ def test_model_inputs_have_sizes_worked_out_by_hand(shop_spec):
             CategoricalInput("user_city", "user_city", 5),  # missing + 1 + 3
             CategoricalInput("item_tags", "item_tags", 9, 3),  # missing + 1 + 7, up to 3 of them
             CategoricalInput("user_age", "user_age", 5),  # missing + 4 buckets
-            CategoricalInput("recent_items", "item", 8, 3),  # The vocabulary of item.
+            CategoricalInput("recent_items", "item", 8, 3, history_of="item"),  # The vocabulary of item.
         ),
         numeric=("item_price",),
         groups=(
@@ -618,7 +618,7 @@ def test_without_a_user_table_there_are_no_user_features(shop_content):
 def test_history_of_a_hashed_feature_shares_its_buckets(shop_content):
     feature(shop_content, "recent_items")["of"] = "user"
     inputs = parse_spec(shop_content, "shop").model_inputs({"item": 5, "user_city": 3, "item_tags": 7})
-    assert inputs.categorical[-1] == CategoricalInput("recent_items", "user", 11, 3)
+    assert inputs.categorical[-1] == CategoricalInput("recent_items", "user", 11, 3, history_of="user")
 
 
 def _with_birth_city(content, **entry):
@@ -640,6 +640,22 @@ def test_a_feature_may_share_ids_and_table_of_another(shop_content):
 def test_only_a_feature_with_ids_of_its_own_can_be_shared(shop_content, shares):
     with pytest.raises(SpecError, match=rf"that has its own\. Received: shares='{shares}'\. Allowed: \['user', 'item'"):
         parse_spec(_with_birth_city(shop_content, shares=shares), "shop")
+
+
+def test_a_history_knows_what_it_is_made_of_whoever_shares_its_table(shop_content):
+    feature(shop_content, "recent_items")["of"] = "user_birth_city"
+    _with_birth_city(shop_content, shares="user_city")
+    shop_content["tables"]["log"]["columns"].append({"name": "birth_city", "type": "string"})
+    shop_content["tables"]["user"]["columns"].pop()
+    inputs = parse_spec(shop_content, "shop").model_inputs({"item": 5, "user_city": 3, "item_tags": 7})
+    assert {entry.name: (entry.vocabulary, entry.history_of) for entry in inputs.categorical if entry.max_values} == {
+        "item_tags": ("item_tags", None),
+        "recent_items": ("user_city", "user_birth_city"),
+    }
+
+
+def test_a_spec_that_shares_nothing_has_the_fingerprint_that_it_had_before_sharing_existed(shop_spec):
+    assert '"shares"' not in shop_spec.to_json()
 
 
 def test_a_shared_feature_takes_no_encoding_of_its_own(shop_content):

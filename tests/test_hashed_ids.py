@@ -173,7 +173,7 @@ def test_model_inputs_know_how_ids_are_combined(rule):
     combiner = "product" if hashing.method == "quotient_remainder" else "sum"
     expected = CategoricalInput("item", "item", 51, None, hashing.ids_per_value, combiner)
     assert inputs.categorical[0] == expected
-    assert inputs.categorical[2] == dataclasses.replace(expected, name="past_items", max_values=3)
+    assert inputs.categorical[2] == dataclasses.replace(expected, name="past_items", max_values=3, history_of="item")
     assert ModelInputs.from_dict(inputs.to_dict()) == inputs
     shapes = {name: tuple(tensor.shape) for name, tensor in feature_inputs(inputs).items()}
     assert shapes["past_items"] == (None, 3 * hashing.ids_per_value)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.assembly import build_model
+from clsd_tf.input_pipeline import batches
 from clsd_tf.model_inputs import CategoricalInput, ModelInputs
 from clsd_tf.optimizers import (
     OptimizerConfig,
@@ -173,7 +174,9 @@ def test_a_table_may_learn_at_a_rate_of_its_own():
 def test_a_schedule_rises_and_falls_as_it_says(schedule, expected):
     decay = {} if schedule == "constant" else {"lr_decay_steps": 12}
     rate = WarmupSchedule(0.2, OptimizerConfig(schedule=schedule, lr_warmup_steps=4, **decay))
+    again = WarmupSchedule.from_config(rate.get_config())
     for step, factor in expected.items():
+        assert float(again(tf.constant(step, tf.int64))) == float(rate(tf.constant(step, tf.int64)))
         assert float(rate(tf.constant(step, tf.int64))) == pytest.approx(0.2 * factor, abs=1e-7)
 
 
@@ -209,19 +212,65 @@ def test_tables_are_those_of_field_embeddings_and_of_keras_embedding_layers():
 
 
 @pytest.mark.parametrize("kind", [*_KINDS, "adam"])
-def test_a_model_learns_with_every_rule_and_memory_is_what_the_rule_says(feed_dataset, tiny, kind):
+def test_a_model_learns_by_every_rule_and_keeps_as_many_numbers_as_the_rule_says(feed_dataset, tiny, kind):
     model = build_model(tiny("method=bce", f"optimizer.embeddings.kind={kind}"), feed_dataset.inputs)
     [table] = embedding_tables(model.backbone)
     of_table = [slot for slot in model.optimizer.variables if slot.shape[:1] == table.shape[:1]]
     numbers = sum(slot.shape.num_elements() for slot in of_table) / table.shape.num_elements()
-    width = table.shape[1]
-    assert numbers == {"adagrad": 1, "rowwise_adagrad": 1 / width}.get(kind, 2)
+    assert numbers == {"adagrad": 1, "rowwise_adagrad": 1 / table.shape[1]}.get(kind, 2)
+    batch, before = next(iter(batches(feed_dataset, "train", batch_size=1024))), table.numpy()
+    losses = [float(model.train_step(batch)["bce"]) for _ in range(8)]
+    assert losses[-1] < losses[0]  # A mean since the first step.
+    assert (table.numpy() != before).any()
+
+
+def _after_a_step(feed_dataset, tiny, *settings):
+    """Table and hidden layer of a model before and after a step; weights are large, so that gradients are."""
+    config = tiny("method=bce", "backbone=dnn", "learning_rate=0.01", *settings)
+    model = build_model(config, feed_dataset.inputs)
+    model.backbone.set_weights([weight + 0.3 for weight in model.backbone.get_weights()])
+    [table] = embedding_tables(model.backbone)
+    kernel = next(variable for variable in model.backbone.trainable_variables if "hidden_0/kernel" in variable.name)
+    before = table.numpy(), kernel.numpy()
+    model.train_step(next(iter(batches(feed_dataset, "train", batch_size=1024))))
+    return before, (table.numpy(), kernel.numpy())
+
+
+def test_the_settings_of_a_run_reach_its_optimizer(feed_dataset, tiny):
+    def moved(*settings):
+        (table, kernel), (new_table, new_kernel) = _after_a_step(feed_dataset, tiny, *settings)
+        return np.abs(new_table - table).max(), np.abs(new_kernel - kernel).max()
+
+    plain = moved()
+    # Adam's first step is the learning rate itself, wherever there is a gradient.
+    np.testing.assert_allclose(plain, [0.01, 0.01], rtol=1e-2)
+    faster = moved("optimizer.embeddings.learning_rate=0.03")
+    np.testing.assert_allclose(faster, [0.03, 0.01], rtol=1e-2)
+    # Gradients next to Adam's epsilon: steps are shorter.
+    assert max(moved("optimizer.global_clip_norm=1e-7")) < 0.009
+    clipped = moved("optimizer.embeddings.kind=adagrad", "optimizer.global_clip_norm=1e-3")
+    assert clipped[0] <= 0.01 * 1e-3 / np.sqrt(0.1)
+
+
+@pytest.mark.parametrize("kind", ["lazy_adam", "adam"])
+def test_weight_decay_of_a_run_is_of_its_dense_layers_alone(feed_dataset, tiny, kind):
+    arguments = ("optimizer.dense.kind=adamw", "optimizer.dense.weight_decay=5", f"optimizer.embeddings.kind={kind}")
+    (table, kernel), (new_table, new_kernel) = _after_a_step(feed_dataset, tiny, *arguments)
+    assert np.mean(new_kernel) == pytest.approx(0.95 * np.mean(kernel), abs=0.0101)  # 1 - .01 * 5, and Adam's step.
+    unmoved = (new_table == table).all(axis=1)
+    assert unmoved.any()  # Rows that the batch does not hold, of 1,024 of 3,200 rows.
+    assert np.abs(new_table - table).max() < 0.0101
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("optimizer.embeddings={kind: adagrad, l1: 0.1}", r"l1 and l2 are for kind ftrl\. Received: kind=adagrad"),
+        ("optimizer.dense.weight_decay=0.1", r"weight_decay is for kind adamw\. Received: kind=adam"),
+        (
+            "optimizer.embeddings={kind: adam, learning_rate: 0.1}",
+            r"at the learning rate of the run\. Received: learning_rate=0\.1\. Leave it out",
+        ),
         ("optimizer.schedule=cosine", r"lr_decay_steps goes with .* Received: schedule=cosine, lr_decay_steps=None"),
         ("optimizer.lr_decay_steps=5", r"lr_decay_steps goes with .* Received: schedule=constant, lr_decay_steps=5"),
         (

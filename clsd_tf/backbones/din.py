@@ -78,7 +78,7 @@ def _dice_mlp(hidden_units: Sequence[int], dropout: float) -> tf.keras.Sequentia
 class Din(Backbone):
     """logits = w . mlp(concat(embeddings of the other fields, target attention over each history)) + b.
 
-    A history is an input with several values that shares the vocabulary of a single-valued input, its target.
+    A history is an input with several values of a single-valued input, its target (``CategoricalInput.history_of``).
     Other inputs with several values are averaged, as everywhere.
 
     Source: Zhou et al. (2018), "Deep Interest Network for Click-Through Rate Prediction", sections 4.3 and 5.2.
@@ -105,6 +105,7 @@ class Din(Backbone):
         require_choice("activation", activation, ("relu", "dice"))
         self._config.update(attention_units=list(attention_units), activation=activation)
         self._target_of = _history_targets(inputs)
+        self._vocabulary_of = {entry.name: entry.vocabulary for entry in inputs.categorical}
         others = tuple(entry for entry in inputs.categorical if entry.name not in self._target_of)
         self._position = {entry.name: index for index, entry in enumerate(others)}
         self._embeddings = self.field_embeddings(
@@ -125,24 +126,19 @@ class Din(Backbone):
 
     def _pool(self, name: str, ids: tf.Tensor, fields: tf.Tensor) -> tf.Tensor:
         """Ids of a history, [batch, num_ids] -> [batch, embedding_dim]."""
-        target = self._target_of[name]
-        history = self._embeddings.lookup(target, ids)
-        present = tf.cast(self._embeddings.present(target, ids), history.dtype)
+        vocabulary, target = self._vocabulary_of[name], self._target_of[name]
+        history = self._embeddings.lookup(vocabulary, ids)
+        present = tf.cast(self._embeddings.present(vocabulary, ids), history.dtype)
         return self._attentions[name](history, fields[:, self._position[target]], present)
 
 
 def _history_targets(inputs: ModelInputs) -> dict[str, str]:
     """Name of each history -> name of its target; raises ValueError where there is none."""
-    single_valued = {entry.name for entry in inputs.categorical if entry.max_values is None}
-    targets = {
-        entry.name: entry.vocabulary
-        for entry in inputs.categorical
-        if entry.max_values is not None and entry.vocabulary in single_valued
-    }
+    targets = {entry.name: entry.history_of for entry in inputs.categorical if entry.history_of is not None}
     if not targets:
         received = ", ".join(entry.name for entry in inputs.categorical) or "none"
         raise ValueError(
-            "Din needs a history: an input with several values that shares the vocabulary of a single-valued input. "
+            "Din needs a history: an input with several values of a single-valued input. "
             f"Received categorical inputs: {received}. Declare a feature of type history, or take another backbone"
         )
     return targets

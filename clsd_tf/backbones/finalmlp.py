@@ -76,7 +76,7 @@ class BilinearFusion(tf.keras.layers.Layer):
         )
         bilinear = tf.einsum("bhi,hij->bhj", first_heads, self._kernel) * second_heads
         linear = tf.squeeze(self._linear(tf.concat([first, second], axis=1)), axis=1)
-        return linear + tf.cast(tf.reduce_sum(bilinear, axis=[1, 2]), tf.float32)
+        return linear + tf.reduce_sum(tf.cast(bilinear, tf.float32), axis=[1, 2])
 
 
 class FinalMlp(Backbone):

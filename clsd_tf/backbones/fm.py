@@ -17,8 +17,9 @@ def pairwise_interactions(embeddings: tf.Tensor) -> tf.Tensor:
       embeddings: [batch, num_fields, embedding_dim].
 
     Returns:
-      [batch]. Source: Rendle (2010), "Factorization Machines", section III.A.
+      float32 [batch]. Source: Rendle (2010), "Factorization Machines", section III.A.
     """
+    embeddings = tf.cast(embeddings, tf.float32)  # A difference of large sums: half precision would lose most of it.
     square_of_sum = tf.square(tf.reduce_sum(embeddings, axis=1))
     sum_of_squares = tf.reduce_sum(tf.square(embeddings), axis=1)
     return 0.5 * tf.reduce_sum(square_of_sum - sum_of_squares, axis=1)
