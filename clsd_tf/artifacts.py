@@ -281,27 +281,18 @@ class WorkDir:
     def is_complete(self) -> bool:
         return self.success.is_file()
 
-    def mark_complete(self) -> None:
+    def mark_complete(self, fingerprint: str) -> None:
         """Writes ``_SUCCESS``; the last thing that a run does."""
         fingerprints = {
             "dataset_fingerprint": self.resolved_config["dataset_fingerprint"],
-            "work_fingerprint": self._digest(),
+            "work_fingerprint": fingerprint,
         }
         write_json(self.success, fingerprints)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over what a finished run has become: config, lineage, weights and calibration."""
+        """16 hex digits over what a finished run has become, see ``checkpoints.work_fingerprint``."""
         return read_json(self.success)["work_fingerprint"]
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        weights = sorted(self.best_weights.parent.glob(f"{self.best_weights.name}.*"))
-        for path in (self.config, self.lineage, *weights, self.calibration):
-            if path.exists():
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
 
     @property
     def resolved_config(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
 from clsd_tf.backbones import build_backbone
 from clsd_tf.calibration import Calibration, CalibrationLayer
-from clsd_tf.checkpoints import best_weights
+from clsd_tf.checkpoints import read_best_weights
 from clsd_tf.clsd import AdGate, ClsdModel
 from clsd_tf.losses import bce_from_logits, focal_loss, label_smoothed_bce
 from clsd_tf.model_inputs import ModelInputs
@@ -108,7 +108,7 @@ def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
     """The model of a finished run with its best weights and its calibration.
 
     Raises:
-      ArtifactError: the run is not complete, or was trained on another dataset.
+      ArtifactError: the run is not complete or damaged, or was trained on another dataset.
     """
     work_dir.require_complete(dataset)
     return restored_model(work_dir, dataset.inputs)
@@ -118,7 +118,7 @@ def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> ClsdModel:
     """As ``load_model``, for a run that has finished, given the inputs that it was trained on."""
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
     model = build_model(config, inputs)
-    best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+    read_best_weights(model, work_dir)
     if config.calibration.method != "none":
         if not work_dir.calibration.is_file():
             raise ArtifactError(f"{work_dir.path} has lost its calibration. Missing: {work_dir.calibration.name}")

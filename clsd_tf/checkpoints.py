@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -20,6 +23,7 @@ from clsd_tf.interruption import Sigterm, TrainingInterruptedError
 from clsd_tf.train_config import TrainConfig
 
 _PREFIX = "ckpt"
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # What TensorFlow raises for files that are missing, cut off or changed, and for values of another shape.
 _UNREADABLE = (tf.errors.OpError, IndexError, ValueError, DecodeError)
 
@@ -282,6 +286,47 @@ def best_weights(model: ClsdModel) -> tf.train.Checkpoint:
     if model.ad_gate is not None:
         parts["ad_gate"] = model.ad_gate
     return tf.train.Checkpoint(**parts)
+
+
+def read_best_weights(model: ClsdModel, work_dir: WorkDir) -> None:
+    """Gives a model the best weights of a run.
+
+    Raises:
+      ArtifactError: they are missing or damaged, or those of another model.
+    """
+    with explaining_damage(str(work_dir.best_weights)):
+        best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+
+
+@contextlib.contextmanager
+def explaining_damage(path: str) -> Iterator[None]:
+    """Raises:
+    ArtifactError: the checkpoint of a finished run, which is read within, is missing or damaged, or another model's.
+    """
+    try:
+        yield
+    except (*_UNREADABLE, AssertionError) as error:
+        raise ArtifactError(
+            f"the weights of a run must be readable. Received: {path}: {_first_line(error)}. Put the files back, or "
+            "train that run again in a new --work_dir"
+        ) from error
+
+
+def work_fingerprint(work_dir: WorkDir, config: TrainConfig) -> str:
+    """16 hex digits over what a run has become: settings, what it was trained on, lineage, best weights, calibration.
+
+    The same for runs that gave the same, however often they were killed, saved, and in what process: names of variables
+    count what a process has made before, the paths that lead to them in the model do not.
+    """
+    digest = hashlib.sha256(json.dumps(config.result_settings, sort_keys=True).encode())
+    for path in (work_dir.trained_on, work_dir.lineage, work_dir.calibration):
+        if path.exists():
+            digest.update(path.name.encode() + path.read_bytes())
+    weights = tf.train.load_checkpoint(str(work_dir.best_weights))
+    for name in sorted(weights.get_variable_to_shape_map()):
+        if name != _OBJECT_GRAPH:
+            digest.update(name.encode() + weights.get_tensor(name).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:

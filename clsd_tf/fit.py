@@ -14,7 +14,7 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json, write_json
 from clsd_tf.assembly import EVALUATION_BATCH_SIZE, build_model
 from clsd_tf.callbacks import ProgressBar, Scalars, StopOnNonFiniteLoss, ValidationAuc
-from clsd_tf.checkpoints import CheckpointAndStop, best_weights
+from clsd_tf.checkpoints import CheckpointAndStop, read_best_weights
 from clsd_tf.clsd import ClsdModel, OverconfidentTeacherWarning
 from clsd_tf.distribution import distributed, in_turn, is_chief, scope, wait_for_all
 from clsd_tf.input_pipeline import RowValues, Shard
@@ -45,7 +45,8 @@ def fit(
       config: the run.
       work_dir: gets config, checkpoints, history, best weights and TensorBoard events.
       title: what progress lines call the run; None for no progress lines.
-      init_from: a finished run to go on from, see ``warm_start``; needed until the first checkpoint is there.
+      init_from: a finished run to go on from, see ``warm_start``; needed until the first checkpoint is there, and
+        checked against the lineage where it is given.
       row_weights: weight per training row, multiplied with its sample weight.
       teacher_scores: gives the scores of every training row, or None where the teacher scores in the training step.
         Called once everything else is known to be in order: a teacher may train for hours.
@@ -61,7 +62,7 @@ def fit(
       CheckpointError: a checkpoint could not be written.
       TrainingDivergedError, ConfidenceGuardError: the run went wrong.
       TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
-      ValueError: loss warm-up would never end.
+      ValueError: loss warm-up would never end, or the learning rate has fallen to 0 before the first step.
     """
     _check_penalty(config, strategy)
     with scope(strategy):
@@ -69,7 +70,9 @@ def fit(
     if not work_dir.has_checkpoint:
         if init_from is not None:
             warm_start(model, config, dataset, init_from)
-        _require_loss_warmup_to_end(config, dataset, first_step=int(model.optimizer.iterations.numpy()))
+        first_step = int(model.optimizer.iterations.numpy())
+        _require_loss_warmup_to_end(config, dataset, first_step)
+        _require_learning_rate(config, first_step)
     # Only now, or what cannot run would occupy it.
     in_turn(strategy, lambda: claim(work_dir, config, dataset, init_from))
     steps, sigterm = steps_per_epoch(dataset, config), Sigterm()
@@ -89,7 +92,7 @@ def fit(
         with sigterm, _callbacks(keeper, dataset, config, work_dir, title, strategy) as callbacks:
             _fit_epochs(model, keeper, config, steps, batches_from, callbacks, strategy)
     wait_for_all(strategy)  # The chief may still be writing.
-    best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+    read_best_weights(model, work_dir)
     return model, keeper.state.history
 
 
@@ -151,6 +154,8 @@ def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
 def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from: WorkDir | None = None) -> None:
     """Writes resolved config, lineage and what ids mean, or checks that those there give the same result.
 
+    Without ``init_from``, a run that has a checkpoint goes on whatever it began with.
+
     Raises:
       ArtifactError: the directory belongs to another config, dataset or lineage.
     """
@@ -170,11 +175,14 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
             f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
             "Choose another --work_dir"
         )
+    if init_from is None and (work_dir.has_checkpoint or work_dir.is_complete):
+        return  # All that it needs of an earlier run is here.
     ancestors, allowed = lineage(dataset, init_from)["ancestors"], read_json(work_dir.lineage)["ancestors"]
     if ancestors != allowed:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run that goes on from another. Received: --init_from with fingerprint "
-            f"{_last_fingerprint(ancestors)}. Allowed: {_last_fingerprint(allowed)}. Choose another --work_dir"
+            f"{_last_fingerprint(ancestors)}. Allowed: {_last_fingerprint(allowed)}. Give that --init_from again, or "
+            "choose another --work_dir"
         )
 
 
@@ -203,6 +211,16 @@ def _require_loss_warmup_to_end(config: TrainConfig, dataset: DatasetDir, first_
         raise ValueError(
             "clsd.loss_warmup_steps must be below the run's number of steps, or confidence never enters the loss. "
             f"Received: {config.clsd.resolved_loss_warmup_steps}. Allowed: less than {last_step}"
+        )
+
+
+def _require_learning_rate(config: TrainConfig, first_step: int) -> None:
+    decay_steps = config.optimizer.lr_decay_steps
+    if decay_steps is not None and decay_steps <= first_step:
+        raise ValueError(
+            "optimizer.lr_decay_steps counts the steps of earlier runs too; the learning rate would be 0 throughout. "
+            f"Received: {decay_steps}, for a run that goes on from step {first_step}. Allowed: more than {first_step}. "
+            "Raise it, or set optimizer.schedule=constant and optimizer.lr_decay_steps=null"
         )
 
 

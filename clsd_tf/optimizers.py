@@ -31,7 +31,8 @@ class TableOptimizerConfig(StrictModel):
 
     Attributes:
       kind: the rule, see the functions of this module: ``lazy_adam``, ``adagrad``, ``rowwise_adagrad`` (one number per
-        row), ``ftrl``; or ``adam``, the one that moves every row in every step, to compare with.
+        row), ``ftrl`` (with schedule constant); or ``adam``, the one that moves every row in every step, to compare
+        with.
       learning_rate: null takes that of the run.
       l1: of ``ftrl``: rows whose gradients stay small become exactly 0.
       l2: of ``ftrl``.
@@ -92,7 +93,8 @@ class OptimizerConfig(StrictModel):
       schedule: of both learning rates after their warm-up: ``constant``, or falling to 0 at ``lr_decay_steps`` on a
         straight line (``linear``) or half a cosine (``cosine``).
       lr_warmup_steps: optimizer steps over which both learning rates rise on a straight line.
-      lr_decay_steps: optimizer step at which the learning rates reach 0; needed unless ``constant``.
+      lr_decay_steps: optimizer step at which the learning rates reach 0; needed unless ``constant``. A run that goes on
+        from earlier ones goes on counting.
       global_clip_norm: gradients are scaled down together where the norm over all of them is larger; null: never.
     """
 
@@ -114,6 +116,11 @@ class OptimizerConfig(StrictModel):
             raise ValueError(
                 "lr_decay_steps must be greater than lr_warmup_steps. "
                 f"Received: {self.lr_decay_steps} after {self.lr_warmup_steps}. Count both from step 0"
+            )
+        if self.embeddings.kind == "ftrl" and self.schedule != "constant":
+            raise ValueError(
+                "kind ftrl divides by the learning rate, which must not fall to 0. "
+                f"Received: schedule={self.schedule}. Allowed with it: constant"
             )
         return self
 
@@ -162,11 +169,14 @@ class TableRule:
         [num_touched, embedding_dim], slots likewise, or [num_touched] of a row-wise rule; step the number of this step,
         from 1.
       is_rowwise: whether a slot has one number per row.
+      slots_of: (rows, slots, learning_rate) -> slots from which ``update`` goes on where rows were set from elsewhere;
+        None where any slots do.
     """
 
     slots: dict[str, float]
     update: Callable[..., tuple[tf.Tensor, Sequence[tf.Tensor]]]
     is_rowwise: bool = False
+    slots_of: Callable[..., Sequence[tf.Tensor]] | None = None
 
 
 def lazy_adam(rows, slots, gradient, learning_rate, step):
@@ -218,6 +228,18 @@ def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
     return rows, (new_accumulator, linear)
 
 
+def ftrl_slots(rows, slots, learning_rate, *, l1: float, l2: float):
+    """n and the z with which ``ftrl`` gives ``rows`` for a gradient of 0:
+    z = -rows * (sqrt(n) / learning_rate + 2 l2) - l1 * sign(rows), or z held within [-l1, l1] where rows are 0.
+
+    Where no gradient has come yet, n is .1 and z stays 0: the rule forgets initial weights.
+    """
+    accumulator, linear = slots
+    agreeing = -rows * (tf.sqrt(accumulator) / learning_rate + 2.0 * l2) - l1 * tf.sign(rows)
+    agreeing = tf.where(tf.equal(rows, 0.0), tf.clip_by_value(linear, -l1, l1), agreeing)
+    return accumulator, tf.where(tf.equal(accumulator, _INITIAL_ACCUMULATOR), linear, agreeing)
+
+
 def table_rule(config: TableOptimizerConfig) -> TableRule | None:
     """The rule of a config; None for ``adam``, which is that of the dense part."""
     if config.kind == "lazy_adam":
@@ -231,7 +253,10 @@ def table_rule(config: TableOptimizerConfig) -> TableRule | None:
         def update(*arguments):
             return ftrl(*arguments, l1=config.l1, l2=config.l2)
 
-        return TableRule({"accumulator": _INITIAL_ACCUMULATOR, "linear": 0.0}, update)
+        def slots_of(*arguments):
+            return ftrl_slots(*arguments, l1=config.l1, l2=config.l2)
+
+        return TableRule({"accumulator": _INITIAL_ACCUMULATOR, "linear": 0.0}, update, slots_of=slots_of)
     return None
 
 
@@ -308,8 +333,7 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         if not self._follows_rule(variable):
             super().update_step(gradient, variable)
             return
-        slots = self._table_slots[self._index_dict[self._var_key(variable)]]
-        rate = tf.cast(self.learning_rate, tf.float32) * self._table_learning_rate_ratio
+        slots, rate = self._slots_of(variable), self._table_learning_rate
         step = tf.cast(self.iterations + 1, tf.float32)
         moved = (variable, *slots)
         if not isinstance(gradient, tf.IndexedSlices):
@@ -323,6 +347,25 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         # Not scatter_sub: it takes several times as long as reading rows and putting others in their place.
         for values, new in zip(moved, (after, *slots_after), strict=True):
             values.scatter_update(tf.IndexedSlices(new, gradient.indices))
+
+    def adjust_slots(self, tables: Sequence[tf.Variable]) -> None:
+        """Makes slots agree with tables that were set from elsewhere, where the rule needs it."""
+        if self._rule is None or self._rule.slots_of is None:
+            return
+        self._compute_current_learning_rate()  # Of the step to come: Keras' is that of the last one.
+        for table in tables:
+            slots = self._slots_of(table)
+            before = [tf.convert_to_tensor(slot) for slot in slots]
+            after = self._rule.slots_of(tf.convert_to_tensor(table), before, self._table_learning_rate)
+            for slot, values in zip(slots, after, strict=True):
+                slot.assign(values)
+
+    def _slots_of(self, table: tf.Variable) -> list[tf.Variable]:
+        return self._table_slots[self._index_dict[self._var_key(table)]]
+
+    @property
+    def _table_learning_rate(self) -> tf.Tensor:
+        return tf.cast(self.learning_rate, tf.float32) * self._table_learning_rate_ratio
 
     def _clip_gradients(self, gradients):
         # Keras clips before it sums the gradients of a row: its norm would not be that of the gradient.

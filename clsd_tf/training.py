@@ -12,6 +12,7 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import DatasetDir, WorkDir, read_json, write_json
 from clsd_tf.assembly import predict_logits
 from clsd_tf.calibration import Calibration, fit_calibration
+from clsd_tf.checkpoints import work_fingerprint
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.distribution import explaining_lost_workers, in_turn, is_chief, wait_for_all
 from clsd_tf.fit import claim, fit
@@ -38,7 +39,7 @@ def train(
       work_dir: gets config, checkpoints, history, best weights, calibration, TensorBoard events and, last,
         ``_SUCCESS``.
       title: what progress lines call the run; None for no progress lines.
-      init_from: a finished run to go on from, see ``warm_start``; None to begin anew.
+      init_from: a finished run to go on from, see ``warm_start``; None to begin anew, or to go on from a checkpoint.
       strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share.
 
     Returns:
@@ -73,7 +74,7 @@ def train(
             if is_chief(strategy):
                 write_json(work_dir.calibration, calibration.to_dict())
         if is_chief(strategy):
-            work_dir.mark_complete()
+            work_dir.mark_complete(work_fingerprint(work_dir, config))
         wait_for_all(strategy)  # A worker that left early would look like one that was lost.
         return history
 

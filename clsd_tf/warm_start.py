@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir
+from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
 from clsd_tf.assembly import build_model
-from clsd_tf.checkpoints import best_weights
+from clsd_tf.checkpoints import explaining_damage, read_best_weights
 from clsd_tf.clsd import ClsdModel
 from clsd_tf.lineage import TrainedOn
+from clsd_tf.optimizers import embedding_tables
 from clsd_tf.train_config import TrainConfig, parse_config
 
 # A change of these gives weights or slots another meaning, even where their shapes stay the same.
 _SETTINGS = ("backbone", "backbone_arguments", "embedding_dim", "unified_buckets", "hidden_units")
 _OPTIMIZERS = ("embeddings", "dense")
 _CLSD_SETTINGS = ("teacher", "normaliser_momentum")
-_AD_GATE_SETTINGS = ("features", "objective", "embedding_dim", "hidden_units")
+_AD_GATE_SETTINGS = ("features", "objective", "bound", "embedding_dim", "hidden_units")
 
 _RowRanges = Mapping[str, range]
 
@@ -29,9 +30,14 @@ def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earli
 
     Weights are those that the earlier run serves, of its best epoch. Slots and step counts of the optimizers, and the
     moving means of the loss, are those of its last step. Row i of each vocabulary keeps its weights and slots; rows of
-    new values stay as ``model`` has them: what a model that begins anew would have. The steps go on counting, so Adam's
+    new values stay as ``model`` has them: what a model that begins anew would have. Under ``unified_buckets`` no row is
+    a new value's own: it begins with what its buckets learned from others. The steps go on counting, so Adam's
     bias correction and schedules of the learning rate go on, and neither loss warm-up nor warm-up of the learning rate
     comes again. The learning rate itself is that of ``config``.
+
+    Where weights and slots are of different epochs, slots of ``ftrl``, which determine the weights, are adjusted to
+    them. Where the earlier run weighted no clicks, its last mean pctr is what the guards compare with, and
+    the EMA teacher begins as the model.
 
     Args:
       model: built from ``config`` for ``dataset``; changed in place.
@@ -40,8 +46,8 @@ def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earli
       earlier: a finished run; its dataset may be gone.
 
     Raises:
-      ArtifactError: the earlier run has not finished; its model is built differently; or ids and numbers of ``dataset``
-        have another meaning than those it was trained on. Names what differs.
+      ArtifactError: the earlier run has not finished, or its files are damaged; its model is built differently; or ids
+        and numbers of ``dataset`` have another meaning than those it was trained on. Names what differs.
     """
     trained_on = TrainedOn.read(earlier)
     trained_on.require_same_meaning(dataset)
@@ -52,6 +58,18 @@ def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earli
     old_state, new_state = old.training_state, model.training_state
     for part, variables in new_state.items():
         _carry_over(part, old_state.get(part, []), variables, layouts)
+    model.optimizer.adjust_slots(embedding_tables(model.backbone))
+    if model.weights_clicks and not old.weights_clicks:
+        _begin_to_weight(model, mean_pctr=read_json(earlier.history)[-1]["mean_pctr"])
+
+
+def _begin_to_weight(model: ClsdModel, mean_pctr: float) -> None:
+    """Sets what loss warm-up would have left, and the earlier run has not kept."""
+    model.guard_state.begin(mean_pctr)
+    state = model.training_state
+    if "EMA teacher" in state:
+        for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):
+            slow.assign(fast)
 
 
 def _require_same_architecture(config: TrainConfig, earlier: TrainConfig, work_dir: WorkDir) -> None:
@@ -88,9 +106,13 @@ def _restored(earlier: WorkDir, config: TrainConfig, trained_on: TrainedOn) -> C
     model = build_model(config, trained_on.inputs)
     newest = tf.train.latest_checkpoint(str(earlier.checkpoints))
     if newest is None:
-        raise ArtifactError(f"a run goes on from checkpoints of another. Received: {earlier.path}, which has lost them")
-    tf.train.Checkpoint(model=model).restore(newest).expect_partial().assert_existing_objects_matched()
-    best_weights(model).read(str(earlier.best_weights)).assert_consumed()
+        raise ArtifactError(
+            f"a run goes on from checkpoints of another. Received: {earlier.path}, which has lost them. Put the files "
+            "back, or train that run again in a new --work_dir"
+        )
+    with explaining_damage(newest):
+        tf.train.Checkpoint(model=model).restore(newest).expect_partial().assert_existing_objects_matched()
+    read_best_weights(model, earlier)
     return model
 
 

@@ -215,7 +215,7 @@ def work_dir(feed_dataset, tmp_path):
     work = WorkDir(tmp_path / "run")
     work.path.mkdir()
     write_json(work.config, {"dataset_fingerprint": feed_dataset.fingerprint})
-    work.mark_complete()
+    work.mark_complete("0123456789abcdef")
     return work
 
 

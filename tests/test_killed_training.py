@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -39,10 +40,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def run_command(dataset: str, work_dir: str, settings: list[str], output: str) -> None:
+def run_command(arguments: list[str], output: str) -> None:
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv = ["train", f"--dataset_dir={dataset}", f"--work_dir={work_dir}", *(f"--set={text}" for text in settings)]
+    sys.argv = ["train", *arguments]
     runpy.run_module("pipelines.train", run_name="__main__")
 
 
@@ -54,6 +55,7 @@ class Command:
     dataset: str
     work_dir: WorkDir
     settings: list[str]
+    flags: tuple[str, ...] = ()
 
     @property
     def output(self) -> pathlib.Path:
@@ -61,8 +63,9 @@ class Command:
 
     @contextlib.contextmanager
     def started(self):
-        arguments = (self.dataset, str(self.work_dir.path), self.settings, str(self.output))
-        process = self.processes.Process(target=run_command, args=arguments)
+        settings = [f"--set={text}" for text in self.settings]
+        arguments = [f"--dataset_dir={self.dataset}", f"--work_dir={self.work_dir.path}", *settings, *self.flags]
+        process = self.processes.Process(target=run_command, args=(arguments, str(self.output)))
         process.start()
         try:
             yield process
@@ -96,8 +99,8 @@ def processes():
 
 @pytest.fixture
 def command(processes, feed_dataset, tmp_path):
-    return lambda *settings: Command(
-        processes, str(feed_dataset.path), WorkDir(tmp_path / "killed"), [*SETTINGS, *settings]
+    return lambda *settings, flags=(): Command(
+        processes, str(feed_dataset.path), WorkDir(tmp_path / "killed"), [*SETTINGS, *settings], flags
     )
 
 
@@ -160,10 +163,33 @@ def test_a_run_stopped_by_sigterm_and_killed_in_another_epoch_ends_as_an_uninter
 
     train(feed_dataset, load_config(None, SETTINGS), stopped.work_dir, title=None)
     assert_same_bits(stopped.work_dir, uninterrupted)
+    assert stopped.work_dir.fingerprint == uninterrupted.fingerprint
     names = tensors(stopped.work_dir.checkpoints)
     for part in ("optimizer", "ad_gate_optimizer", "_teacher_backbone", "_click_means", "guard_state", "_means"):
         assert any(name.startswith(f"model/{part}/") for name in names), part
     assert any(name.startswith("random_generators/") for name in names)
+
+
+@pytest.mark.long
+def test_a_run_that_goes_on_from_another_needs_it_no_longer_once_it_is_killed_in_mid_epoch(
+    command, uninterrupted, feed_dataset, tmp_path
+):
+    earlier = shutil.copytree(uninterrupted.path, tmp_path / "earlier")
+    killed = command("max_epochs=1", flags=(f"--init_from={earlier}",))
+    with killed.started() as process:
+        killed.wait_for_checkpoints(process, 1)
+        process.kill()
+        process.join()
+    steps_done = run_state(killed.work_dir)["steps_done"]
+    assert 0 < steps_done < STEPS_PER_EPOCH
+    assert killed.newest() == 2 * STEPS_PER_EPOCH + steps_done  # Steps go on counting.
+    shutil.rmtree(earlier)
+    train(feed_dataset, load_config(None, killed.settings), killed.work_dir, title=None)
+
+    whole, config = WorkDir(tmp_path / "whole"), load_config(None, [*killed.settings, "checkpoint_every_steps=null"])
+    train(feed_dataset, config, whole, title=None, init_from=uninterrupted)
+    assert_same_bits(killed.work_dir, whole)
+    assert killed.work_dir.fingerprint == whole.fingerprint != uninterrupted.fingerprint
 
 
 @pytest.mark.long

@@ -191,6 +191,18 @@ def test_the_schedule_holds_for_tables_and_for_the_rest(feed_dataset, tiny):
         np.testing.assert_allclose(then - now.numpy(), 1e-6, rtol=0.1)
 
 
+def test_slots_of_ftrl_are_those_that_give_the_rows_and_initial_rows_stay_to_be_forgotten():
+    rule = table_rule(TableOptimizerConfig(kind="ftrl", l1=0.1, l2=0.2))
+    rows = tf.constant([[2.0], [-2.0], [0.0], [0.0], [0.01]])
+    slots = tf.constant([[4.0], [4.0], [4.0], [4.0], [0.1]]), tf.constant([[5.0], [5.0], [0.7], [0.05], [0.0]])
+    accumulator, linear = rule.slots_of(rows, slots, 0.5)
+    np.testing.assert_array_equal(accumulator, slots[0])
+    # 2 * (sqrt(4) / .5 + 2 * .2) + .1.
+    np.testing.assert_allclose(linear, [[-8.9], [8.9], [0.1], [0.05], [0.0]], rtol=1e-6)
+    again, _ = rule.update(rows, (accumulator, linear), tf.zeros([5, 1]), 0.5, 1.0)
+    np.testing.assert_allclose(again, [[2.0], [-2.0], [0.0], [0.0], [0.0]], rtol=1e-6)
+
+
 # The optimizer of a model.
 
 
@@ -276,6 +288,10 @@ def test_weight_decay_of_a_run_is_of_its_dense_layers_alone(feed_dataset, tiny, 
         (
             "optimizer={schedule: linear, lr_warmup_steps: 5, lr_decay_steps: 5}",
             r"lr_decay_steps must be greater than lr_warmup_steps\. Received: 5 after 5",
+        ),
+        (
+            "optimizer={embeddings: {kind: ftrl}, schedule: cosine, lr_decay_steps: 5}",
+            r"kind ftrl divides by the learning rate.* Received: schedule=cosine\. Allowed with it: constant",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """A run that goes on from an earlier one: what is carried over, what begins anew, what is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,8 +13,11 @@ from clsd_tf import input_pipeline
 from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
 from clsd_tf.assembly import build_model, load_model, predict_logits, restored_model
 from clsd_tf.checkpoints import best_weights
+from clsd_tf.clsd import ConfidenceGuardError
 from clsd_tf.features import parse_spec
+from clsd_tf.fit import claim
 from clsd_tf.lineage import TrainedOn
+from clsd_tf.optimizers import embedding_tables
 from clsd_tf.training import train
 from clsd_tf.warm_start import warm_start
 
@@ -150,6 +154,26 @@ def test_it_goes_on_from_the_weights_that_the_earlier_run_serves(shop_days, firs
     assert int(model.optimizer.iterations) == 8
 
 
+def test_rows_of_ftrl_go_on_from_the_served_weights_not_from_those_of_the_last_step(shop_days, tiny, tmp_path):
+    ftrl = "{embeddings: {kind: ftrl, l1: 0.001, l2: 0.01, learning_rate: 0.05}, lr_warmup_steps: 2}"
+    settings = [*_SETTINGS, "method=bce", "backbone=fm", f"optimizer={ftrl}"]
+    work_dir, config = WorkDir(tmp_path / "run"), tiny(*settings)
+    train(shop_days[0], config, work_dir, title=None)
+    best = restored_model(work_dir, shop_days[0].inputs)
+    [served] = embedding_tables(best.backbone)
+    served.assign_add(0.1 * tf.ones_like(served))
+    best_weights(best).write(str(work_dir.best_weights))
+    model = build_model(config, shop_days[0].inputs)
+    warm_start(model, config, shop_days[0], work_dir)
+    [table] = embedding_tables(model.backbone)
+    has_learned = model.optimizer.variables[-2].numpy() != np.float32(0.1)  # Of the accumulator.
+    assert 20 < has_learned.sum() < has_learned.size
+    variables = model.backbone.trainable_variables
+    model.optimizer.apply_gradients([(tf.zeros_like(variable), variable) for variable in variables])
+    np.testing.assert_allclose(table.numpy()[has_learned], served.numpy()[has_learned], rtol=1e-4)
+    assert not table.numpy()[~has_learned].any()  # As in a model that begins anew.
+
+
 # Runs.
 
 
@@ -163,7 +187,50 @@ def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_da
         train(shop_days[1], config, WorkDir(tmp_path / "anew"), title=None)
 
 
+def test_guards_and_ema_teacher_begin_with_what_a_run_that_weighted_no_clicks_has_become(shop_days, tiny, tmp_path):
+    settings = [*_SETTINGS[:-1], "clsd.mu=0", "clsd.teacher=ema"]
+    earlier = WorkDir(tmp_path / "earlier")
+    history = train(shop_days[0], tiny(*settings, "clsd.lambda=0"), earlier, title=None)
+    config = tiny(*settings, "clsd.lambda=0.5")
+    model = build_model(config, shop_days[1].inputs)
+    warm_start(model, config, shop_days[1], earlier)
+    seen = {"mean_pctr": tf.constant(0.01), "click_rate": tf.constant(0.4), "click_share": tf.constant(1.0)}
+    model.guard_state.update(**seen, drift=tf.constant(0.0), is_warming_up=tf.constant(False), has_warmup=True)
+    assert history[-1]["mean_pctr"] > 0.2
+    with pytest.raises(ConfidenceGuardError, match=f"Received: 0.0100 after {history[-1]['mean_pctr']:.4f}"):
+        model.guard_state.check(config.clsd.guards, 1)
+    state = model.training_state
+    for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):
+        np.testing.assert_array_equal(slow, fast)
+
+
 # What is refused.
+
+
+def test_a_learning_rate_that_has_fallen_to_0_in_earlier_runs_is_refused(shop_days, first_run, tiny, tmp_path):
+    config, work_dir = tiny(*_SETTINGS, "optimizer={schedule: linear, lr_decay_steps: 8}"), WorkDir(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"would be 0 throughout. Received: 8, .* from step 8. Allowed: more than 8"):
+        train(shop_days[1], config, work_dir, title=None, init_from=first_run)
+    assert not work_dir.config.exists()
+
+
+@pytest.mark.parametrize("file", ["checkpoints/ckpt-8", "best_weights/weights"])
+def test_a_run_whose_files_are_damaged_is_refused_with_the_remedy(shop_days, first_run, config, tmp_path, file):
+    damaged = WorkDir(shutil.copytree(first_run.path, tmp_path / "damaged"))
+    os.truncate(damaged.path / f"{file}.data-00000-of-00001", 100)
+    message = rf"the weights of a run must be readable. Received: {damaged.path / file}: .*Put the files back"
+    with pytest.raises(ArtifactError, match=message):
+        train(shop_days[1], config, WorkDir(tmp_path / "run"), title=None, init_from=damaged)
+    if damaged.path / file == damaged.best_weights:
+        with pytest.raises(ArtifactError, match=message):
+            load_model(damaged, shop_days[0])
+
+
+def test_without_a_checkpoint_a_run_needs_the_earlier_one_again(shop_days, first_run, config, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    claim(work_dir, config, shop_days[1], first_run)
+    with pytest.raises(ArtifactError, match=rf"None. Allowed: {first_run.fingerprint}. Give that --init_from again"):
+        train(shop_days[1], config, work_dir, title=None)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +244,7 @@ def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_da
         ("method=bce", "method. Received: 'bce'. Allowed: 'clsd'"),
         ("clsd.mu=0", "clsd.mu > 0. Received: False. Allowed: True"),
         ("clsd.ad_gate.features=[age_group]", r"clsd.ad_gate.features. Received: \['age_group'\]"),
+        ("clsd.ad_gate.bound=0.2", "clsd.ad_gate.bound. Received: 0.2. Allowed: 0.3"),
     ],
 )
 def test_a_model_that_is_built_differently_is_refused(shop_days, first_run, tiny, tmp_path, change, message):

@@ -52,6 +52,10 @@ class GuardState(tf.Module):
         follows = tf.logical_or(is_warming_up, not has_warmup)
         self._reference.assign(tf.where(follows, sums[_REFERENCE] / weight, self._reference))
 
+    def begin(self, reference: float) -> None:
+        """Sets the reference of mean pctr, for training that begins behind loss warm-up."""
+        self._reference.assign(reference)
+
     def check(self, limits: GuardConfig, step: int) -> None:
         """Raises:
         ConfidenceGuardError: names the limit, what was seen and what to do.
