@@ -1,12 +1,14 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
 import json
+import shutil
 import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from clusters import started, wait_until
+from commands import start_command
 
 from clsd_tf.artifacts import WorkDir, read_json
 from clsd_tf.assembly import load_model
@@ -98,6 +100,23 @@ def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_
 
 
 # Processes.
+
+
+@pytest.mark.parametrize(("strategy", "cluster", "task_type"), [
+    ("multi_worker", TWO, "worker"),
+    ("parameter_server", SERVED, "chief"),
+])  # fmt: skip
+def test_the_command_of_a_complete_run_ends_without_the_other_processes(
+    clsd_run, feed_dataset, tmp_path, strategy, cluster, task_type
+):
+    work_dir = WorkDir(tmp_path / "run")
+    shutil.copytree(clsd_run.work_dir.path, work_dir.path)
+    command = arguments(feed_dataset, work_dir, clsd_run.config, strategy)
+    finish = start_command("pipelines.train", *command, env={"TF_CONFIG": config(cluster, task_type)})
+    with work_dir.exclusive():  # As another one that looks at the same time.
+        done = finish(timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept epoch" in done.stdout
 
 
 def arguments(dataset, work_dir, train_config, strategy):
