@@ -1,7 +1,10 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -247,3 +250,17 @@ def test_sigterm_to_the_chief_of_parameter_servers_saves_at_the_end_of_its_epoch
         assert chief.status(120) == EXIT_CODE, chief.text
     history = read_json(work_dir.history)
     assert f"stopped by SIGTERM and saved: epoch {len(history) + 1}, 0 of 13 steps done" in " ".join(chief.text.split())
+
+
+@pytest.mark.long
+def test_a_model_fits_on_parameter_servers_without_callbacks_and_with_one_that_sees_nan():
+    script = pathlib.Path(__file__).with_name("parameter_servers.py")
+    root = str(script.parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=root, env={"PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2] == "epochs without callbacks: 2"
+    assert lines[-1].startswith("diverged: the loss must be finite. Received: loss=nan at step 3.")
