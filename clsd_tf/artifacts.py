@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -240,7 +241,6 @@ class WorkDir:
         self.lineage = self.path / "lineage.json"
         self.history = self.path / "history.json"
         self.checkpoints = self.path / "checkpoints"
-        self.best_weights = self.path / "best_weights" / "weights"
         self.tensorboard = self.path / "tensorboard"
         self.calibration = self.path / "calibration.json"
         self.report = self.path / "report.html"
@@ -251,6 +251,24 @@ class WorkDir:
 
     def evaluation(self, split: str) -> pathlib.Path:
         return self.path / f"evaluation_{split}.json"
+
+    def weights_of(self, epoch: int) -> pathlib.Path:
+        """Prefix of the files with the weights of an epoch that was the best so far."""
+        return self.path / "best_weights" / f"weights-{epoch}"
+
+    @property
+    def weights_files(self) -> dict[int, list[pathlib.Path]]:
+        """Epoch -> what ``weights_of`` it is there: files, and directories of writes that were killed."""
+        files: dict[int, list[pathlib.Path]] = {}
+        for path in self.weights_of(0).parent.glob("weights-*"):
+            epoch = int(re.match(r"weights-(\d+)", path.name)[1])
+            files.setdefault(epoch, []).append(path)
+        return files
+
+    @property
+    def best_weights(self) -> pathlib.Path:
+        """Prefix of the best epoch's weights: the last that was the best so far."""
+        return self.weights_of(max(self.weights_files, default=0))
 
     @contextlib.contextmanager
     def exclusive(self, *, wait: bool = False) -> Iterator[None]:

@@ -30,6 +30,12 @@ class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
     _supports_tf_logs = True  # Keras then hands over tensors: only the loss is copied to Python at each step.
 
     def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor] | None = None) -> None:
+        self._check(logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._check(logs)  # A chief that schedules steps is told of no other.
+
+    def _check(self, logs: dict[str, Any]) -> None:
         loss = float(logs["loss"])
         if not math.isfinite(loss):
             step = int(self.model.optimizer.iterations.numpy())
@@ -143,7 +149,8 @@ class ProgressBar(tf.keras.callbacks.Callback):
             disable=not console.is_terminal,
         )
         self._bar.start()
-        done = int(self.model.optimizer.iterations.numpy()) % self._steps
+        done = self._steps - self.params["steps"]  # Of an epoch that was interrupted, Keras counts the rest.
+        self._steps_before_epoch = int(self.model.optimizer.iterations.numpy()) - done
         self._task = self._bar.add_task(
             f"{self._title} epoch {epoch + 1}", total=self._steps, completed=done, loss=0.0, throughput=""
         )
@@ -153,7 +160,7 @@ class ProgressBar(tf.keras.callbacks.Callback):
         if not console.is_terminal or time.monotonic() < self._next_update:
             return
         self._next_update = time.monotonic() + _BAR_UPDATE_SECONDS
-        done = (int(self.model.optimizer.iterations.numpy()) - 1) % self._steps + 1
+        done = int(self.model.optimizer.iterations.numpy()) - self._steps_before_epoch
         self._bar.update(self._task, completed=done, loss=float(logs["loss"]), throughput=self._described())
 
     def _described(self) -> str:

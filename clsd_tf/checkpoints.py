@@ -119,10 +119,8 @@ class Checkpoints:
             return
         known = {pathlib.Path(path).name for path in self._newest_first()}
         for path in self._directory.glob(f"{_PREFIX}-*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name.split(".")[0] not in known:
-                path.unlink()
+            if path.is_dir() or path.name.split(".")[0] not in known:
+                _remove(path)
 
 
 class RunState(tf.train.experimental.PythonState):
@@ -131,7 +129,8 @@ class RunState(tf.train.experimental.PythonState):
     Attributes:
       epoch: the running one, from 0.
       steps_done: optimizer steps of it.
-      best_auc: validation AUC of the best epoch so far; -1 as long as none competed.
+      best_epoch: the best so far; -1 as long as none competed.
+      best_auc: its validation AUC; -1 as long as none competed.
       epochs_without_gain: since the best one.
       history: of the finished epochs.
     """
@@ -139,12 +138,13 @@ class RunState(tf.train.experimental.PythonState):
     def __init__(self):
         self.epoch = 0
         self.steps_done = 0
+        self.best_epoch = -1
         self.best_auc = -1.0
         self.epochs_without_gain = 0
         self.history: list[dict[str, Any]] = []
 
     def serialize(self) -> str:
-        names = ("epoch", "steps_done", "best_auc", "epochs_without_gain", "history")
+        names = ("epoch", "steps_done", "best_epoch", "best_auc", "epochs_without_gain", "history")
         return json.dumps({name: getattr(self, name) for name in names})
 
     def deserialize(self, string_value: bytes) -> None:
@@ -189,6 +189,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         self._sigterm = sigterm
         self._is_chief = is_chief
         self._interrupted_epoch: list[tuple[tf.Variable, Any]] = []
+        self._stop_is_granted = False
         self.state = RunState()
 
     def resume(self, model: ClsdModel) -> None:
@@ -205,6 +206,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
             self._write_history()  # A kill may have come between the checkpoint and the file.
             if self.state.steps_done:
                 self._interrupted_epoch = [(variable, variable.numpy()) for variable in model.epoch_variables]
+        self._remove_weights()
 
     @property
     def is_exhausted(self) -> bool:
@@ -226,6 +228,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         step = int(self.model.optimizer.iterations.numpy())
         self.state.steps_done = step - self._steps_before_epoch
         save, stop = self.model.requests.granted(self._is_due(step), self._sigterm.received)
+        self._stop_is_granted = stop
         # The end of the epoch saves by itself.
         if self.state.steps_done < self._steps_per_epoch and (save or stop):
             self._save(step, stop)
@@ -240,12 +243,13 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         step = int(self.model.optimizer.iterations.numpy())
         competes = step > self._first_counted_step
         if competes:
-            self._compete(logs["val_auc"])
+            self._compete(epoch, logs["val_auc"])
         numbers = {name: _json_number(value) for name, value in logs.items()}
         self.state.history.append({"epoch": epoch, "competes": competes, **numbers})
         self.state.epoch, self.state.steps_done = epoch + 1, 0
-        # Several processes cannot agree here: in the next epoch's first step.
-        self._save(step, self._sigterm.received and not self.model.requests.are_shared)
+        # Several processes cannot agree here on a new request: in the next epoch's first step.
+        is_asked = self._sigterm.received and not self.model.requests.are_shared
+        self._save(step, self._stop_is_granted or is_asked)
         if self.is_exhausted:
             self.model.stop_training = True
 
@@ -254,6 +258,7 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         self._saved_at = time.monotonic()
         if not self.state.steps_done:
             self._write_history()
+            self._remove_weights()
         if stop:
             raise TrainingInterruptedError(
                 f"stopped by SIGTERM and saved: epoch {self.state.epoch + 1}, {self.state.steps_done:,} of "
@@ -265,17 +270,28 @@ class CheckpointAndStop(tf.keras.callbacks.Callback):
         if self._is_chief and not (path.exists() and read_json(path) == history):
             write_json(path, history)
 
-    def _compete(self, val_auc: float | None) -> None:
+    def _remove_weights(self) -> None:
+        """Removes weights of epochs that no checkpoint calls the best: replaced since, or of a killed run."""
+        if not self._is_chief:
+            return
+        files, best = self._work_dir.weights_files, self.state.best_epoch
+        # Where the newest checkpoint cannot be read, one before it needs those that were the best then.
+        kept = sorted(epoch for epoch in files if epoch <= best)[-self._config.checkpoints_to_keep :]
+        for epoch in files.keys() - set(kept):
+            for path in files[epoch]:
+                _remove(path)
+
+    def _compete(self, epoch: int, val_auc: float | None) -> None:
         if val_auc is None:
             raise ValueError(
                 "the validation split needs clicks and non-clicks of positive sample weight. Received: no AUC. "
                 "Change the spec's split or weights"
             )
         if self._config.patience_epochs is None or val_auc > self.state.best_auc:
-            self.state.best_auc, self.state.epochs_without_gain = float(val_auc), 0
-            # Not atomic with the checkpoint, and need not be: a killed epoch is repeated and writes the same again.
+            self.state.best_epoch, self.state.best_auc, self.state.epochs_without_gain = epoch, float(val_auc), 0
+            # Beside those that the newest checkpoint names: a killed epoch is repeated, and may then not be the best.
             if self._is_chief:
-                best_weights(self.model).write(str(self._work_dir.best_weights))
+                best_weights(self.model).write(str(self._work_dir.weights_of(epoch)))
         else:
             self.state.epochs_without_gain += 1
 
@@ -339,6 +355,13 @@ def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
         layer._random_generator._maybe_init()  # Keras waits for the first call, which may be in training only.
     found = [layer._random_generator._generator for layer in layers]
     return [generator for generator in found if generator is not None]
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _json_number(value: Any) -> float | None:

@@ -37,8 +37,10 @@ def fit(
 ) -> tuple[ClsdModel, list[dict[str, Any]]]:
     """Fits a model, or goes on with the fit that ``work_dir`` holds, from the batch behind its newest checkpoint.
 
-    A resumed fit ends with the same bits as one that was never killed, on the same machine, if all that is random in
-    the backbone is in Keras layers or in a ``tf.random.Generator``.
+    Without a strategy, a resumed fit ends with the same bits as one that was never killed, on the same machine, if all
+    that is random in the backbone is in Keras layers or in a ``tf.random.Generator``. With replicas in lockstep it ends
+    with the same up to rounding: a checkpoint holds the sums over replicas, each of which goes on with an equal part.
+    With parameter servers no two fits are the same.
 
     Args:
       dataset: what to train on.

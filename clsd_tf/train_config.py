@@ -56,7 +56,7 @@ class TrainConfig(StrictModel):
       seed: of initial weights, row order and folds.
       checkpoint_every_steps: optimizer steps between two checkpoints; null for none but the others.
       checkpoint_every_minutes: minutes between two checkpoints, > 0; null for none but the others. Each epoch ends with
-        one in any case.
+        one in any case; with ``--strategy=parameter_server`` there are no others, whatever these two say.
       checkpoints_to_keep: how many of the newest checkpoints stay, >= 1.
       max_cache_bytes: a training split of at most this size, 8 bytes an id and 4 a number, is parsed once and held in
         memory; 0 reads its files in each epoch. Results are the same.

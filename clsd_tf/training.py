@@ -52,11 +52,11 @@ def train(
       ValueError: the config does not fit the dataset.
       WorkerLostError: another process of the cluster is gone.
     """
+    if work_dir.is_complete:  # Before it is held: all processes of a cluster may look at once.
+        claim(work_dir, config, dataset, init_from)
+        return read_json(work_dir.history)
     own = work_dir.exclusive() if is_chief(strategy) else contextlib.nullcontext()
     with own, explaining_lost_workers(strategy):
-        if work_dir.is_complete:
-            claim(work_dir, config, dataset, init_from)
-            return read_json(work_dir.history)
         group = _calibration_group(dataset, config)
         model, history = fit(
             dataset,

@@ -61,7 +61,8 @@ def main(argv) -> None:
     if is_server(_STRATEGY.value):
         serve(_STRATEGY.value, is_over=lambda: work_dir.is_complete)
         return
-    strategy = create_strategy(_STRATEGY.value)
+    # Of a complete run, the other processes may be gone.
+    strategy = None if work_dir.is_complete else create_strategy(_STRATEGY.value)
     init_from = WorkDir(_INIT_FROM.value) if _INIT_FROM.value else None
     history = train(DatasetDir(_DATASET_DIR.value), config, work_dir, init_from=init_from, strategy=strategy)
     if not is_chief(strategy):

@@ -237,7 +237,7 @@ def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_data
     keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, work_dir, first_counted_step=20)
     end_epoch(keeper, model, 0, step=10, val_auc=0.9)
     end_epoch(keeper, model, 1, step=20, val_auc=0.95)  # Steps 0 to 19 were warm-up: still plain BCE.
-    assert not list(tmp_path.rglob("weights.index"))
+    assert not work_dir.weights_files
     end_epoch(keeper, model, 2, step=30, val_auc=0.6)
     end_epoch(keeper, model, 3, step=40, val_auc=0.5)
     weights = best_backbone_weights(work_dir)
@@ -267,11 +267,43 @@ def test_without_patience_the_last_epoch_is_kept_and_nothing_stops(feed_dataset,
     keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir, first_counted_step=20)
     for epoch, val_auc in enumerate((0.9, 0.95, 0.7, 0.6, 0.5)):  # Two of them within loss warm-up.
         end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
-        assert work_dir.best_weights.with_name("weights.index").exists() == (epoch >= 2)
+        assert max(work_dir.weights_files, default=None) == (epoch if epoch >= 2 else None)
     assert not keeper.is_exhausted
     weights = best_backbone_weights(work_dir)
     assert weights
     assert all((weight == 5.0).all() for weight in weights)
+
+
+def test_a_kill_between_best_weights_and_checkpoint_leaves_those_that_the_checkpoint_means(
+    feed_dataset, tiny, tmp_path, monkeypatch
+):
+    work_dir, config = WorkDir(tmp_path), tiny("backbone=lr", "patience_epochs=5")
+    keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir)
+    end_epoch(keeper, model, 0, step=10, val_auc=0.6)
+    with monkeypatch.context() as killed:
+        killed.setattr(Checkpoints, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            end_epoch(keeper, model, 1, step=20, val_auc=0.7)
+    (tmp_path / "best_weights" / "weights-12_temp").mkdir()  # In the middle of writing.
+    assert set(work_dir.weights_files) == {0, 1, 12}
+    keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir)
+    assert set(work_dir.weights_files) == {0}
+    end_epoch(keeper, model, 1, step=20, val_auc=0.5)  # On another machine it may come out differently.
+    assert all((weight == 1.0).all() for weight in best_backbone_weights(work_dir))
+    assert keeper.state.best_epoch == 0
+
+
+def test_the_checkpoint_before_a_damaged_one_finds_the_weights_that_were_best_then(feed_dataset, tiny, tmp_path):
+    work_dir, config = WorkDir(tmp_path), tiny("backbone=lr", "checkpoints_to_keep=2")
+    keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir)
+    for epoch, val_auc in enumerate((0.6, 0.7, 0.8)):
+        end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
+    assert set(work_dir.weights_files) == {1, 2}
+    assert work_dir.best_weights == work_dir.weights_of(2)
+    flip_a_byte(work_dir.checkpoints / "ckpt-30.index")
+    keeper, _ = keeper_with_model(config, feed_dataset.inputs, work_dir)
+    assert keeper.state.best_epoch == 1
+    assert all((weight == 2.0).all() for weight in best_backbone_weights(work_dir))
 
 
 def test_an_epoch_without_an_auc_is_refused(feed_dataset, tiny, tmp_path):

@@ -1,12 +1,17 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
 import json
+import pathlib
+import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from clusters import started, wait_until
+from commands import start_command
 
 from clsd_tf.artifacts import WorkDir, read_json
 from clsd_tf.assembly import load_model
@@ -98,6 +103,23 @@ def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_
 
 
 # Processes.
+
+
+@pytest.mark.parametrize(("strategy", "cluster", "task_type"), [
+    ("multi_worker", TWO, "worker"),
+    ("parameter_server", SERVED, "chief"),
+])  # fmt: skip
+def test_the_command_of_a_complete_run_ends_without_the_other_processes(
+    clsd_run, feed_dataset, tmp_path, strategy, cluster, task_type
+):
+    work_dir = WorkDir(tmp_path / "run")
+    shutil.copytree(clsd_run.work_dir.path, work_dir.path)
+    command = arguments(feed_dataset, work_dir, clsd_run.config, strategy)
+    finish = start_command("pipelines.train", *command, env={"TF_CONFIG": config(cluster, task_type)})
+    with work_dir.exclusive():  # As another one that looks at the same time.
+        done = finish(timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept epoch" in done.stdout
 
 
 def arguments(dataset, work_dir, train_config, strategy):
@@ -228,3 +250,17 @@ def test_sigterm_to_the_chief_of_parameter_servers_saves_at_the_end_of_its_epoch
         assert chief.status(120) == EXIT_CODE, chief.text
     history = read_json(work_dir.history)
     assert f"stopped by SIGTERM and saved: epoch {len(history) + 1}, 0 of 13 steps done" in " ".join(chief.text.split())
+
+
+@pytest.mark.long
+def test_a_model_fits_on_parameter_servers_without_callbacks_and_with_one_that_sees_nan():
+    script = pathlib.Path(__file__).with_name("parameter_servers.py")
+    root = str(script.parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=root, env={"PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2] == "epochs without callbacks: 2"
+    assert lines[-1].startswith("diverged: the loss must be finite. Received: loss=nan at step 3.")

@@ -15,6 +15,7 @@ from clsd_tf import callbacks, input_pipeline, metrics
 from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
 from clsd_tf.assembly import predict
 from clsd_tf.callbacks import TrainingDivergedError
+from clsd_tf.distribution import at_epoch_ends
 from clsd_tf.fit import claim, fit, steps_per_epoch
 from clsd_tf.input_pipeline import RowValues
 from clsd_tf.train_config import parse_config
@@ -44,7 +45,7 @@ def test_a_work_directory_holds_all_that_later_jobs_need(clsd_run, feed_dataset)
     assert parse_config(work_dir.resolved_config["train"], "config.json") == clsd_run.config
     assert read_json(work_dir.history) == clsd_run.history
     assert list(work_dir.checkpoints.glob("ckpt-26.index"))
-    assert work_dir.best_weights.with_name("weights.index").is_file()
+    assert work_dir.best_weights.with_suffix(".index").is_file()
     assert not list(work_dir.path.glob("*incomplete*"))
 
 
@@ -144,6 +145,17 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(feed_dataset
     with pytest.raises(TrainingDivergedError, match=r"the loss must be finite. Received: loss=(nan|inf) at step 5\."):
         fit(feed_dataset, config, work_dir, title=None, row_weights=RowValues(train_ids, weights))
     assert not list(work_dir.checkpoints.glob("*.index"))
+
+
+def test_a_loss_that_is_not_finite_is_seen_at_the_end_of_an_epoch_whose_steps_nobody_tells():
+    # As to the chief of parameter servers.
+    tf.keras.utils.set_random_seed(0)
+    model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=[1])])
+    model.compile("sgd", "mse")
+    told, numbers = at_epoch_ends(callbacks.StopOnNonFiniteLoss()), np.array([[1.0], [np.inf], [1.0]], np.float32)
+    model.fit(numbers[:1], numbers[:1], verbose=0, callbacks=[told])
+    with pytest.raises(TrainingDivergedError, match=r"Received: loss=(nan|inf) at step 4\."):
+        model.fit(numbers, numbers, batch_size=1, verbose=0, callbacks=[told])
 
 
 def test_a_fit_that_fails_gives_the_cursor_back_to_the_terminal(feed_dataset, tiny, tmp_path, monkeypatch):

@@ -230,10 +230,11 @@ def test_the_history_holds_nothing_that_differs_between_runs(shown):
     assert not names & {"examples_per_second", "input_wait_share"}
 
 
-def test_the_bar_begins_at_the_step_where_the_epoch_does(monkeypatch):
+@pytest.mark.parametrize("steps_of_earlier_runs", [0, 3])  # Those of a run that goes on from others.
+def test_the_bar_begins_at_the_step_where_the_epoch_does(monkeypatch, steps_of_earlier_runs):
     # Step 3 of 6 of the second epoch: as after a restart from a checkpoint.
     model = compiled()
-    model.optimizer.iterations.assign(STEPS + 2)
+    model.optimizer.iterations.assign(steps_of_earlier_runs + STEPS + 2)
     terminal = rich.console.Console(force_terminal=True, file=io.StringIO())
     monkeypatch.setattr(callbacks, "console", terminal)
     monkeypatch.setattr(callbacks, "_BAR_UPDATE_SECONDS", 0.0)

@@ -170,16 +170,16 @@ class ClsdModel(tfrs.Model):
         Raises:
           ConfidenceGuardError: confidence collapsed.
         """
+        given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
         if self.weights_clicks:
             warning = self.config.teacher_warning(kwargs.get("epochs", 1))
             if warning:
                 warnings.warn(warning, OverconfidentTeacherWarning, stacklevel=2)
             # First in the list: nothing that went wrong must be kept by the callbacks behind it.
-            given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-            callbacks = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
+            given = [ConfidenceGuard(), GroupLogs(self._per_group), *given]
         if is_parameter_server(self.distribute_strategy):
-            callbacks = [at_epoch_ends(callback) for callback in callbacks]
-        return super().fit(*args, callbacks=callbacks, **kwargs)
+            given = [at_epoch_ends(callback) for callback in given]
+        return super().fit(*args, callbacks=given, **kwargs)
 
     @property
     def input_wait_seconds(self) -> float | None:
