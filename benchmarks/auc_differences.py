@@ -20,6 +20,9 @@ SETTINGS = {
 COMPARISONS = (("bfloat16, lazy Adam", "float32, lazy Adam"), ("float32, lazy Adam", "float32, dense Adam"))
 
 
+_ACCEPTED = 0.0005
+
+
 def auc_of_run(dataset: DatasetDir, work_dir: WorkDir, settings: list[str]) -> float:
     """AUC of a run on the test split; trained, unless ``work_dir`` holds it already.
 
@@ -37,11 +40,14 @@ def auc_of_run(dataset: DatasetDir, work_dir: WorkDir, settings: list[str]) -> f
 
 
 def difference_row(treatment: str, baseline: str, difference: PairedDifference, baseline_auc: float) -> list[str]:
+    """The last entry: whether |mean| is at most .0005, and whether all of the interval is."""
     low, high = difference.confidence_interval
+    is_accepted = [abs(difference.mean) <= _ACCEPTED, max(abs(low), abs(high)) <= _ACCEPTED]
     return [
         f"{treatment} - {baseline}",
         f"{baseline_auc:.5f}",
         f"{difference.mean:+.5f}",
         f"{low:+.5f} to {high:+.5f}",
         str(difference.num_pairs),
+        ", ".join("yes" if accepted else "NO" for accepted in is_accepted),
     ]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks import peer_environments
-from benchmarks.floors import Precision, Rates, Updates, Work, mlp_multiply_adds, row_work
+from benchmarks.floors import THREADS, Precision, Rates, Updates, Work, mlp_multiply_adds, row_work
 from benchmarks.generated_dataset import NUM_CATEGORICAL, generated_dataset
 from benchmarks.input_rates import epoch_end_overhead, pipeline_examples_per_second, records_per_second
 from benchmarks.rounds import CompetitorError, Ready, Round, Task, running, take_turns
@@ -52,7 +52,6 @@ QUICK = Scale(
     pipeline_rows=2000,
 )
 _LEARNING_RATE = 1e-3
-_THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +72,11 @@ def _ours(name: str, precision: Precision, updates: Updates, *settings: str) -> 
 
 
 HEADLINE = _ours("ours, bfloat16, lazy Adam", "bfloat16", "lazy_adam")
-OURS = (
-    _ours("ours, float32, lazy Adam", "float32", "lazy_adam"),
-    HEADLINE,
-    _ours("ours, float32, row-wise Adagrad", "float32", "rowwise_adagrad"),
-    _ours("ours, bfloat16, row-wise Adagrad", "bfloat16", "rowwise_adagrad"),
-)
+FLOAT32 = _ours("ours, float32, lazy Adam", "float32", "lazy_adam")
+ADAGRAD = _ours("ours, bfloat16, row-wise Adagrad", "bfloat16", "rowwise_adagrad")
+OURS = (FLOAT32, HEADLINE, _ours("ours, float32, row-wise Adagrad", "float32", "rowwise_adagrad"), ADAGRAD)
 FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "max_cache_bytes=0")
+BESIDE_MANY = (HEADLINE, FLOAT32)  # Train with few ids once more, in turn with those of many ids.
 PEERS = {
     "deepctr-torch": Contender(
         "deepctr-torch", "benchmarks.train_deepctr", "float32", "dense_adam", peer="deepctr-torch"
@@ -135,12 +132,12 @@ def make_task(work_dir: pathlib.Path, scale: Scale, vocabulary_size: int) -> Tas
         hidden_units=scale.hidden_units,
         batch_size=scale.batch_size,
         learning_rate=_LEARNING_RATE,
-        num_threads=_THREADS,
+        num_threads=THREADS,
     )
 
 
 def contest(entries: Sequence[tuple[Contender, Task]], work_dir: pathlib.Path, rounds: int) -> list[Result]:
-    """All that could be started train in turn; what could not is left out with a warning."""
+    """All train in turn, all in memory at once; what cannot start or ends in a round is left out with a warning."""
     competitors, entered = [], []
     order = random.Random(0)
     with contextlib.ExitStack() as stack:
@@ -151,11 +148,14 @@ def contest(entries: Sequence[tuple[Contender, Task]], work_dir: pathlib.Path, r
             except (CompetitorError, peer_environments.InstallError) as error:
                 console.warn(f"{contender.name} is left out: {error}")
         with console.step(f"train {len(competitors)} in turn, {1 + rounds} rounds"):
-            take_turns([competitors] + [order.sample(competitors, len(competitors)) for _ in range(rounds)])
-    return [
-        Result(contender, task, competitor.ready, tuple(competitor.rounds))
-        for (contender, task), competitor in zip(entered, competitors, strict=True)
-    ]
+            ended = take_turns([competitors] + [order.sample(competitors, len(competitors)) for _ in range(rounds)])
+    results = []
+    for (contender, task), competitor in zip(entered, competitors, strict=True):
+        if competitor in ended:
+            console.warn(f"{contender.name} is left out: {ended[competitor]}")
+        else:
+            results.append(Result(contender, task, competitor.ready, tuple(competitor.rounds)))
+    return results
 
 
 def _started(contender: Contender, task: Task, work_dir: pathlib.Path):
@@ -235,7 +235,8 @@ def setting(results: Sequence[Result], rates: Rates) -> str:
     products = ", ".join(f"{rate / 1e9:.0f} ({name})" for name, rate in rates.multiply_adds_per_second.items())
     return (
         f"{datetime.datetime.now(datetime.timezone.utc).date()}; {models[0] if models else platform.machine()}, "
-        f"{os.cpu_count()} cores; {', '.join(f'{name} {version}' for name, version in versions.items())}. "
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. "
         f"Rates: {products} G multiply-adds/s, gather {rates.gathered_bytes_per_second / 1e9:.2f} GB/s, "
         f"copy {rates.copied_bytes_per_second / 1e9:.1f} GB/s."
     )
@@ -263,28 +264,31 @@ class Target:
         return [self.name, found, f"{sign} {self.bound:,.2f}", "yes" if self.is_reached else "NO"]
 
 
-def training_targets(results: Sequence[Result], few: int, many: int) -> list[Target]:
-    """What the headline contender has to reach.
+def training_targets(of_few: Sequence[Result], of_many: Sequence[Result], few: int, many: int) -> list[Target]:
+    """What is to be reached: by the headline contender, and by others that show what its speed and memory come from.
 
     Args:
-      results: of all contests, one after the other; the headline's with few ids twice, the second time beside those
-        with many.
+      of_few: results of the contest with few ids.
+      of_many: of that with many, where those of ``BESIDE_MANY`` also train with few.
       few: ids per feature.
       many: ids per feature.
     """
     peer = PEERS["deepctr-torch"]
-    small = [result for result in results if result.task.vocabulary_size == few]
-    large = [result for result in results if result.task.vocabulary_size == many]
-    headline = _found(large, HEADLINE)
-    return [
-        Target(f"over {peer.name}, {few:,} ids", _ratio(_found(small, HEADLINE), _found(small, peer)), 2.5),
-        Target(f"over {peer.name}, {many:,} ids", _ratio(headline, _found(large, peer)), 10.0),
-        Target(f"step time over that with {few:,} ids", _ratio(_found(small[::-1], HEADLINE), headline), 1.25, True),
-        Target("memory over the tables' bytes", headline and headline.memory_share, 3.0, True),
-        Target(
-            f"from disk over from memory, {few:,} ids", _ratio(_found(small, FROM_DISK), _found(small, HEADLINE)), 0.9
-        ),
-    ]
+    large, beside = ([entry for entry in of_many if entry.task.vocabulary_size == size] for size in (many, few))
+    targets = []
+    for size, found, bound in ((few, of_few, 2.5), (many, large, 10.0)):
+        for ours in (HEADLINE, FLOAT32):
+            name = f"{ours.name}: over {peer.name} (float32, dense Adam), {size:,} ids"
+            targets.append(Target(name, _ratio(_found(found, ours), _found(found, peer)), bound))
+    for ours in BESIDE_MANY:
+        name = f"{ours.name}: step time with {many:,} ids over that with {few:,}"
+        targets.append(Target(name, _ratio(_found(beside, ours), _found(large, ours)), 1.25, True))
+    for ours in (HEADLINE, ADAGRAD):
+        result = _found(large, ours)
+        name = f"{ours.name}: memory over the tables' bytes, {many:,} ids"
+        targets.append(Target(name, result and result.memory_share, 3.0, True))
+    from_disk = _ratio(_found(of_few, FROM_DISK), _found(of_few, HEADLINE))
+    return [*targets, Target(f"{FROM_DISK.name}: over from memory, {few:,} ids", from_disk, 0.9)]
 
 
 def pipeline_targets(dataset: DatasetDir, batch_size: int) -> list[Target]:

@@ -19,7 +19,7 @@ _REPEATS = 9
 _OPERANDS = 4
 _SQUARE = 1024
 _COPY_BYTES = 1 << 28
-_THREADS = 2
+THREADS = 2  # Of all that is compared.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _gather_rate(num_rows: int, row_length: int) -> float:
 def _copy_rate() -> float:
     """Bytes copied per second, by as many threads as a step has."""
     source, target = np.ones(_COPY_BYTES, np.uint8), np.zeros(_COPY_BYTES, np.uint8)
-    parts = list(zip(np.split(target, _THREADS), np.split(source, _THREADS), strict=True))
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    parts = list(zip(np.split(target, THREADS), np.split(source, THREADS), strict=True))
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         return _COPY_BYTES / shortest_seconds(lambda: list(threads.map(lambda part: np.copyto(*part), parts)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -53,41 +55,37 @@ def copied_rows_per_second(dataset: DatasetDir, *, repeats: int = 5) -> float:
 
 
 def epoch_end_overhead(dataset: DatasetDir, *, batch_size: int, epochs: int = 3) -> float:
-    """Time of ``fit`` for an epoch over the time until the end of its last batch, - 1; the median of ``epochs``.
+    """``time_after_last_batch`` of a fit of one epoch; the median of ``epochs`` fits, after one that traces.
 
     TensorFlow's autotune adds seconds there. A logistic regression trains: what it computes counts least.
     """
     config = load_config(None, ["method=bce", "backbone=lr", f"batch_size={batch_size}"])
     model = build_model(config, dataset.inputs)
-    clock = _EpochClock()
     steps = -(-dataset.num_rows("train") // batch_size)
-    batches = training_epochs(
-        dataset, batch_size=batch_size, seed=1, first_epoch=0, num_epochs=1 + epochs, max_cache_bytes=0
-    )
-    model.fit(batches, epochs=1 + epochs, steps_per_epoch=steps, verbose=0, callbacks=[clock])
-    return statistics.median(clock.overheads[1:])
+
+    def fit(epoch: int, clock: tf.keras.callbacks.Callback) -> None:
+        batches = training_epochs(
+            dataset, batch_size=batch_size, seed=1, first_epoch=epoch, num_epochs=epoch + 1, max_cache_bytes=0
+        )
+        model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=[clock])
+
+    found = [time_after_last_batch(functools.partial(fit, epoch)) for epoch in range(1 + epochs)]
+    return statistics.median(found[1:])
 
 
-class _EpochClock(tf.keras.callbacks.Callback):
-    """Measures each epoch from its begin to its last batch, and to where the next one could begin."""
+def time_after_last_batch(fit: Callable[[tf.keras.callbacks.Callback], object]) -> float:
+    """Time of ``fit(callback)`` from its call to its return, over that until the end of its last batch, - 1."""
+    clock = _LastBatch()
+    start = time.perf_counter()
+    fit(clock)
+    return (time.perf_counter() - start) / (clock.moment - start) - 1.0
 
-    def __init__(self):
-        super().__init__()
-        self.overheads: list[float] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self._finish()
-        self._start = time.perf_counter()
+class _LastBatch(tf.keras.callbacks.Callback):
+    """When the newest batch ended."""
 
     def on_train_batch_end(self, batch, logs=None):
-        self._last_batch = time.perf_counter()
-
-    def on_train_end(self, logs=None):
-        self._finish()
-
-    def _finish(self) -> None:
-        if hasattr(self, "_last_batch"):
-            self.overheads.append((time.perf_counter() - self._start) / (self._last_batch - self._start) - 1.0)
+        self.moment = time.perf_counter()
 
 
 def _seconds_of_a_pass(batches: tf.data.Dataset) -> float:

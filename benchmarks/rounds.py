@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,11 @@ from typing import Any, TextIO
 # Tables on pages of 2 MiB, for all alike: rows lie anywhere, and the processor cannot remember that many small pages.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _ROOT = pathlib.Path(__file__).parent.parent
+
+
+def keep_to_cores(count: int) -> None:
+    """Keeps this process and all that it starts to the first of its cores: libraries start more threads than told."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 class CompetitorError(RuntimeError):
@@ -196,8 +202,17 @@ def running(python: str, module: str, task: Task) -> Iterator[Competitor]:
             process.wait()
 
 
-def take_turns(orders: Iterable[Iterable[Competitor]]) -> None:
-    """A round of each per order, one after the other and never two at the same time."""
-    for order in orders:
-        for competitor in order:
-            competitor.train_round()
+def take_turns(orders: Iterable[Iterable[Competitor]]) -> dict[Competitor, CompetitorError]:
+    """A round of each per order, one after the other and never two at the same time.
+
+    Returns:
+      Those that ended, and why; the others went on without them.
+    """
+    ended: dict[Competitor, CompetitorError] = {}
+    for competitor in itertools.chain.from_iterable(orders):
+        if competitor not in ended:
+            try:
+                competitor.train_round()
+            except CompetitorError as error:
+                ended[competitor] = error
+    return ended

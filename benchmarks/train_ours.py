@@ -1,16 +1,19 @@
-"""This project as a competitor of benchmarks.training: what `pipelines.train` runs, without validation.
+"""This project as a competitor of benchmarks.training: what `pipelines.train` runs, without validation and checkpoints.
 
-The same pipeline of batches, model, optimizer and ``fit``; deterministic, as that command is.
+The same pipeline of batches, model, optimizer and Keras ``fit``, with the callbacks that act on steps but the progress
+bar; deterministic, as that command is.
 """
 
 import importlib.metadata
+import tempfile
 
 import tensorflow as tf
 
 from benchmarks.rounds import Ready, Task, Worker
 from clsd_tf import quiet_start  # noqa: F401 - as commands do.
-from clsd_tf.artifacts import DatasetDir
+from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import build_model, make_deterministic
+from clsd_tf.callbacks import Scalars, StopOnNonFiniteLoss
 from clsd_tf.fit import steps_per_epoch
 from clsd_tf.input_pipeline import training_epochs
 from clsd_tf.train_config import TrainConfig, load_config
@@ -54,10 +57,11 @@ def main() -> None:
     model = build_model(config, dataset.inputs)
 
     steps = steps_per_epoch(dataset, config)
-    callbacks = []
+    scratch = tempfile.TemporaryDirectory()
+    callbacks = [StopOnNonFiniteLoss(), Scalars(WorkDir(scratch.name), batch_size=config.batch_size)]
     if task.profile_dir is not None:
         middle = (steps // 2 + 1, min(steps, steps // 2 + _PROFILED_STEPS))  # Behind those that trace and fill caches.
-        callbacks = [tf.keras.callbacks.TensorBoard(task.profile_dir, write_graph=False, profile_batch=middle)]
+        callbacks.append(tf.keras.callbacks.TensorBoard(task.profile_dir, write_graph=False, profile_batch=middle))
 
     def train() -> tuple[int, float]:
         history = model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=callbacks)
@@ -65,7 +69,8 @@ def main() -> None:
 
     versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "tf-keras")}
     parameters = sum(variable.shape.num_elements() for variable in model.backbone.trainable_variables)
-    worker.serve(train, Ready(parameters, versions))
+    with scratch:
+        worker.serve(train, Ready(parameters, versions))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Runs in an environment with torch-rechub. Its MLP has batch normalisation, which is taken out, since no other
 competitor has it. Its first-order part stays: weights on embeddings instead of one per id, so that its tables are
-smaller by a seventeenth.
+smaller by a seventeenth; the benchmark's floor and memory share count as if they were not.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ or left to another worker is never parsed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +19,10 @@ from clsd_tf.examples import parse_records, parsed_bytes_per_row, record_tensors
 
 MAX_CACHE_BYTES = 2**28
 # Mixes as well as a shuffle buffer of 200,000 rows does: a row moves by 2^19 / sqrt(6) = 214,000 places (standard
-# deviation). Some four windows of serialized rows are held at a time: 300 MB for 26 ids a row.
+# deviation). Some five windows of serialized rows are held at a time, and each row takes 40 bytes beyond its own: with
+# windows of 80 MiB that is some 500 MiB, however large rows are. Windows of rows beyond 160 bytes mix less.
 _WINDOW_ROWS = 2**19
+_WINDOW_BYTES = 80 * 2**20
 _BLOCK_ROWS = 1024
 _FILES_AT_ONCE = 4
 _PARALLEL = {"num_parallel_calls": 2, "deterministic": True}
@@ -90,9 +93,8 @@ def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: i
     if shuffle_seed is None:
         rows = _blocks(source, source.parts).rebatch(batch_size)
     else:
-        num_rows = dataset.num_rows(split)
         seeds = tf.data.Dataset.random(shuffle_seed, rerandomize_each_iteration=True).take(1)
-        rows = seeds.flat_map(lambda seed: _shuffled(source, num_rows, seed, 0, 1).rebatch(batch_size))
+        rows = seeds.flat_map(lambda seed: _shuffled(source, seed, 0, 1).rebatch(batch_size))
     return _prepared(rows.map(lambda batch: _as_training_batch(source.records(batch)), **_PARALLEL))
 
 
@@ -109,15 +111,15 @@ def training_epochs(
 ) -> tf.data.Dataset:
     """Epochs ``first_epoch`` to ``num_epochs`` of the training split, one after the other.
 
-    The order of rows is a function of (seed, epoch) alone, the same on every machine: a run that resumes sees what it
-    would have seen. An epoch takes the shards in random order, four side by side, and permutes windows of 524,288 rows;
-    memory does not grow with the rows.
+    The order of rows is a function of (dataset, seed, epoch) alone, the same on every machine: a run that resumes sees
+    what it would have seen. An epoch takes the shards in random order, four side by side, and permutes windows of
+    524,288 rows, or of fewer that take 80 MiB; memory does not grow with the rows.
 
     Args:
       dataset: a complete dataset directory.
       batch_size: rows per batch over all workers; the last batch of an epoch may be smaller.
       seed: of the order.
-      first_epoch: from 0.
+      first_epoch: from 0, below ``num_epochs``.
       num_epochs: the last epoch is ``num_epochs`` - 1.
       first_step: batch with which the first epoch begins. Those before it are read, not parsed.
       shard: the part of each batch to yield; it may be empty in a last batch of fewer rows than workers.
@@ -132,7 +134,10 @@ def training_epochs(
     """
     num_rows = dataset.num_rows("train")
     _require_at_least("batch_size", batch_size, 1)
-    _require_at_least("first_epoch", first_epoch, 0)
+    if not 0 <= first_epoch < num_epochs:
+        raise ValueError(
+            f"first_epoch must be in [0, num_epochs). Received: first_epoch={first_epoch}, num_epochs={num_epochs}"
+        )
     batch_sizes = _sizes(num_rows, batch_size)
     if not 0 <= first_step < len(batch_sizes):
         raise ValueError(
@@ -141,7 +146,7 @@ def training_epochs(
         )
     fits = num_rows * parsed_bytes_per_row(dataset.inputs) <= max_cache_bytes
     source = _memory(dataset, "train") if fits else _files(dataset, "train")
-    rows = _shuffled(source, num_rows, seed, first_epoch, num_epochs).rebatch(batch_sizes).skip(first_step)
+    rows = _shuffled(source, seed, first_epoch, num_epochs).rebatch(batch_sizes).skip(first_step)
     return _prepared(rows.map(lambda batch: _as_training_batch(source.records(shard.of(batch))), **_PARALLEL))
 
 
@@ -149,11 +154,13 @@ class _Source(NamedTuple):
     """Rows that are told apart by handles, which are cheap to move: serialized records, or places in memory.
 
     Attributes:
+      window_sizes: rows of an epoch that are permuted together.
       parts: a file each, [num_files, ...].
       handles: part -> handles of its rows, one by one in their order.
       records: handles [batch] -> records as ``parse_records`` gives them.
     """
 
+    window_sizes: list[int]
     parts: tf.Tensor
     handles: Callable[[tf.Tensor], tf.data.Dataset]
     records: Callable[[tf.Tensor], dict[str, tf.Tensor]]
@@ -164,6 +171,7 @@ def _files(dataset: DatasetDir, split: str) -> _Source:
     compression = "GZIP" if paths[0].endswith(".gz") else ""
     inputs, layout = dataset.inputs, dataset.spec.record_layout
     return _Source(
+        _window_sizes(dataset.num_rows(split), paths),
         tf.constant(paths),
         lambda path: tf.data.TFRecordDataset(path, compression_type=compression, buffer_size=2**20),
         lambda serialized: parse_records(serialized, inputs, layout),
@@ -187,10 +195,25 @@ def _memory(dataset: DatasetDir, split: str) -> _Source:
         packed = {name: tf.constant(found[name]) for name in ("ids", "numbers")}
     ends = np.cumsum(np.bincount(found["file"], minlength=len(files.parts)))
     return _Source(
+        files.window_sizes,
         tf.constant(np.stack([np.append(0, ends[:-1]), ends], axis=1), tf.int64),
         lambda bounds: tf.data.Dataset.range(bounds[0], bounds[1]),
         lambda rows: unpacked({name: tf.gather(values, rows) for name, values in packed.items()}, dataset.inputs),
     )
+
+
+def _window_sizes(num_rows: int, paths: list[str]) -> list[int]:
+    bytes_per_row = sum(map(_uncompressed_bytes, paths)) / max(num_rows, 1)
+    return _sizes(num_rows, max(1, min(_WINDOW_ROWS, int(_WINDOW_BYTES / max(bytes_per_row, 1)))))
+
+
+def _uncompressed_bytes(path: str) -> int:
+    size = os.path.getsize(path)
+    if not path.endswith(".gz"):
+        return size
+    with open(path, "rb") as file:
+        file.seek(-min(4, size), os.SEEK_END)  # A gzip file ends with the size of what it holds, modulo 2^32.
+        return max(size, int.from_bytes(file.read(), "little"))
 
 
 def _concatenated(batched: tf.data.Dataset) -> dict[str, np.ndarray]:
@@ -208,14 +231,12 @@ def _blocks(source: _Source, parts: tf.Tensor) -> tf.data.Dataset:
     )
 
 
-def _shuffled(
-    source: _Source, num_rows: int, seed: int | tf.Tensor, first_epoch: int, num_epochs: int
-) -> tf.data.Dataset:
+def _shuffled(source: _Source, seed: int | tf.Tensor, first_epoch: int, num_epochs: int) -> tf.data.Dataset:
     """Handles of epoch after epoch in the order of ``training_epochs``, a window at a time.
 
     One stream over all epochs, so that the next epoch is read while this one ends.
     """
-    window_sizes = _sizes(num_rows, _WINDOW_ROWS)
+    window_sizes = source.window_sizes
 
     def blocks(epoch: tf.Tensor) -> tf.data.Dataset:
         return _blocks(source, _permuted(source.parts, seed, epoch, 0))

@@ -206,6 +206,17 @@ def test_sigterm_to_one_worker_stops_all_after_the_same_step(clsd_run, feed_data
     assert_same_run(work_dir, clsd_run, feed_dataset)
 
 
+def test_a_run_with_a_parameter_server_ends_with_all_its_tasks(feed_dataset, tiny, tmp_path):
+    work_dir = WorkDir(tmp_path / "run")
+    settings = tiny("method=bce", "backbone=lr", "max_epochs=1", "batch_size=512")
+    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
+    with started(command, tmp_path, ps=1, worker=1, chief=1) as tasks:
+        for task in reversed(tasks.values()):
+            assert task.status(120) == 0, task.text
+    assert work_dir.is_complete
+    assert [entry["epoch"] for entry in read_json(work_dir.history)] == [0]
+
+
 @pytest.mark.long
 def test_a_parameter_server_survives_a_killed_worker_and_its_tasks_end_with_the_run(clsd_run, feed_dataset, tmp_path):
     work_dir = WorkDir(tmp_path / "run")

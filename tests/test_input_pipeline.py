@@ -1,5 +1,6 @@
 """The training input: every row once, in an order that seed and epoch decide, with values found by row id."""
 
+import pathlib
 import shutil
 import zlib
 
@@ -295,6 +296,10 @@ def test_what_a_resumed_epoch_skips_is_not_parsed(many_files, tmp_path, small_wi
         row_ids(first_epoch(copy, first_step=9, **arguments))
 
 
+def test_the_parts_of_three_workers_make_up_the_batch_of_one(many_files, small_windows):
+    assert_parts_make_up_the_batch(many_files, 3, batch_size=700, first_step=1, max_cache_bytes=FROM_FILES)
+
+
 @pytest.mark.long
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch_size=st.integers(300, 2500), count=st.integers(1, 4), step=st.integers(0, 2), in_memory=st.booleans())
@@ -304,6 +309,10 @@ def test_the_workers_parts_make_up_the_batch_of_one_worker(
     step = min(step, -(-5003 // batch_size) - 1)
     arguments = {"batch_size": batch_size, "num_epochs": 2, "first_step": step}
     arguments["max_cache_bytes"] = IN_MEMORY if in_memory else FROM_FILES
+    assert_parts_make_up_the_batch(many_files, count, **arguments)
+
+
+def assert_parts_make_up_the_batch(many_files, count, **arguments):
     whole = list(first_epoch(many_files, **arguments).as_numpy_iterator())
     parts = [
         list(first_epoch(many_files, shard=Shard(index, count), **arguments).as_numpy_iterator())
@@ -338,9 +347,10 @@ def test_a_first_step_outside_its_epoch_is_refused(many_files, step):
         first_epoch(many_files, first_step=step)
 
 
-def test_a_first_epoch_below_0_is_refused(many_files):
-    with pytest.raises(ValueError, match=r"first_epoch must be at least 0\. Received: -1"):
-        first_epoch(many_files, first_epoch=-1)
+@pytest.mark.parametrize("epoch", [-1, 1])
+def test_a_first_epoch_that_is_not_one_of_all_is_refused(many_files, epoch):
+    with pytest.raises(ValueError, match=rf"in \[0, num_epochs\)\. Received: first_epoch={epoch}, num_epochs=1"):
+        first_epoch(many_files, first_epoch=epoch)
 
 
 # --- How well rows are mixed -----------------------------------------------------------------------------------------
@@ -369,6 +379,20 @@ def test_a_window_mixes_as_a_shuffle_buffer_of_200000_rows(tmp_path, monkeypatch
     window = ours[:52_000]
     standard_error = 52_429 / np.sqrt(12) * np.sqrt(2 / 26_000)
     assert abs(window[:26_000].mean() - window[26_000:].mean()) < 4 * standard_error
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_windows_of_large_rows_hold_fewer(tmp_path, monkeypatch, compressed):
+    """One file of 1,200 rows: in windows of 400 rows none leaves its third, whether files are compressed or not."""
+    arguments = {"num_rows": 1200, "vocabulary_size": 50, "num_categorical": 9, "num_shards": 1}
+    dataset = generated_dataset(tmp_path, **arguments, compressed=compressed)
+    plain = generated_dataset(tmp_path, **arguments)
+    record_bytes = pathlib.Path(plain.record_files("train")[0]).stat().st_size / 1200
+    monkeypatch.setattr(input_pipeline, "_WINDOW_BYTES", int(400.5 * record_bytes))
+    for max_cache_bytes in (IN_MEMORY, FROM_FILES):
+        found = places(dataset, max_cache_bytes=max_cache_bytes)
+        np.testing.assert_array_equal(found // 400, np.arange(1200) // 400)
+        assert (found != np.arange(1200)).any()
 
 
 def test_each_epoch_takes_the_files_in_another_order(many_files, small_windows):

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -133,6 +134,29 @@ def test_a_competitor_that_ends_says_why(tmp_path):
             competitor.train_round()
 
 
+def test_a_competitor_that_ends_in_a_round_is_left_out_and_the_others_go_on(tmp_path, capsys):
+    task = dataclasses.replace(TASK, arrays=str(tmp_path / "spans.txt"))
+    dies, lives = (
+        contest.Contender(name, "tests.tiny_competitor", "float32", "lazy_adam", settings)
+        for name, settings in (("dies", ("fails=in round 2",)), ("lives", ()))
+    )
+    results = contest.contest([(dies, task), (lives, task)], tmp_path, rounds=2)
+    assert [(entry.contender, len(entry.rounds)) for entry in results] == [(lives, 3)]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "dies is left out: ended with status 1" in printed
+    assert "out of memory" in printed
+
+
+def test_what_a_benchmark_starts_keeps_to_its_cores():
+    code = (
+        "import os, subprocess, sys; from benchmarks.rounds import keep_to_cores; "
+        "first = min(os.sched_getaffinity(0)); keep_to_cores(1); child = 'import os; print(os.sched_getaffinity(0))'; "
+        "print({first}, subprocess.check_output([sys.executable, '-c', child], text=True))"
+    )
+    first, of_child = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert of_child == first
+
+
 def test_every_competitor_reads_the_whole_task():
     shared = {field.name for field in dataclasses.fields(Task)} - {"dataset_dir", "settings", "profile_dir"}
     for peer in PEERS.values():
@@ -210,20 +234,33 @@ def test_the_table_is_markdown_with_a_ratio_for_each_peer(tmp_path, monkeypatch)
 
 def test_targets_compare_what_trained_in_the_same_rounds():
     peer, disk = PEERS["deepctr-torch"], contest.FROM_DISK
-    found = [
-        result(HEADLINE, 10, 90.0), result(disk, 10, 45.0), result(peer, 10, 30.0),
-        result(HEADLINE, 20, 60.0, model_bytes=1600), result(peer, 20, 5.0), result(HEADLINE, 10, 66.0),
+    of_few = [
+        result(HEADLINE, 10, 90.0), result(contest.FLOAT32, 10, 60.0), result(disk, 10, 45.0), result(peer, 10, 30.0)
     ]  # fmt: skip
-    targets = contest.training_targets(found, 10, 20)
-    assert [target.found for target in targets] == pytest.approx([3.0, 12.0, 1.1, 5.0, 0.5])
-    assert [target.is_reached for target in targets] == [True, True, True, False, False]
-    assert targets[2].row() == ["step time over that with 10 ids", "1.10", "<= 1.25", "yes"]
+    of_many = [
+        result(HEADLINE, 20, 60.0, model_bytes=1600), result(contest.FLOAT32, 20, 40.0),
+        result(contest.ADAGRAD, 20, 70.0, model_bytes=640), result(peer, 20, 5.0), result(HEADLINE, 10, 66.0),
+        result(contest.FLOAT32, 10, 60.0),
+    ]  # fmt: skip
+    targets = contest.training_targets(of_few, of_many, 10, 20)
+    expected = {
+        "ours, bfloat16, lazy Adam: over deepctr-torch (float32, dense Adam), 10 ids": ["3.00", ">= 2.50", "yes"],
+        "ours, float32, lazy Adam: over deepctr-torch (float32, dense Adam), 10 ids": ["2.00", ">= 2.50", "NO"],
+        "ours, bfloat16, lazy Adam: over deepctr-torch (float32, dense Adam), 20 ids": ["12.00", ">= 10.00", "yes"],
+        "ours, float32, lazy Adam: over deepctr-torch (float32, dense Adam), 20 ids": ["8.00", ">= 10.00", "NO"],
+        "ours, bfloat16, lazy Adam: step time with 20 ids over that with 10": ["1.10", "<= 1.25", "yes"],
+        "ours, float32, lazy Adam: step time with 20 ids over that with 10": ["1.50", "<= 1.25", "NO"],
+        "ours, bfloat16, lazy Adam: memory over the tables' bytes, 20 ids": ["5.00", "<= 3.00", "NO"],
+        "ours, bfloat16, row-wise Adagrad: memory over the tables' bytes, 20 ids": ["2.00", "<= 3.00", "yes"],
+        "ours, bfloat16, lazy Adam, from disk: over from memory, 10 ids": ["0.50", ">= 0.90", "NO"],
+    }
+    assert {name: rest for name, *rest in (target.row() for target in targets)} == expected
 
 
 def test_what_was_not_measured_is_not_reached():
-    targets = contest.training_targets([result(HEADLINE, 10, 90.0)], 10, 20)
-    assert [target.found for target in targets] == [None] * 5
-    assert targets[0].row() == ["over deepctr-torch, 10 ids", "not measured", ">= 2.50", "NO"]
+    targets = contest.training_targets([result(HEADLINE, 10, 90.0)], [result(HEADLINE, 20, 90.0)], 10, 20)
+    assert [target.found for target in targets] == [None] * 6 + [1.0] + [None] * 2
+    assert targets[0].row()[1:] == ["not measured", ">= 2.50", "NO"]
     assert not Target("x", None, 1.0, is_upper=True).is_reached
 
 
@@ -245,7 +282,22 @@ def test_a_difference_of_auc_is_shown_with_its_interval():
         "+0.00200",
         "-0.01071 to +0.01471",
         "2",
+        "NO, NO",
     ]
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        # Standard error .00001 and .0001, times the t quantile 12.7062.
+        ([0.00010, 0.00012], "yes, yes"),
+        ([-0.00010, -0.00030], "yes, NO"),
+        ([-0.00049, -0.00052], "NO, NO"),
+    ],
+)
+def test_a_difference_is_held_against_what_is_accepted(differences, expected):
+    difference = paired_difference([0.6 + differences[0], 0.7 + differences[1]], [0.6, 0.7])
+    assert auc_differences.difference_row("a", "b", difference, 0.65)[-1] == expected
 
 
 @pytest.mark.long
@@ -254,6 +306,7 @@ def test_the_command_trains_ours_and_prints_its_tables(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "left out" not in done.stdout
+    assert re.search(r"\d of 11 targets reached\Z", done.stdout.strip())
     for contender in (*OURS, contest.FROM_DISK):
         assert done.stdout.count(f"| {contender.name} |") == 2
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
