@@ -117,10 +117,10 @@ class OptimizerConfig(StrictModel):
                 "lr_decay_steps must be greater than lr_warmup_steps. "
                 f"Received: {self.lr_decay_steps} after {self.lr_warmup_steps}. Count both from step 0"
             )
-        if self.embeddings.kind == "ftrl" and self.schedule != "constant":
+        if self.embeddings.kind == "ftrl" and (self.schedule != "constant" or self.lr_warmup_steps):
             raise ValueError(
-                "kind ftrl divides by the learning rate, which must not fall to 0. "
-                f"Received: schedule={self.schedule}. Allowed with it: constant"
+                "rows of kind ftrl are a function of the learning rate, which must stay the same. "
+                f"Received: schedule={self.schedule}, lr_warmup_steps={self.lr_warmup_steps}. Allowed: constant, 0"
             )
         return self
 
@@ -216,9 +216,10 @@ def rowwise_adagrad(rows, slots, gradient, learning_rate, step):
 
 def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
     """n' = n + g^2, z' = z + g - (sqrt(n') - sqrt(n)) / learning_rate * rows,
-    (clip(z', -l1, l1) - z') / (sqrt(n') / learning_rate + 2 l2); n starts at .1.
+    (clip(z', -l1, l1) - z') / (sqrt(n') / learning_rate + 2 l2); n starts at .1, z where it gives the initial rows.
 
-    Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", algorithm 1.
+    Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", algorithm 1, there with rows that
+    start at 0, n that starts at 0, a constant beta beside sqrt(n'), and l2 for 2 l2.
     """
     accumulator, linear = slots
     new_accumulator = accumulator + tf.square(gradient)
@@ -231,13 +232,10 @@ def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
 def ftrl_slots(rows, slots, learning_rate, *, l1: float, l2: float):
     """n and the z with which ``ftrl`` gives ``rows`` for a gradient of 0:
     z = -rows * (sqrt(n) / learning_rate + 2 l2) - l1 * sign(rows), or z held within [-l1, l1] where rows are 0.
-
-    Where no gradient has come yet, n is .1 and z stays 0: the rule forgets initial weights.
     """
     accumulator, linear = slots
     agreeing = -rows * (tf.sqrt(accumulator) / learning_rate + 2.0 * l2) - l1 * tf.sign(rows)
-    agreeing = tf.where(tf.equal(rows, 0.0), tf.clip_by_value(linear, -l1, l1), agreeing)
-    return accumulator, tf.where(tf.equal(accumulator, _INITIAL_ACCUMULATOR), linear, agreeing)
+    return accumulator, tf.where(tf.equal(rows, 0.0), tf.clip_by_value(linear, -l1, l1), agreeing)
 
 
 def table_rule(config: TableOptimizerConfig) -> TableRule | None:
@@ -318,6 +316,7 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         for index, table in enumerate(tables):
             self._index_dict[self._var_key(table)] = index
             self._table_slots.append([self._add_slot(table, name, value) for name, value in self._rule.slots.items()])
+        self.adjust_slots(tables)
 
     def _is_table(self, variable: tf.Variable) -> bool:
         return self._var_key(variable) in self._table_keys
