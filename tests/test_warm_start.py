@@ -214,14 +214,15 @@ def test_a_learning_rate_that_has_fallen_to_0_in_earlier_runs_is_refused(shop_da
     assert not work_dir.config.exists()
 
 
-@pytest.mark.parametrize("file", ["checkpoints/ckpt-8", "best_weights/weights"])
-def test_a_run_whose_files_are_damaged_is_refused_with_the_remedy(shop_days, first_run, config, tmp_path, file):
+@pytest.mark.parametrize("are_best", [True, False])
+def test_a_run_whose_files_are_damaged_is_refused_with_the_remedy(shop_days, first_run, config, tmp_path, are_best):
     damaged = WorkDir(shutil.copytree(first_run.path, tmp_path / "damaged"))
-    os.truncate(damaged.path / f"{file}.data-00000-of-00001", 100)
-    message = rf"the weights of a run must be readable. Received: {damaged.path / file}: .*Put the files back"
+    path = damaged.best_weights if are_best else damaged.checkpoints / "ckpt-8"
+    os.truncate(f"{path}.data-00000-of-00001", 100)
+    message = rf"the weights of a run must be readable. Received: {path}: .*Put the files back"
     with pytest.raises(ArtifactError, match=message):
         train(shop_days[1], config, WorkDir(tmp_path / "run"), title=None, init_from=damaged)
-    if damaged.path / file == damaged.best_weights:
+    if are_best:
         with pytest.raises(ArtifactError, match=message):
             load_model(damaged, shop_days[0])
 
