@@ -31,13 +31,13 @@ def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earli
     Weights are those that the earlier run serves, of its best epoch. Slots and step counts of the optimizers, and the
     moving means of the loss, are those of its last step. Row i of each vocabulary keeps its weights and slots; rows of
     new values stay as ``model`` has them: what a model that begins anew would have. Under ``unified_buckets`` no row is
-    a new value's own: it begins with what its buckets learned from others. The steps go on counting, so Adam's
-    bias correction and schedules of the learning rate go on, and neither loss warm-up nor warm-up of the learning rate
-    comes again. The learning rate itself is that of ``config``.
+    a new value's own: it begins with what its buckets learned from others. The steps go on counting, so Adam's bias
+    correction and schedules of the learning rate go on, and neither loss warm-up nor warm-up of the learning rate comes
+    again. The learning rate itself is that of ``config``.
 
     Where weights and slots are of different epochs, slots of ``ftrl``, which determine the weights, are adjusted to
-    them. Where the earlier run weighted no clicks, its last mean pctr is what the guards compare with, and
-    the EMA teacher begins as the model.
+    them. Where the earlier run weighted no clicks, its last mean pctr is what the guards compare with, and the EMA
+    teacher begins as the model.
 
     Args:
       model: built from ``config`` for ``dataset``; changed in place.
