@@ -324,6 +324,32 @@ def study_dir(tmp_path_factory):
     return path / "study"
 
 
+_SMALLEST_STUDY = """
+seeds: 1
+shared: {max_epochs: 1}
+data:
+  - {name: feed}
+grids:
+  - {title: Smallest, data: [feed], backbones: [lr], methods: [bce]}
+"""
+
+
+def test_the_command_trains_and_writes_its_results(feed_dataset, tmp_path):
+    (tmp_path / "smallest.yaml").write_text(_SMALLEST_STUDY, encoding="utf-8")
+    done = run_command(
+        "pipelines.study",
+        f"--study={tmp_path / 'smallest.yaml'}",
+        f"--study_dir={tmp_path / 'study'}",
+        f"--dataset_dir=feed={feed_dataset.path}",
+        "--num_processes=1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = pyarrow.parquet.read_table(tmp_path / "study" / "results.parquet").to_pylist()
+    assert {(row["method"], row["seed"]) for row in results} == {("bce", 1)}
+    assert np.isfinite([row["value"] for row in results]).all()
+    assert "### Smallest" in (tmp_path / "study" / "tables.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.long
 def test_each_seed_simulates_with_its_own_seed(study_dir):
     planted = [read_json(study_dir / "data" / f"feed_seed_{seed}" / "raw" / "truth.json") for seed in (1, 2)]
