@@ -56,7 +56,8 @@ def copied_rows_per_second(dataset: DatasetDir, *, repeats: int = 5) -> float:
 def epoch_end_overhead(dataset: DatasetDir, *, batch_size: int, epochs: int = 5) -> float:
     """Time of ``epochs`` fits of one epoch, from call to return, over that until the ends of their last batches, - 1.
 
-    TensorFlow's autotune adds seconds to some fits: no median may hide them. One fit before traces. A logistic regression trains: what it computes counts least.
+    TensorFlow's autotune adds seconds to some fits: no median may hide them. One fit before traces. A logistic
+    regression trains: what it computes counts least.
     """
     config = load_config(None, ["method=bce", "backbone=lr", f"batch_size={batch_size}"])
     model = build_model(config, dataset.inputs)
