@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -54,10 +53,11 @@ def copied_rows_per_second(dataset: DatasetDir, *, repeats: int = 5) -> float:
     return len(source) / statistics.median(seconds[1:])
 
 
-def epoch_end_overhead(dataset: DatasetDir, *, batch_size: int, epochs: int = 3) -> float:
-    """``time_after_last_batch`` of a fit of one epoch; the median of ``epochs`` fits, after one that traces.
+def epoch_end_overhead(dataset: DatasetDir, *, batch_size: int, epochs: int = 5) -> float:
+    """Time of ``epochs`` fits of one epoch, from call to return, over that until the ends of their last batches, - 1.
 
-    TensorFlow's autotune adds seconds there. A logistic regression trains: what it computes counts least.
+    TensorFlow's autotune adds seconds to some fits: no median may hide them. One fit before traces. A logistic
+    regression trains: what it computes counts least.
     """
     config = load_config(None, ["method=bce", "backbone=lr", f"batch_size={batch_size}"])
     model = build_model(config, dataset.inputs)
@@ -69,16 +69,18 @@ def epoch_end_overhead(dataset: DatasetDir, *, batch_size: int, epochs: int = 3)
         )
         model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=[clock])
 
-    found = [time_after_last_batch(functools.partial(fit, epoch)) for epoch in range(1 + epochs)]
-    return statistics.median(found[1:])
+    before, after = np.sum([_seconds_around_last_batch(fit, epoch) for epoch in range(1 + epochs)][1:], axis=0)
+    return float(after / before)
 
 
-def time_after_last_batch(fit: Callable[[tf.keras.callbacks.Callback], object]) -> float:
-    """Time of ``fit(callback)`` from its call to its return, over that until the end of its last batch, - 1."""
+def _seconds_around_last_batch(
+    fit: Callable[[int, tf.keras.callbacks.Callback], object], epoch: int
+) -> tuple[float, float]:
+    """Seconds from the call of ``fit(epoch, callback)`` to the end of its last batch, and from there to its return."""
     clock = _LastBatch()
     start = time.perf_counter()
-    fit(clock)
-    return (time.perf_counter() - start) / (clock.moment - start) - 1.0
+    fit(epoch, clock)
+    return clock.moment - start, time.perf_counter() - clock.moment
 
 
 class _LastBatch(tf.keras.callbacks.Callback):
