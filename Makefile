@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two processes of pytest, a file in one of them: its fixtures are made once.
+IN_TWO := -n 2 --dist loadfile
 
 .PHONY: demo serve test test-all study bench lint clean-demo
 
@@ -19,11 +21,11 @@ demo/servable/models.config:
 # Without the tests marked as long, so that continuous integration has room; test-all runs everything.
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(IN_TWO)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 study: $(INSTALLED)
 	$(BIN)/python -m pipelines.study --study=small --study_dir=study

@@ -32,7 +32,7 @@ RUNTIME = [
     "urllib3>=2",
     "uvicorn",
 ]
-DEVELOPMENT = ["hypothesis", "pytest", "ruff"]
+DEVELOPMENT = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="clsd_tf",
