@@ -97,13 +97,13 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         self._initializer = initializer
         self._init_scale = init_scale
         self._unified_buckets = unified_buckets
-        self._row_ranges = _row_ranges(inputs, unified_buckets)
+        self._row_bounds = _row_bounds(inputs, unified_buckets)
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
         self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
-            num_rows = max(rows.stop for rows in self._row_ranges.values())
+            num_rows = max(stop for _, stop in self._row_bounds.values())
             self._tables = self._add_vectors("tables", num_rows, penalised=self._l2_rows == "all")
         if self._inputs.numeric:
             self._numeric_vectors = self._add_vectors("numeric_vectors", len(self._inputs.numeric), penalised=True)
@@ -130,7 +130,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     @property
     def row_ranges(self) -> dict[str, range]:
         """Vocabulary -> its rows of ``tables``; a unified table is one range."""
-        return dict(self._row_ranges)
+        return {name: range(*bounds) for name, bounds in self._row_bounds.items()}
 
     def quantise(self, kind: Quantisation) -> None:
         """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
@@ -166,7 +166,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     def _first_row(self, vocabulary: str) -> int:
         """What is added to the ids of a vocabulary before they are looked up."""
-        return self._row_ranges[vocabulary].start if self._unified_buckets is None else _salt(vocabulary)
+        return self._row_bounds[vocabulary][0] if self._unified_buckets is None else _salt(vocabulary)
 
     def _rows(self, ids: tf.Tensor) -> tf.Tensor:
         """Rows of the tables: ids counted from ``_first_row``, of any shape -> [*ids.shape, embedding_dim]."""
@@ -282,12 +282,13 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         return cls(**{**config, "inputs": ModelInputs.from_dict(config["inputs"])})
 
 
-def _row_ranges(inputs: ModelInputs, unified_buckets: int | None) -> dict[str, range]:
+def _row_bounds(inputs: ModelInputs, unified_buckets: int | None) -> dict[str, tuple[int, int]]:
+    """First row and end of each vocabulary: Keras walks through what layers hold, and would through all of a range."""
     if unified_buckets is not None:
-        return {_UNIFIED: range(unified_buckets)}
+        return {_UNIFIED: (0, unified_buckets)}
     sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}
     ends = itertools.accumulate(sizes.values())
-    return {name: range(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+    return {name: (end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
 def _salt(vocabulary: str) -> int:
