@@ -207,6 +207,7 @@ def test_another_config_in_the_same_work_directory_is_refused(clsd_run, feed_dat
 
 
 def test_settings_without_influence_on_the_result_may_change_when_a_run_goes_on(clsd_run, feed_dataset, tiny):
+    before = clsd_run.work_dir.config.read_bytes()
     claim(
         clsd_run.work_dir,
         tiny(
@@ -215,6 +216,7 @@ def test_settings_without_influence_on_the_result_may_change_when_a_run_goes_on(
         ),
         feed_dataset,
     )  # fmt: skip
+    assert clsd_run.work_dir.config.read_bytes() == before
 
 
 def test_another_dataset_in_the_same_work_directory_is_refused(clsd_run, feed_dataset, tmp_path):
