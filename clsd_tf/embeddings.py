@@ -16,6 +16,8 @@ Quantisation = Literal["float16", "int8"]
 L2Rows = Literal["all", "touched"]
 Initializer = Literal["normal", "uniform"]
 
+# Rows that are drawn at a time when a table gets its initial values.
+_BLOCK_ROWS = 1 << 16
 # The finaliser of MurmurHash3 for 64 bits: its two multipliers, as int64.
 _MULTIPLIERS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)
 _UNIFIED = "unified"
@@ -110,17 +112,34 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         super().build(input_shape)
 
     def _add_vectors(self, name: str, count: int, *, penalised: bool) -> tf.Variable:
-        scale = self._init_scale
-        if self._initializer == "normal":  # One each: shared, it would repeat itself.
-            initializer = tf.keras.initializers.RandomNormal(stddev=scale)
-        else:
-            initializer = tf.keras.initializers.RandomUniform(-scale, scale)
-        penalty = tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None
-        shape = [count, self._embedding_dim]
+        in_blocks = count > _BLOCK_ROWS and not tf.distribute.has_strategy()
         # In half precision, a variable that casts itself is copied whole before each lookup.
-        return self.add_weight(
-            name=name, shape=shape, initializer=initializer, regularizer=penalty, experimental_autocast=False
+        vectors = self.add_weight(
+            name=name,
+            shape=[count, self._embedding_dim],
+            initializer="zeros" if in_blocks else self._new_initializer(),
+            regularizer=tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None,
+            experimental_autocast=False,
         )
+        if in_blocks:
+            self._initialise_in_blocks(vectors)
+        return vectors
+
+    def _new_initializer(self) -> tf.keras.initializers.Initializer:
+        """One for each use: a second use would repeat the values."""
+        scale = self._init_scale
+        if self._initializer == "normal":
+            return tf.keras.initializers.RandomNormal(stddev=scale)
+        return tf.keras.initializers.RandomUniform(-scale, scale)
+
+    def _initialise_in_blocks(self, vectors: tf.Variable) -> None:
+        """Drawing all rows at once takes three times their memory, which TensorFlow then keeps."""
+        count, dim = vectors.shape
+        with tf.init_scope():
+            for start in range(0, count, _BLOCK_ROWS):
+                rows = tf.range(start, min(start + _BLOCK_ROWS, count))
+                block = self._new_initializer()([rows.shape[0], dim], vectors.dtype)
+                vectors.scatter_update(tf.IndexedSlices(block, rows))
 
     @property
     def tables(self) -> tf.Variable:

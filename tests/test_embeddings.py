@@ -189,6 +189,23 @@ def test_initial_values_have_the_scale_that_was_asked_for():
         assert (np.abs(layer.tables.numpy()).max() <= 0.3) == (initializer == "uniform")
 
 
+def test_every_row_of_a_large_table_gets_an_initial_value_of_its_own():
+    inputs = dataclasses.replace(
+        INPUTS, categorical=(dataclasses.replace(INPUTS.categorical[0], vocabulary_size=150_000),), numeric=()
+    )
+    tables = []
+    for _ in range(2):
+        tf.keras.utils.set_random_seed(1)
+        layer = FieldEmbeddings(inputs, 4, init_scale=0.3)
+        layer({"item": tf.constant([0], tf.int64)})
+        tables.append(layer.tables.numpy())
+    np.testing.assert_array_equal(*tables)  # The seed decides all of it.
+    assert len(np.unique(tables[0], axis=0)) == 150_000
+    parts = np.array_split(tables[0], 100)
+    np.testing.assert_allclose([part.std() for part in parts], 0.3, rtol=0.1)
+    np.testing.assert_allclose([part.mean() for part in parts], 0.0, atol=0.03)
+
+
 def test_row_ranges_say_where_each_vocabulary_lies(embeddings):
     assert embeddings.row_ranges == {"item": range(0, 7), "city": range(7, 11), "tags": range(11, 16)}
     assert FieldEmbeddings(INPUTS, 2, unified_buckets=5).row_ranges == {"unified": range(5)}
