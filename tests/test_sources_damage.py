@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 
 import fastavro
 import numpy as np
@@ -134,6 +135,16 @@ def test_rows_before_the_cut_of_a_truncated_file_are_read_and_the_rest_is_unread
     assert NUM_ROWS // 4 < len(rows) < (20 if name in ("x.csv.bz2", "x.csv.zst") else 1) * NUM_ROWS
     assert [batch.unreadable is not None for batch in batches] == [False] * (len(batches) - 1) + [True]
     assert batches[-1].unreadable.endswith(f"after row {first + len(rows) - 1}")
+
+
+def test_a_gzip_file_that_was_cut_exactly_between_two_examples_is_not_taken_for_a_whole_one(tmp_path, shop_spec):
+    write_tfrecord(tmp_path / "half.tfrecord", [example_of(record) for record in RECORDS[:100]])
+    half = (tmp_path / "half.tfrecord").read_bytes()
+    stream = zlib.compressobj(wbits=31)  # gzip
+    (tmp_path / "x.tfrecord.gz").write_bytes(stream.compress(half) + stream.flush(zlib.Z_FULL_FLUSH))
+    batches = read(tmp_path, table_of(shop_spec, "x.tfrecord.gz"))
+    assert sum(batch.table.num_rows for batch in batches) == 100
+    assert batches[-1].unreadable.endswith("after row 99")
 
 
 def test_damage_in_one_row_group_leaves_the_other_slices_readable(tmp_path, shop_spec, whole):

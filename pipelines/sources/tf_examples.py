@@ -5,7 +5,9 @@ TensorFlow's own file systems open them: local paths and gs://; others need tens
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,11 +71,23 @@ def _batches(file: SourceFile, first_row: int) -> Iterator[np.ndarray]:
         for batch in _dataset(file).batch(files.ROWS_PER_BATCH).as_numpy_iterator():
             yield batch
             num_read += len(batch)
+        if file.compression == "gzip":
+            _require_whole_gzip(file, first_row + num_read - 1)
     except tf.errors.OpError as error:
         rest = _until_damage(_dataset(file).skip(num_read))
         if rest:
             yield np.array(rest, object)
         raise UnreadableError(error.message, first_row + num_read + len(rest) - 1) from error
+
+
+def _require_whole_gzip(file: SourceFile, last_row: int) -> None:
+    """Raises where the stream lacks its end: TensorFlow takes one that was cut between two records for a whole one."""
+    try:
+        with tf.io.gfile.GFile(file.path, "rb") as compressed, gzip.GzipFile(fileobj=compressed) as stream:
+            while stream.read(files.BLOCK_BYTES):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise UnreadableError(str(error), last_row) from error
 
 
 def _until_damage(dataset: tf.data.Dataset) -> list[bytes]:
