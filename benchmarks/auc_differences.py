@@ -12,12 +12,17 @@ from clsd_tf.training import train
 
 # Setting -> what it adds to the shared ones.
 SETTINGS = {
-    "float32, lazy Adam": ("precision=float32", "optimizer.embeddings.kind=lazy_adam"),
-    "bfloat16, lazy Adam": ("precision=bfloat16", "optimizer.embeddings.kind=lazy_adam"),
-    "float32, dense Adam": ("precision=float32", "optimizer.embeddings.kind=adam"),
+    "row-wise Adagrad": ("precision=float32", "optimizer.embeddings.kind=rowwise_adagrad"),
+    "row-wise Adagrad, bfloat16": ("precision=bfloat16", "optimizer.embeddings.kind=rowwise_adagrad"),
+    "lazy Adam": ("precision=float32", "optimizer.embeddings.kind=lazy_adam"),
+    "dense Adam": ("precision=float32", "optimizer.embeddings.kind=adam"),
 }
 # (treatment, baseline)
-COMPARISONS = (("bfloat16, lazy Adam", "float32, lazy Adam"), ("float32, lazy Adam", "float32, dense Adam"))
+COMPARISONS = (
+    ("row-wise Adagrad, bfloat16", "row-wise Adagrad"),
+    ("row-wise Adagrad", "dense Adam"),
+    ("lazy Adam", "dense Adam"),
+)
 
 
 _ACCEPTED = 0.0005

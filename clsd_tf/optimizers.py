@@ -20,8 +20,11 @@ from clsd_tf.validation import StrictModel
 TableRuleName = Literal["lazy_adam", "adagrad", "rowwise_adagrad", "ftrl", "adam"]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
-_INITIAL_ACCUMULATOR = 0.1
 _ADAMW_DECAY = 0.01
+# Of rules that divide by the root of summed squares. Keras starts them at .1, which suits losses that are sums: the
+# gradient of a row in a mean over a batch is some .0001, and rows would hardly move.
+_INITIAL_ACCUMULATOR = 1e-8
+_SUMMING_RATE = 0.01
 _Positive = Annotated[float, pydantic.Field(gt=0)]
 _NotNegative = Annotated[float, pydantic.Field(ge=0)]
 
@@ -30,16 +33,19 @@ class TableOptimizerConfig(StrictModel):
     """How embedding tables learn.
 
     Attributes:
-      kind: the rule, see the functions of this module: ``lazy_adam``, ``adagrad``, ``rowwise_adagrad`` (one number per
-        row), ``ftrl`` (with schedule constant); or ``adam``, the one that moves every row in every step, to compare
-        with.
-      learning_rate: null takes that of the run.
+      kind: the rule, see the functions of this module: ``rowwise_adagrad`` (one number per row), ``adagrad``,
+        ``lazy_adam``, ``ftrl`` (with schedule constant); or ``adam``, the one that moves every row in every step, to
+        compare with.
+      learning_rate: null takes that of the run for ``lazy_adam``, and .01 for rules that sum squares: their steps
+        become shorter by themselves.
+      initial_accumulator: of rules that sum squares, where the sums start; by default 1e-8.
       l1: of ``ftrl``: rows whose gradients stay small become exactly 0.
       l2: of ``ftrl``.
     """
 
-    kind: TableRuleName = "lazy_adam"
+    kind: TableRuleName = "rowwise_adagrad"
     learning_rate: _Positive | None = None
+    initial_accumulator: _Positive | None = None
     l1: _NotNegative = 0.0
     l2: _NotNegative = 0.0
 
@@ -49,12 +55,31 @@ class TableOptimizerConfig(StrictModel):
             raise ValueError(
                 f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Choose it, or take embedding_l2 of the run"
             )
+        if not self._sums_squares and self.initial_accumulator is not None:
+            raise ValueError(
+                "initial_accumulator is for kinds adagrad, rowwise_adagrad and ftrl. "
+                f"Received: kind={self.kind}. Choose one of them, or leave it out"
+            )
         if self.kind == "adam" and self.learning_rate is not None:
             raise ValueError(
                 "kind adam moves tables with everything else, at the learning rate of the run. "
                 f"Received: learning_rate={self.learning_rate:g}. Leave it out, or choose lazy_adam"
             )
         return self
+
+    @property
+    def _sums_squares(self) -> bool:
+        return self.kind in ("adagrad", "rowwise_adagrad", "ftrl")
+
+    @property
+    def resolved_initial_accumulator(self) -> float:
+        return _INITIAL_ACCUMULATOR if self.initial_accumulator is None else self.initial_accumulator
+
+    def resolved_learning_rate(self, of_run: float) -> float:
+        """``learning_rate``, or what it is by default in a run whose own is ``of_run``."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _SUMMING_RATE if self._sums_squares else of_run
 
 
 class DenseOptimizerConfig(StrictModel):
@@ -195,28 +220,29 @@ def lazy_adam(rows, slots, gradient, learning_rate, step):
 
 
 def adagrad(rows, slots, gradient, learning_rate, step):
-    """a = a + g^2, rows - learning_rate * g / sqrt(a + 1e-7); a starts at .1.
+    """a = a + g^2, rows - learning_rate * g / sqrt(a); a starts at ``initial_accumulator``.
 
     Source: Duchi et al. (2011), "Adaptive Subgradient Methods", section 1.1.
     """
     accumulator = slots[0] + tf.square(gradient)
-    return rows - learning_rate * gradient * tf.math.rsqrt(accumulator + _EPSILON), (accumulator,)
+    return rows - learning_rate * gradient * tf.math.rsqrt(accumulator), (accumulator,)
 
 
 def rowwise_adagrad(rows, slots, gradient, learning_rate, step):
-    """a = a + mean over the row of g^2, rows - learning_rate * g / sqrt(a + 1e-7); a starts at .1.
+    """a = a + mean over the row of g^2, rows - learning_rate * g / sqrt(a); a starts at ``initial_accumulator``.
 
     One number per row: the least memory of these rules.
     Source: Gupta et al. (2014), "Training Highly Multiclass Classifiers", section 5.
     """
     accumulator = slots[0] + tf.reduce_mean(tf.square(gradient), axis=1)
-    rate = learning_rate * tf.math.rsqrt(accumulator + _EPSILON)
+    rate = learning_rate * tf.math.rsqrt(accumulator)
     return rows - rate[:, tf.newaxis] * gradient, (accumulator,)
 
 
 def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
     """n' = n + g^2, z' = z + g - (sqrt(n') - sqrt(n)) / learning_rate * rows,
-    (clip(z', -l1, l1) - z') / (sqrt(n') / learning_rate + 2 l2); n starts at .1, z where it gives the initial rows.
+    (clip(z', -l1, l1) - z') / (sqrt(n') / learning_rate + 2 l2); n starts at ``initial_accumulator``, z where it
+    gives the initial rows.
 
     Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", algorithm 1, there with rows that
     start at 0, n that starts at 0, a constant beta beside sqrt(n'), and l2 for 2 l2.
@@ -240,22 +266,23 @@ def ftrl_slots(rows, slots, learning_rate, *, l1: float, l2: float):
 
 def table_rule(config: TableOptimizerConfig) -> TableRule | None:
     """The rule of a config; None for ``adam``, which is that of the dense part."""
+    if config.kind == "adam":
+        return None
     if config.kind == "lazy_adam":
         return TableRule({"m": 0.0, "v": 0.0}, lazy_adam)
+    slots = {"accumulator": config.resolved_initial_accumulator}
     if config.kind == "adagrad":
-        return TableRule({"accumulator": _INITIAL_ACCUMULATOR}, adagrad)
+        return TableRule(slots, adagrad)
     if config.kind == "rowwise_adagrad":
-        return TableRule({"accumulator": _INITIAL_ACCUMULATOR}, rowwise_adagrad, is_rowwise=True)
-    if config.kind == "ftrl":
+        return TableRule(slots, rowwise_adagrad, is_rowwise=True)
 
-        def update(*arguments):
-            return ftrl(*arguments, l1=config.l1, l2=config.l2)
+    def update(*arguments):
+        return ftrl(*arguments, l1=config.l1, l2=config.l2)
 
-        def slots_of(*arguments):
-            return ftrl_slots(*arguments, l1=config.l1, l2=config.l2)
+    def slots_of(*arguments):
+        return ftrl_slots(*arguments, l1=config.l1, l2=config.l2)
 
-        return TableRule({"accumulator": _INITIAL_ACCUMULATOR, "linear": 0.0}, update, slots_of=slots_of)
-    return None
+    return TableRule({**slots, "linear": 0.0}, update, slots_of=slots_of)
 
 
 def embedding_tables(model: tf.keras.Model) -> list[tf.Variable]:
@@ -384,7 +411,7 @@ def build_optimizer(
 
     Args:
       config: rules, schedule and clipping.
-      learning_rate: of the dense part, and of tables that have none of their own.
+      learning_rate: of the dense part, and of tables as ``TableOptimizerConfig`` says.
       model: a backbone with all its variables.
     """
     schedule = WarmupSchedule(learning_rate, config)
@@ -393,7 +420,7 @@ def build_optimizer(
         embedding_tables(model),
         table_rule(config.embeddings),
         learning_rate=rate,
-        table_learning_rate_ratio=(config.embeddings.learning_rate or learning_rate) / learning_rate,
+        table_learning_rate_ratio=config.embeddings.resolved_learning_rate(learning_rate) / learning_rate,
         weight_decay=config.dense.resolved_weight_decay,
         global_clip_norm=config.global_clip_norm,
     )

@@ -28,8 +28,9 @@ _ROWS, _DIM = 5, 3
 _KINDS = ("lazy_adam", "adagrad", "rowwise_adagrad", "ftrl")
 
 
-def optimizer_of(table, kind, *, others=(), **arguments):
-    rule = table_rule(TableOptimizerConfig(kind=kind, **({"l1": 1.0, "l2": 0.1} if kind == "ftrl" else {})))
+def optimizer_of(table, kind, *, others=(), initial_accumulator=None, **arguments):
+    config = {"kind": kind, "initial_accumulator": initial_accumulator}
+    rule = table_rule(TableOptimizerConfig(**config, **({"l1": 1.0, "l2": 0.1} if kind == "ftrl" else {})))
     optimizer = RowSparseOptimizer([table], rule, **{"learning_rate": _RATE, **arguments})
     optimizer.build([table, *others])
     return optimizer
@@ -48,8 +49,10 @@ def slices(gradient, rows):
 
 _TWINS = {
     "lazy_adam": lambda: tf.keras.optimizers.Adam(_RATE),
-    "adagrad": lambda: tf.keras.optimizers.Adagrad(_RATE),
-    "ftrl": lambda: tf.keras.optimizers.Ftrl(_RATE, l1_regularization_strength=1.0, l2_regularization_strength=0.1),
+    "adagrad": lambda: tf.keras.optimizers.Adagrad(_RATE, initial_accumulator_value=1e-8, epsilon=0.0),
+    "ftrl": lambda: tf.keras.optimizers.Ftrl(
+        _RATE, initial_accumulator_value=1e-8, l1_regularization_strength=1.0, l2_regularization_strength=0.1
+    ),
 }
 
 
@@ -72,7 +75,7 @@ def test_a_rule_equals_its_dense_twin_of_keras_when_every_row_is_touched(kind, i
 def test_ftrl_begins_at_the_initial_rows():
     start = np.random.default_rng(1).normal(size=[_ROWS, _DIM]).astype(np.float32)
     table = tf.Variable(start)
-    optimizer = optimizer_of(table, "ftrl")
+    optimizer = optimizer_of(table, "ftrl", initial_accumulator=0.1)
     optimizer.apply_gradients([(slices(np.zeros([2, _DIM], np.float32), [1, 3]), table)])
     np.testing.assert_allclose(table, start, rtol=1e-5)
     optimizer.apply_gradients([(slices(np.full([1, _DIM], 1e-3, np.float32), [1]), table)])
@@ -82,12 +85,12 @@ def test_ftrl_begins_at_the_initial_rows():
 
 def test_rowwise_adagrad_keeps_the_mean_square_of_each_row():
     table = tf.Variable(np.ones([_ROWS, _DIM], np.float32))
-    optimizer = optimizer_of(table, "rowwise_adagrad")
-    expected, accumulator = np.ones([_ROWS, _DIM]), np.full(_ROWS, 0.1)
+    optimizer = optimizer_of(table, "rowwise_adagrad", initial_accumulator=0.02)
+    expected, accumulator = np.ones([_ROWS, _DIM]), np.full(_ROWS, 0.02)
     for gradient in gradients(5):
         optimizer.apply_gradients([(slices(gradient, range(_ROWS)), table)])
         accumulator += (gradient.astype(np.float64) ** 2).mean(axis=1)
-        expected -= _RATE * gradient / np.sqrt(accumulator + 1e-7)[:, None]
+        expected -= _RATE * gradient / np.sqrt(accumulator)[:, None]
     np.testing.assert_allclose(table, expected, rtol=2e-6)
     assert [slot.shape for slot in optimizer.variables if "accumulator" in slot.name] == [[_ROWS]]
 
@@ -143,10 +146,10 @@ def test_lazy_adam_corrects_for_the_steps_of_the_run_not_of_the_row():
 def test_the_norm_for_clipping_is_over_summed_rows_and_dense_gradients_together():
     # Row 1 gets 3 twice: 6. With 8 of the dense variable the norm is 10, clipped to 5: all halved.
     table, dense = tf.Variable(tf.zeros([_ROWS, 1])), tf.Variable(tf.zeros([1]))
-    optimizer = optimizer_of(table, "adagrad", others=[dense], global_clip_norm=5.0)
+    optimizer = optimizer_of(table, "adagrad", others=[dense], initial_accumulator=0.25, global_clip_norm=5.0)
     gradient = tf.IndexedSlices(tf.constant([[3.0], [3.0]]), tf.constant([1, 1], tf.int64))
     optimizer.apply_gradients([(gradient, table), (tf.constant([8.0]), dense)])
-    assert table.numpy()[1, 0] == pytest.approx(-_RATE * 3 / math.sqrt(9.1), rel=1e-5)
+    assert table.numpy()[1, 0] == pytest.approx(-_RATE * 3 / math.sqrt(9.0 + 0.25), rel=1e-5)
     v_and_m = sorted(slot.numpy()[0] for slot in optimizer.variables if slot.shape == [1])
     assert v_and_m == pytest.approx([0.001 * 4**2, 0.1 * 4], rel=1e-5)
 
@@ -194,7 +197,8 @@ def test_a_schedule_rises_and_falls_as_it_says(schedule, expected):
 
 
 def test_the_schedule_holds_for_tables_and_for_the_rest(feed_dataset, tiny):
-    config = tiny("method=bce", "backbone=dnn", "optimizer.lr_warmup_steps=1000", "learning_rate=0.001")
+    kind = "optimizer.embeddings.kind=lazy_adam"
+    config = tiny("method=bce", "backbone=dnn", "optimizer.lr_warmup_steps=1000", "learning_rate=0.001", kind)
     model = build_model(config, feed_dataset.inputs)
     before = [variable.numpy() for variable in model.backbone.trainable_variables]
     gradient = [tf.ones_like(variable) for variable in model.backbone.trainable_variables]
@@ -266,15 +270,28 @@ def test_the_settings_of_a_run_reach_its_optimizer(feed_dataset, tiny):
         (table, kernel), (new_table, new_kernel) = _after_a_step(feed_dataset, tiny, *settings)
         return np.abs(new_table - table).max(), np.abs(new_kernel - kernel).max()
 
-    plain = moved()
+    plain = moved("optimizer.embeddings.kind=lazy_adam")
     # Adam's first step is the learning rate itself, wherever there is a gradient.
     np.testing.assert_allclose(plain, [0.01, 0.01], rtol=1e-2)
-    faster = moved("optimizer.embeddings.learning_rate=0.03")
+    faster = moved("optimizer.embeddings={kind: lazy_adam, learning_rate: 0.03}")
     np.testing.assert_allclose(faster, [0.03, 0.01], rtol=1e-2)
     # Gradients next to Adam's epsilon: steps are shorter.
-    assert max(moved("optimizer.global_clip_norm=1e-7")) < 0.009
-    clipped = moved("optimizer.embeddings.kind=adagrad", "optimizer.global_clip_norm=1e-3")
-    assert clipped[0] <= 0.01 * 1e-3 / np.sqrt(0.1)
+    assert max(moved("optimizer.embeddings.kind=lazy_adam", "optimizer.global_clip_norm=1e-7")) < 0.009
+    slow = "optimizer.embeddings={kind: adagrad, initial_accumulator: 0.1}"
+    assert moved(slow, "optimizer.global_clip_norm=1e-3")[0] <= 0.01 * 1e-3 / np.sqrt(0.1)
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "rowwise_adagrad"])
+def test_rules_that_sum_squares_have_a_learning_rate_of_their_own(feed_dataset, tiny, kind):
+    def moved(*settings):
+        settings = ("learning_rate=0.001", f"optimizer.embeddings.kind={kind}", *settings)
+        (table, _), (new_table, _) = _after_a_step(feed_dataset, tiny, *settings)
+        return np.abs(new_table - table).max()
+
+    # By hand: Adagrad's first step is .01 where gradients are far above sqrt(1e-8). The row-wise one's is up to sqrt(d)
+    # times that, where one number of d has all the gradient.
+    assert 0.009 < moved() < 0.0101 * (1 if kind == "adagrad" else 2)
+    assert moved("optimizer.embeddings.learning_rate=0.03") == pytest.approx(3 * moved(), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["lazy_adam", "adam"])
@@ -291,6 +308,10 @@ def test_weight_decay_of_a_run_is_of_its_dense_layers_alone(feed_dataset, tiny, 
     ("setting", "message"),
     [
         ("optimizer.embeddings={kind: adagrad, l1: 0.1}", r"l1 and l2 are for kind ftrl\. Received: kind=adagrad"),
+        (
+            "optimizer.embeddings={kind: lazy_adam, initial_accumulator: 0.1}",
+            r"initial_accumulator is for kinds adagrad, .* Received: kind=lazy_adam",
+        ),
         ("optimizer.dense.weight_decay=0.1", r"weight_decay is for kind adamw\. Received: kind=adam"),
         (
             "optimizer.embeddings={kind: adam, learning_rate: 0.1}",
