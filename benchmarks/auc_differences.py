@@ -12,14 +12,16 @@ from clsd_tf.training import train
 
 # Setting -> what it adds to the shared ones.
 SETTINGS = {
+    "Adagrad": ("precision=float32", "optimizer.embeddings.kind=adagrad"),
+    "Adagrad, bfloat16": ("precision=bfloat16", "optimizer.embeddings.kind=adagrad"),
     "row-wise Adagrad": ("precision=float32", "optimizer.embeddings.kind=rowwise_adagrad"),
-    "row-wise Adagrad, bfloat16": ("precision=bfloat16", "optimizer.embeddings.kind=rowwise_adagrad"),
     "lazy Adam": ("precision=float32", "optimizer.embeddings.kind=lazy_adam"),
     "dense Adam": ("precision=float32", "optimizer.embeddings.kind=adam"),
 }
 # (treatment, baseline)
 COMPARISONS = (
-    ("row-wise Adagrad, bfloat16", "row-wise Adagrad"),
+    ("Adagrad, bfloat16", "Adagrad"),
+    ("Adagrad", "dense Adam"),
     ("row-wise Adagrad", "dense Adam"),
     ("lazy Adam", "dense Adam"),
 )

@@ -73,8 +73,9 @@ def _ours(name: str, precision: Precision, updates: Updates, *settings: str) -> 
 
 HEADLINE = _ours("ours, bfloat16, lazy Adam", "bfloat16", "lazy_adam")
 FLOAT32 = _ours("ours, float32, lazy Adam", "float32", "lazy_adam")
-ADAGRAD = _ours("ours, bfloat16, row-wise Adagrad", "bfloat16", "rowwise_adagrad")
-OURS = (FLOAT32, HEADLINE, _ours("ours, float32, row-wise Adagrad", "float32", "rowwise_adagrad"), ADAGRAD)
+ADAGRAD = _ours("ours, bfloat16, Adagrad", "bfloat16", "adagrad")
+ROWWISE = _ours("ours, bfloat16, row-wise Adagrad", "bfloat16", "rowwise_adagrad")
+OURS = (FLOAT32, HEADLINE, ADAGRAD, ROWWISE)
 FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "max_cache_bytes=0")
 BESIDE_MANY = (HEADLINE, FLOAT32)  # Train with few ids once more, in turn with those of many ids.
 PEERS = {
@@ -283,7 +284,7 @@ def training_targets(of_few: Sequence[Result], of_many: Sequence[Result], few: i
     for ours in BESIDE_MANY:
         name = f"{ours.name}: step time with {many:,} ids over that with {few:,}"
         targets.append(Target(name, _ratio(_found(beside, ours), _found(large, ours)), 1.25, True))
-    for ours in (HEADLINE, ADAGRAD):
+    for ours in (HEADLINE, ADAGRAD, ROWWISE):
         result = _found(large, ours)
         name = f"{ours.name}: memory over the tables' bytes, {many:,} ids"
         targets.append(Target(name, result and result.memory_share, 3.0, True))

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 Precision = Literal["float32", "bfloat16"]
-Updates = Literal["lazy_adam", "rowwise_adagrad", "dense_adam"]
+Updates = Literal["lazy_adam", "adagrad", "rowwise_adagrad", "dense_adam"]
 
 _REPEATS = 9
 _OPERANDS = 4
@@ -67,8 +67,9 @@ def row_work(updates: Updates, ids: np.ndarray, embedding_dim: int, num_rows: in
     """(gathered bytes, copied bytes) of a step's traffic with tables of float32 rows, first-order weight included.
 
     All ids are read once in the forward pass. Then lazy Adam reads and writes the distinct rows and their two moments,
-    row-wise Adagrad the distinct rows and a number for each. Dense Adam fills a gradient as large as the tables, reads
-    it, the tables and both moments, and writes three of them: 8 times the tables, which is what copying 4 times moves.
+    Adagrad the distinct rows and as many sums, row-wise Adagrad the distinct rows and a number for each. Dense Adam
+    fills a gradient as large as the tables, reads it, the tables and both moments, and writes three of them: 8 times
+    the tables, which is what copying 4 times moves.
 
     Args:
       updates: the optimizer.
@@ -81,6 +82,8 @@ def row_work(updates: Updates, ids: np.ndarray, embedding_dim: int, num_rows: in
     lookup = ids.size * row_bytes
     if updates == "lazy_adam":
         return lookup + 6 * distinct * row_bytes, 0
+    if updates == "adagrad":
+        return lookup + 4 * distinct * row_bytes, 0
     if updates == "rowwise_adagrad":
         return lookup + 2 * distinct * (row_bytes + 4), 0
     return lookup, 4 * num_rows * row_bytes

@@ -24,7 +24,7 @@ _ADAMW_DECAY = 0.01
 # Of rules that divide by the root of summed squares. Keras starts them at .1, which suits losses that are sums: the
 # gradient of a row in a mean over a batch is some .0001, and rows would hardly move.
 _INITIAL_ACCUMULATOR = 1e-8
-_SUMMING_RATE = 0.01
+_SUMMING_RATE = 0.02
 _Positive = Annotated[float, pydantic.Field(gt=0)]
 _NotNegative = Annotated[float, pydantic.Field(ge=0)]
 
@@ -33,17 +33,17 @@ class TableOptimizerConfig(StrictModel):
     """How embedding tables learn.
 
     Attributes:
-      kind: the rule, see the functions of this module: ``rowwise_adagrad`` (one number per row), ``adagrad``,
+      kind: the rule, see the functions of this module: ``adagrad``, ``rowwise_adagrad`` (one number per row),
         ``lazy_adam``, ``ftrl`` (with schedule constant); or ``adam``, the one that moves every row in every step, to
         compare with.
-      learning_rate: null takes that of the run for ``lazy_adam``, and .01 for rules that sum squares: their steps
+      learning_rate: null takes that of the run for ``lazy_adam``, and .02 for rules that sum squares: their steps
         become shorter by themselves.
       initial_accumulator: of rules that sum squares, where the sums start; by default 1e-8.
       l1: of ``ftrl``: rows whose gradients stay small become exactly 0.
       l2: of ``ftrl``.
     """
 
-    kind: TableRuleName = "rowwise_adagrad"
+    kind: TableRuleName = "adagrad"
     learning_rate: _Positive | None = None
     initial_accumulator: _Positive | None = None
     l1: _NotNegative = 0.0

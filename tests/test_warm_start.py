@@ -238,7 +238,7 @@ def test_without_a_checkpoint_a_run_needs_the_earlier_one_again(shop_days, first
         ("embedding_dim=5", "embedding_dim. Received: 5. Allowed: 4"),
         ("hidden_units=[9]", r"hidden_units. Received: \[9\]. Allowed: \[8\]"),
         ("unified_buckets=50", "unified_buckets. Received: 50. Allowed: None"),
-        ("optimizer.embeddings.kind=adagrad", "kind. Received: 'adagrad'. Allowed: 'rowwise_adagrad'"),
+        ("optimizer.embeddings.kind=ftrl", "kind. Received: 'ftrl'. Allowed: 'adagrad'"),
         ("method=bce", "method. Received: 'bce'. Allowed: 'clsd'"),
         ("clsd.mu=0", "clsd.mu > 0. Received: False. Allowed: True"),
         ("clsd.ad_gate.features=[age_group]", r"clsd.ad_gate.features. Received: \['age_group'\]"),
