@@ -135,7 +135,8 @@ def test_two_replicas_wait_for_their_batch_once(steps_per_execution):
     command = [sys.executable, "-c", _TWO_REPLICAS, str(here), steps_per_execution]
     done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert STEPS * 0.1 <= float(done.stdout.split()[-1]) < 2 * STEPS * 0.1
+    # A slow step hides some of the next one's wait; counted by each replica it would be twice as long.
+    assert 0.5 < float(done.stdout.split()[-1]) / (STEPS * 0.1) < 1.5
 
 
 def test_the_wait_is_no_part_of_a_checkpoint():
