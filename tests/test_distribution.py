@@ -1,5 +1,6 @@
 """Clusters: what TF_CONFIG may say, which rows go where, and real processes that train together."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -217,13 +218,20 @@ def test_a_run_with_a_parameter_server_ends_with_all_its_tasks(feed_dataset, tin
     assert [entry["epoch"] for entry in read_json(work_dir.history)] == [0]
 
 
+@contextlib.contextmanager
+def on_parameter_servers(clsd_run, feed_dataset, directory, max_epochs):
+    """(work directory, tasks) of a run of two workers whose first epoch has ended."""
+    work_dir = WorkDir(directory / "run")
+    settings = clsd_run.config.model_copy(update={"max_epochs": max_epochs, "patience_epochs": None})
+    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
+    with started(command, directory, ps=1, worker=2, chief=1) as tasks:
+        wait_until(work_dir.history.exists, tasks.values())
+        yield work_dir, tasks
+
+
 @pytest.mark.long
 def test_a_parameter_server_survives_a_killed_worker_and_its_tasks_end_with_the_run(clsd_run, feed_dataset, tmp_path):
-    work_dir = WorkDir(tmp_path / "run")
-    settings = clsd_run.config.model_copy(update={"max_epochs": 20, "patience_epochs": None})
-    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
-    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
-        wait_until(work_dir.history.exists, tasks.values())
+    with on_parameter_servers(clsd_run, feed_dataset, tmp_path, max_epochs=20) as (work_dir, tasks):
         tasks["worker", 1].process.kill()
         assert not work_dir.is_complete
         assert tasks["chief", 0].status(180) == 0, tasks["chief", 0].text
@@ -238,11 +246,7 @@ def test_a_parameter_server_survives_a_killed_worker_and_its_tasks_end_with_the_
 
 @pytest.mark.long
 def test_a_killed_parameter_server_ends_the_chief_with_what_to_do(clsd_run, feed_dataset, tmp_path):
-    work_dir = WorkDir(tmp_path / "run")
-    settings = clsd_run.config.model_copy(update={"max_epochs": 50, "patience_epochs": None})
-    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
-    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
-        wait_until(work_dir.history.exists, tasks.values())
+    with on_parameter_servers(clsd_run, feed_dataset, tmp_path, max_epochs=50) as (_, tasks):
         tasks["ps", 0].process.kill()
         chief = tasks["chief", 0]
         assert chief.status(120) == 1, chief.text
@@ -251,11 +255,7 @@ def test_a_killed_parameter_server_ends_the_chief_with_what_to_do(clsd_run, feed
 
 @pytest.mark.long
 def test_sigterm_to_the_chief_of_parameter_servers_saves_at_the_end_of_its_epoch(clsd_run, feed_dataset, tmp_path):
-    work_dir = WorkDir(tmp_path / "run")
-    settings = clsd_run.config.model_copy(update={"max_epochs": 50, "patience_epochs": None})
-    command = arguments(feed_dataset, work_dir, settings, "parameter_server")
-    with started(command, tmp_path, ps=1, worker=2, chief=1) as tasks:
-        wait_until(work_dir.history.exists, tasks.values())
+    with on_parameter_servers(clsd_run, feed_dataset, tmp_path, max_epochs=50) as (work_dir, tasks):
         chief = tasks["chief", 0]
         chief.process.terminate()
         assert chief.status(120) == EXIT_CODE, chief.text
