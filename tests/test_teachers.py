@@ -29,7 +29,8 @@ NUM_FOLDS = 2
 @pytest.fixture(scope="module")
 def quick(tiny):
     """Assignments -> a config whose teacher is logistic regression in one epoch."""
-    sizes = ["backbone=lr", "max_epochs=1", "learning_rate=0.05", f"clsd.num_folds={NUM_FOLDS}"]
+    rates = ["learning_rate=0.05", "optimizer.embeddings.learning_rate=0.1"]
+    sizes = ["backbone=lr", "max_epochs=1", *rates, f"clsd.num_folds={NUM_FOLDS}"]
     return lambda *assignments: tiny(*sizes, *assignments)
 
 
@@ -334,7 +335,7 @@ def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
 def test_scores_of_later_days_predict_their_labels(of_days, days, rows):
     np.testing.assert_array_equal(of_days.row_ids, rows["row_id"])
     late = days >= 4
-    assert metrics.auc(rows["label"][late], of_days.values[late]) > 0.52
+    assert metrics.auc(rows["label"][late], of_days.values[late]) > 0.54
 
 
 def test_the_first_day_has_no_score_and_every_later_row_has_one(of_days, days):
