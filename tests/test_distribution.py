@@ -28,6 +28,7 @@ from clsd_tf.distribution import (
 )
 from clsd_tf.fit import fit
 from clsd_tf.interruption import EXIT_CODE
+from clsd_tf.training import train
 
 # TF_CONFIG.
 
@@ -160,6 +161,19 @@ def test_two_workers_train_as_one_process_does_and_the_chief_writes_once(clsd_ru
     assert len(list(work_dir.tensorboard.iterdir())) == 1
     assert "epoch 1: loss" in tasks["worker", 0].text
     assert "epoch 1: loss" not in tasks["worker", 1].text
+
+
+@pytest.mark.long
+def test_two_workers_go_on_from_an_earlier_run_as_one_process_does(clsd_run, feed_dataset, tmp_path, deterministic):
+    one, two = WorkDir(tmp_path / "one"), WorkDir(tmp_path / "two")
+    history = train(feed_dataset, clsd_run.config, one, title=None, init_from=clsd_run.work_dir)
+    command = arguments(feed_dataset, two, clsd_run.config, "multi_worker")
+    with started([*command, f"--init_from={clsd_run.work_dir.path}"], tmp_path, worker=2) as tasks:
+        for task in tasks.values():
+            assert task.status(120) == 0, task.text
+    expected = types.SimpleNamespace(work_dir=one, history=history)
+    assert_same_run(two, expected, feed_dataset)
+    assert read_json(two.lineage) == read_json(one.lineage)
 
 
 def with_checkpoints(train_config):
