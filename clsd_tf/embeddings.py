@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
@@ -112,34 +112,34 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         super().build(input_shape)
 
     def _add_vectors(self, name: str, count: int, *, penalised: bool) -> tf.Variable:
-        in_blocks = count > _BLOCK_ROWS and not tf.distribute.has_strategy()
+        # Replicas cannot scatter into a variable that they share: there, blocks are put together first.
+        fill = count > _BLOCK_ROWS and not tf.distribute.has_strategy()
         # In half precision, a variable that casts itself is copied whole before each lookup.
         vectors = self.add_weight(
             name=name,
             shape=[count, self._embedding_dim],
-            initializer="zeros" if in_blocks else self._new_initializer(),
+            initializer="zeros" if fill else lambda shape, dtype=None: tf.concat([*self._drawn(shape, dtype)], axis=0),
             regularizer=tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None,
             experimental_autocast=False,
         )
-        if in_blocks:
-            self._initialise_in_blocks(vectors)
+        if fill:
+            with tf.init_scope():
+                start = 0
+                for block in self._drawn(vectors.shape, vectors.dtype):
+                    vectors.scatter_update(tf.IndexedSlices(block, tf.range(start, start + len(block))))
+                    start += len(block)
         return vectors
 
-    def _new_initializer(self) -> tf.keras.initializers.Initializer:
-        """One for each use: a second use would repeat the values."""
-        scale = self._init_scale
-        if self._initializer == "normal":
-            return tf.keras.initializers.RandomNormal(stddev=scale)
-        return tf.keras.initializers.RandomUniform(-scale, scale)
-
-    def _initialise_in_blocks(self, vectors: tf.Variable) -> None:
-        """Drawing all rows at once takes three times their memory, which TensorFlow then keeps."""
-        count, dim = vectors.shape
-        with tf.init_scope():
-            for start in range(0, count, _BLOCK_ROWS):
-                rows = tf.range(start, min(start + _BLOCK_ROWS, count))
-                block = self._new_initializer()([rows.shape[0], dim], vectors.dtype)
-                vectors.scatter_update(tf.IndexedSlices(block, rows))
+    def _drawn(self, shape: Sequence[int], dtype: tf.DType) -> Iterator[tf.Tensor]:
+        """Initial values in blocks of rows: all at once they take three times their memory, which TensorFlow keeps."""
+        count, dim = shape
+        for start in range(0, count, _BLOCK_ROWS):
+            scale = self._init_scale
+            if self._initializer == "normal":  # One for each block: used again, it would repeat itself.
+                initializer = tf.keras.initializers.RandomNormal(stddev=scale)
+            else:
+                initializer = tf.keras.initializers.RandomUniform(-scale, scale)
+            yield initializer([min(_BLOCK_ROWS, count - start), dim], dtype)
 
     @property
     def tables(self) -> tf.Variable:

@@ -1,5 +1,6 @@
 """Field embeddings: which rows they look up, and what padding and histories become."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -194,12 +195,13 @@ def test_every_row_of_a_large_table_gets_an_initial_value_of_its_own():
         INPUTS, categorical=(dataclasses.replace(INPUTS.categorical[0], vocabulary_size=150_000),), numeric=()
     )
     tables = []
-    for _ in range(2):
+    for scope in (contextlib.nullcontext, tf.distribute.OneDeviceStrategy("/cpu:0").scope):
         tf.keras.utils.set_random_seed(1)
-        layer = FieldEmbeddings(inputs, 4, init_scale=0.3)
-        layer({"item": tf.constant([0], tf.int64)})
+        with scope():
+            layer = FieldEmbeddings(inputs, 4, init_scale=0.3)
+            layer({"item": tf.constant([0], tf.int64)})
         tables.append(layer.tables.numpy())
-    np.testing.assert_array_equal(*tables)  # The seed decides all of it.
+    np.testing.assert_array_equal(*tables)  # The seed decides all of it, with a strategy and without.
     assert len(np.unique(tables[0], axis=0)) == 150_000
     parts = np.array_split(tables[0], 100)
     np.testing.assert_allclose([part.std() for part in parts], 0.3, rtol=0.1)
