@@ -20,7 +20,6 @@ times the rows, too: time per row should not grow, and memory should not either.
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from collections.abc import Callable
 from absl import flags
 
 from benchmarks import peer_environments, process_tree, wide_log
+from benchmarks.directories import work_directory
 from clsd_tf import console
 
 _ROWS = flags.DEFINE_integer("rows", 1_000_000, "Rows of the log.", 1000)
@@ -143,16 +143,8 @@ def _run(work_dir: pathlib.Path) -> None:
 
 
 def main(argv) -> None:
-    if _WORK_DIR.value:
-        work_dir = pathlib.Path(_WORK_DIR.value).absolute()
-        work_dir.mkdir(parents=True, exist_ok=True)
+    with work_directory(_WORK_DIR.value) as work_dir:
         _run(work_dir)
-        return
-    work_dir = pathlib.Path(tempfile.mkdtemp(prefix="build-dataset-benchmark-"))
-    try:
-        _run(work_dir)
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,6 @@ one that holds 0 may be chance. The last column says of the mean, and of the who
 most .0005, which is accepted. Finished runs below --work_dir are not trained again.
 """
 
-import contextlib
-import pathlib
-import tempfile
-from collections.abc import Iterator
-
 from absl import flags
 
 # isort: off
@@ -22,6 +17,7 @@ from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by bei
 
 # isort: on
 from benchmarks.auc_differences import COMPARISONS, SETTINGS, auc_of_run, difference_row
+from benchmarks.directories import work_directory
 from clsd_tf.artifacts import DatasetDir, WorkDir
 from clsd_tf.assembly import make_deterministic
 from clsd_tf.significance import paired_difference
@@ -37,7 +33,7 @@ def main(argv) -> None:
     make_deterministic()
     dataset = DatasetDir(_DATASET_DIR.value)
     found: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    with _work_directory() as directory:
+    with work_directory(_WORK_DIR.value) as directory:
         for seed in range(1, _SEEDS.value + 1):
             for name, settings in SETTINGS.items():
                 work_dir = WorkDir(directory / name.replace(", ", "_").replace(" ", "_") / f"seed_{seed}")
@@ -49,15 +45,6 @@ def main(argv) -> None:
         difference = paired_difference(found[treatment], found[baseline])
         rows.append(difference_row(treatment, baseline, difference, sum(found[baseline]) / len(found[baseline])))
     console.print_table("AUC on the test split", _COLUMNS, rows)
-
-
-@contextlib.contextmanager
-def _work_directory() -> Iterator[pathlib.Path]:
-    if _WORK_DIR.value:
-        yield pathlib.Path(_WORK_DIR.value)
-        return
-    with tempfile.TemporaryDirectory(prefix="precision-benchmark-") as path:
-        yield pathlib.Path(path)
 
 
 if __name__ == "__main__":

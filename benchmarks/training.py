@@ -27,11 +27,8 @@ that index should offer CPU builds of torch, or gigabytes of GPU libraries come 
 once: some 10 GB with 200,000 ids. Linux only. Give the machine nothing else to do.
 """
 
-import contextlib
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -58,6 +55,7 @@ from benchmarks.contest import (
     setting,
     training_targets,
 )
+from benchmarks.directories import work_directory
 from benchmarks.floors import THREADS, measure_rates
 from benchmarks.generated_dataset import generated_dataset
 from benchmarks.rounds import keep_to_cores
@@ -110,22 +108,8 @@ def main(argv) -> None:
     if unknown:
         raise ValueError(f"unknown peers. Received: {', '.join(unknown)}. Allowed: {', '.join(PEERS)}")
     keep_to_cores(THREADS)
-    with _work_directory() as work_dir:
+    with work_directory(_WORK_DIR.value) as work_dir:
         _run(work_dir, QUICK if _QUICK.value else FULL)
-
-
-@contextlib.contextmanager
-def _work_directory() -> Iterator[pathlib.Path]:
-    if _WORK_DIR.value:
-        path = pathlib.Path(_WORK_DIR.value).absolute()
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    path = pathlib.Path(tempfile.mkdtemp(prefix="training-benchmark-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         super().build(input_shape)
 
     def _add_vectors(self, name: str, count: int, *, penalised: bool) -> tf.Variable:
-        # Replicas cannot scatter into a variable that they share: there, blocks are put together first.
+        # Under a strategy, all replicas get what one initializer gave, and only that: there it gives all rows at once.
         fill = count > _BLOCK_ROWS and not tf.distribute.has_strategy()
         # In half precision, a variable that casts itself is copied whole before each lookup.
         vectors = self.add_weight(

@@ -13,7 +13,7 @@ from clsd_tf.calibration import CalibrationConfig
 from clsd_tf.clsd.config import ONLINE_TEACHERS, ClsdConfig
 from clsd_tf.embeddings import Initializer, L2Rows
 from clsd_tf.input_pipeline import MAX_CACHE_BYTES
-from clsd_tf.optimizers import OptimizerConfig
+from clsd_tf.optimizer_config import OptimizerConfig
 from clsd_tf.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
 
 _WITHOUT_INFLUENCE = (

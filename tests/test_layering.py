@@ -11,7 +11,7 @@ PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 # Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
 LEVELS = [
     {"model_inputs", "validation", "interruption"},
-    {"expectations"},
+    {"expectations", "optimizer_config"},
     {"tables"},
     {"feature_types"},
     {"features"},
@@ -21,7 +21,7 @@ LEVELS = [
     {"data_statistics"},
     {"data_checks"},
     {"data_report"},
-    {"replicas"},
+    {"replicas", "table_rules"},
     {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
     {"backbones", "optimizers", "distribution"},
     {"clsd"},

@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 from clsd_tf.assembly import build_model
 from clsd_tf.input_pipeline import batches
 from clsd_tf.model_inputs import CategoricalInput, ModelInputs
-from clsd_tf.optimizers import (
-    OptimizerConfig,
-    RowSparseOptimizer,
-    TableOptimizerConfig,
-    WarmupSchedule,
-    build_optimizer,
-    embedding_tables,
-    table_rule,
-)
+from clsd_tf.optimizer_config import OptimizerConfig, TableOptimizerConfig
+from clsd_tf.optimizers import RowSparseOptimizer, WarmupSchedule, build_optimizer, embedding_tables
+from clsd_tf.table_rules import table_rule
 from clsd_tf.train_config import load_config
 from clsd_tf.validation import SpecError
 

@@ -25,7 +25,8 @@ from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
 from clsd_tf.distribution import create_strategy, distributed, scope
 from clsd_tf.interruption import Sigterm, TrainingInterruptedError
 from clsd_tf.model_inputs import GroupInput, ModelInputs
-from clsd_tf.optimizers import OptimizerConfig, build_optimizer
+from clsd_tf.optimizer_config import OptimizerConfig
+from clsd_tf.optimizers import build_optimizer
 from clsd_tf.train_config import load_config
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
