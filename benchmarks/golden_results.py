@@ -4,6 +4,7 @@ bits.
 Example:
   python -m benchmarks.golden_results --work_dir=golden --record=golden.json
   python -m benchmarks.golden_results --work_dir=golden_after_the_change --compare=golden.json
+  python -m benchmarks.golden_results --work_dir=golden --compare=benchmarks/golden_movielens.json
 
 Builds a dataset, trains (BCE, CLSD with two kinds of teacher, and a run that is killed and started again), evaluates,
 runs a study, exports and asks the servable, each by its command, and reads the files that they leave. --size=small does
