@@ -2,7 +2,7 @@
 
 import pathlib
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 RUNTIME = [
     "absl-py",
@@ -32,6 +32,7 @@ RUNTIME = [
     "urllib3>=2",
     "uvicorn",
 ]
+PACKAGES = ("clsd_tf", "pipelines", "feature_specs", "export", "benchmarks")
 DEVELOPMENT = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setup(
@@ -42,25 +43,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
-    # Listed by name: tests are never installed.
-    packages=[
-        "clsd_tf",
-        "clsd_tf.backbones",
-        "clsd_tf.clsd",
-        "export",
-        "export.contract_rules",
-        "export.server",
-        "feature_specs",
-        "pipelines",
-        "pipelines.sources",
-        "benchmarks",
-    ],
-    package_data={
-        "feature_specs": ["*.yaml"],
-        "clsd_tf": ["*.html"],
-        "export": ["profiles/*.yaml"],
-        "pipelines": ["studies/*.yaml"],
-    },
+    # Tests are never installed.
+    packages=find_packages(include=[f"{name}{below}" for name in PACKAGES for below in ("", ".*")]),
+    package_data={"": ["*.html", "*.yaml"]},
     install_requires=RUNTIME,
     extras_require={"dev": DEVELOPMENT},
 )

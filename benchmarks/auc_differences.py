@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import load_model, predict_logits
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.metrics import auc
-from clsd_tf.significance import PairedDifference
-from clsd_tf.train_config import load_config
-from clsd_tf.training import train
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.metrics.pointwise import auc
+from clsd_tf.metrics.significance import PairedDifference
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model, predict_logits
+from clsd_tf.training.config import load_config
+from clsd_tf.training.run import train
 
 # Setting -> what it adds to the shared ones.
 SETTINGS = {

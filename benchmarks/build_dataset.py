@@ -6,7 +6,7 @@ Example:
 Makes a log (ids of users and items, time, click; the other columns integers, texts and floats with 10 to 100,000
 values), and builds it, each time in a process of its own, by
 
-  ours       pipelines.build with its defaults: read and check, split by time, vocabularies, transform, TFRecords
+  ours       pipelines.beam.dataset with its defaults: read and check, split by time, vocabularies, transform, TFRecords
   beam rows  Apache Beam row by row on its in-process engine: the same split, ids and scaling, tf.train.Example,
              WriteToTFRecord; on --peer_rows rows, since it is slow
   fuxictr    FuxiCTR 2.3.10's build_dataset: vocabularies and scaling over all rows -> one Parquet file, no split
@@ -28,7 +28,7 @@ from absl import flags
 
 from benchmarks import peer_environments, process_tree, wide_log
 from benchmarks.directories import work_directory
-from clsd_tf import console
+from clsd_tf.commands import console
 
 _ROWS = flags.DEFINE_integer("rows", 1_000_000, "Rows of the log.", 1000)
 _COLUMNS = flags.DEFINE_integer("columns", 27, "Columns of the log.", wide_log.MIN_COLUMNS)

@@ -6,9 +6,9 @@ import sys
 import time
 
 from benchmarks.wide_log import SPEC
-from clsd_tf import quiet_start  # noqa: F401 - acts by being imported first.
-from clsd_tf.features import load_spec
-from pipelines.build import BuildConfig, build_dataset
+from clsd_tf.commands import quiet_start  # noqa: F401 - acts by being imported first.
+from clsd_tf.spec.feature_spec import load_spec
+from pipelines.beam.dataset import BuildConfig, build_dataset
 
 if __name__ == "__main__":
     log_dir, output, times = map(pathlib.Path, sys.argv[1:])

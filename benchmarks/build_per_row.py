@@ -16,8 +16,8 @@ import tensorflow as tf
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from benchmarks.wide_log import LOG, SPEC
-from clsd_tf.artifacts import SPLITS
-from clsd_tf.features import FeatureSpec, NumericFeature, load_spec
+from clsd_tf.spec.feature_spec import FeatureSpec, NumericFeature, load_spec
+from clsd_tf.storage.dataset_dir import SPLITS
 
 _PARSERS = {"int64": int, "float": float, "string": str}
 _FIRST_ID = 2  # 0 is missing, 1 is out of vocabulary.

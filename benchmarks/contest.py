@@ -19,9 +19,9 @@ from benchmarks.floors import THREADS, Precision, Rates, Updates, Work, mlp_mult
 from benchmarks.generated_dataset import NUM_CATEGORICAL, generated_dataset
 from benchmarks.input_rates import epoch_end_overhead, pipeline_examples_per_second, records_per_second
 from benchmarks.rounds import CompetitorError, Ready, Round, Task, running, take_turns
-from clsd_tf import console
-from clsd_tf.artifacts import DatasetDir
-from clsd_tf.input_pipeline import read_columns
+from clsd_tf.commands import console
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.storage.dataset_dir import DatasetDir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.artifacts import SPLITS, DatasetDir, DatasetLayout, staged_directory, write_json
-from clsd_tf.examples import encode_examples, record_tensors
-from clsd_tf.features import FeatureSpec, parse_spec
-from clsd_tf.model_inputs import NumericStatistics, RecordLayout, Statistics
+from clsd_tf.data.examples import encode_examples, record_tensors
+from clsd_tf.spec.feature_spec import FeatureSpec, parse_spec
+from clsd_tf.spec.model_inputs import NumericStatistics, RecordLayout, Statistics
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir, DatasetLayout
+from clsd_tf.storage.files import staged_directory, write_json
 
 NUM_CATEGORICAL = 26
 _ROWS_PER_CHUNK = 32_768

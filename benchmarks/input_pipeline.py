@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 # isort: off
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 
 # isort: on
 from benchmarks.generated_dataset import generated_dataset

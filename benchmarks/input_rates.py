@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.artifacts import DatasetDir
-from clsd_tf.assembly import build_model
-from clsd_tf.examples import parsed_bytes_per_row
-from clsd_tf.input_pipeline import training_epochs
-from clsd_tf.train_config import load_config
+from clsd_tf.data.examples import parsed_bytes_per_row
+from clsd_tf.data.input_pipeline import training_epochs
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.config import load_config
 
 
 def pipeline_examples_per_second(

@@ -13,14 +13,15 @@ most .0005, which is accepted. Finished runs below --work_dir are not trained ag
 from absl import flags
 
 # isort: off
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 
 # isort: on
 from benchmarks.auc_differences import COMPARISONS, SETTINGS, auc_of_run, difference_row
 from benchmarks.directories import work_directory
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import make_deterministic
-from clsd_tf.significance import paired_difference
+from clsd_tf.metrics.significance import paired_difference
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import make_deterministic
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train and test on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps the runs; default: a temporary directory.")

@@ -30,20 +30,22 @@ from absl import flags
 from benchmarks.malformed_requests import Target
 from benchmarks.send_malformed import send_malformed
 from benchmarks.serving_load import TOLERANCE, Request, overload, swap
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
-from clsd_tf.assembly import load_model, predict
-from clsd_tf.examples import arrow_to_tensors, encode_raw_rows
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.metrics import auc
-from clsd_tf.request_files import typed_rows
-from clsd_tf.servable import LocalServable
-from export.client_transport import Endpoint, GrpcTransport
-from export.load_generator import percentiles
-from export.ranking import sides_of
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.examples import arrow_to_tensors, encode_raw_rows
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.data.request_files import typed_rows
+from clsd_tf.metrics.pointwise import auc
+from clsd_tf.serving.servable import LocalServable
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model, predict
+from export.clients.load_generator import percentiles
+from export.clients.serving_client import ServingClient
+from export.clients.transport import Endpoint, GrpcTransport
+from export.servable.ranking import sides_of
+from export.servable.warmup import rank_request
 from export.server.servable import LoadedVersion
-from export.serving_client import ServingClient
-from export.warmup import rank_request
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset of the run.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "The run that was exported.", required=True)

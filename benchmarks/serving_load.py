@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from benchmarks.process_tree import resident_mib
-from export.client_transport import Endpoint, ServingError
-from export.load_generator import LoadResult, generate_load
-from export.serving_client import ServingClient
+from export.clients.load_generator import LoadResult, generate_load
+from export.clients.serving_client import ServingClient
+from export.clients.transport import Endpoint, ServingError
 
 TOLERANCE = 1e-5  # Batches of other sizes round otherwise.
 _SECONDS_BETWEEN_PROBES = 0.01

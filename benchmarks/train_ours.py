@@ -10,13 +10,14 @@ import tempfile
 import tensorflow as tf
 
 from benchmarks.rounds import Ready, Task, Worker
-from clsd_tf import quiet_start  # noqa: F401 - as commands do.
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import build_model, make_deterministic
-from clsd_tf.callbacks import Scalars, StopOnNonFiniteLoss
-from clsd_tf.fit import steps_per_epoch
-from clsd_tf.input_pipeline import training_epochs
-from clsd_tf.train_config import TrainConfig, load_config
+from clsd_tf.commands import quiet_start  # noqa: F401 - as commands do.
+from clsd_tf.data.input_pipeline import training_epochs
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import build_model, make_deterministic
+from clsd_tf.training.callbacks import Scalars, StopOnNonFiniteLoss
+from clsd_tf.training.config import TrainConfig, load_config
+from clsd_tf.training.fit import steps_per_epoch
 
 _PROFILED_STEPS = 5
 

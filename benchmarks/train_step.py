@@ -18,11 +18,11 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir
-from clsd_tf.assembly import build_model
-from clsd_tf.input_pipeline import batches
-from clsd_tf.train_config import load_config
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.input_pipeline import batches
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.config import load_config
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory.", required=True)
 _BUILDS = flags.DEFINE_integer("builds", 9, "How often all models are built anew.", 2)

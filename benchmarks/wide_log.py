@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.csv
 import yaml
 
-from clsd_tf.artifacts import staged_directory
-from clsd_tf.features import FeatureSpec, parse_spec
+from clsd_tf.spec.feature_spec import FeatureSpec, parse_spec
+from clsd_tf.storage.files import staged_directory
 
 LOG = "log.csv"
 SPEC = "feature_spec.yaml"

@@ -18,14 +18,14 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import write_json
-from clsd_tf.request_files import read_rows
-from export.client_transport import Endpoint
-from export.comparison import compare
-from export.load_generator import generate_load
-from export.scoring import score_file
-from export.serving_client import ServingClient
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.request_files import read_rows
+from clsd_tf.storage.files import write_json
+from export.clients.comparison import compare
+from export.clients.load_generator import generate_load
+from export.clients.scoring import score_file
+from export.clients.serving_client import ServingClient
+from export.clients.transport import Endpoint
 
 _PORTS = {"grpc": 8500, "rest": 8501}
 _SERVER = flags.DEFINE_string("server", None, "host:port of the server.")

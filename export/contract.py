@@ -16,8 +16,8 @@ import sys
 import rich.markup
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import write_json
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.storage.files import write_json
 from export.contract_rules import check_servable, failures, summary
 
 _JSON = flags.DEFINE_string("json", None, "File for the same as JSON.")

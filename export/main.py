@@ -13,12 +13,13 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from export.profile import load_profile
-from export.retention import prune
-from export.saved_model import export_servable
-from export.versions import ModelVersions
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from export.publishing.retention import prune
+from export.publishing.versions import ModelVersions
+from export.servable.profile import load_profile
+from export.servable.saved_model import export_servable
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

@@ -23,11 +23,11 @@ from collections.abc import Callable
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from export.promotion import Promotion, PromotionError, promote, rollback
-from export.retention import list_versions, prune
-from export.server_status import wait_until_available
-from export.versions import ModelVersions
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from export.publishing.promotion import Promotion, PromotionError, promote, rollback
+from export.publishing.retention import list_versions, prune
+from export.publishing.server_status import wait_until_available
+from export.publishing.versions import ModelVersions
 
 _SERVABLE_DIR = flags.DEFINE_string(
     "servable_dir", None, "Directory that holds one directory per model.", required=True

@@ -13,9 +13,9 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.servable import LocalServable
-from export.scoring import score_file
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.serving.servable import LocalServable
+from export.clients.scoring import score_file
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Version directory, or directory of a model.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "Rows to score: .csv, .jsonl or .parquet.")

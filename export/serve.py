@@ -18,7 +18,7 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
 from export.server.request_log import RequestLog

@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import app, flags
 from tensorflow_serving.apis import prediction_log_pb2
 
-from export.warmup import WARMUP_FILE, rank_request
+from export.servable.warmup import WARMUP_FILE, rank_request
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Directory of one version.", required=True)
 _SAMPLE = flags.DEFINE_string("sample", None, "Parquet file with examples and expected outputs.", required=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from clsd_tf.features import FeatureSpec, load_spec
+from clsd_tf.spec.feature_spec import FeatureSpec, load_spec
 
 _DIRECTORY = pathlib.Path(__file__).parent
 

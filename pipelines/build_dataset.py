@@ -15,11 +15,11 @@ import pathlib
 from absl import flags
 
 import feature_specs
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS
-from clsd_tf.features import FeatureSpec
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.overrides import override_source, override_split_rule
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.storage.dataset_dir import SPLITS
+from feature_specs.overrides import override_source, override_split_rule
+from pipelines.beam.dataset import BuildConfig, build_dataset
 
 _SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a YAML file.", required=True)
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")

@@ -12,12 +12,12 @@ import tempfile
 from absl import flags
 
 import feature_specs
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS, DatasetLayout
-from clsd_tf.data_statistics import DataStatistics, read_data_statistics
-from clsd_tf.features import FeatureSpec
-from pipelines.build import BuildConfig, inspect_data
-from pipelines.overrides import override_source
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.statistics.data_statistics import DataStatistics, read_data_statistics
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetLayout
+from feature_specs.overrides import override_source
+from pipelines.beam.dataset import BuildConfig, inspect_data
 
 _SPEC = flags.DEFINE_string("spec", None, "Name of a feature spec, or path of a YAML file.")
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Directory that the spec's table paths are relative to.")

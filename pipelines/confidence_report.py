@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, write_json, write_text
-from clsd_tf.confidence_report import (
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.evaluation.scores import MODEL, split_scores
+from clsd_tf.methods.clsd.confidence_report import (
     HEADLINES,
     click_noise_floor,
     confidence_forms,
@@ -25,9 +26,10 @@ from clsd_tf.confidence_report import (
     render_confidence_report,
     table_rows,
 )
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.small_groups import merge_small_groups
-from pipelines.scores import MODEL, split_scores
+from clsd_tf.statistics.small_groups import merge_small_groups
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from clsd_tf.storage.files import write_json, write_text
+from clsd_tf.storage.work_dir import WorkDir
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

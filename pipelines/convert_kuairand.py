@@ -20,8 +20,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from absl import flags
 
-from clsd_tf import console
-from clsd_tf.artifacts import staged_directory
+from clsd_tf.commands import console
+from clsd_tf.storage.files import staged_directory
 
 _RELEASE_DIR = flags.DEFINE_string("release_dir", None, "Directory with the CSV files of the release.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory to write; must not exist.", required=True)

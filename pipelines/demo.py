@@ -16,10 +16,11 @@ import time
 import pyarrow.parquet
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, read_json
-from clsd_tf.servable import version_directory
-from clsd_tf.study_tables import CONSOLE_METRICS, compare, overall, summary_table
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.serving.servable import version_directory
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import read_json
+from clsd_tf.study.tables import CONSOLE_METRICS, compare, overall, summary_table
 
 _DEMO_DIR = flags.DEFINE_string("demo_dir", "demo", "Directory for everything the demo writes.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Number of paired seeds.", 1)

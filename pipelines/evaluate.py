@@ -8,11 +8,13 @@ Prints a table; leaves evaluation_<split>.json and report.html in the work direc
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import SPLITS, DatasetDir, WorkDir, read_json, write_json, write_text
-from clsd_tf.assembly import load_model
-from clsd_tf.evaluation import HEADLINES, evaluate, table_rows
-from clsd_tf.report import render_report
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.evaluation.evaluate import HEADLINES, evaluate, table_rows
+from clsd_tf.evaluation.report import render_report
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from clsd_tf.storage.files import read_json, write_json, write_text
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

@@ -12,8 +12,8 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console
-from pipelines.movielens import fetch
+from clsd_tf.commands import console
+from pipelines.public_data.movielens import fetch
 
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory to write; must not exist.", required=True)
 

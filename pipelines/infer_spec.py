@@ -18,12 +18,12 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.features import parse_spec
-from clsd_tf.validation import parse_yaml_mapping
-from pipelines.column_profiles import profile_table, spec_name
-from pipelines.spec_inference import Choices, InferredSpec, infer_spec
-from pipelines.spec_yaml import flow, to_yaml
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.validation import parse_yaml_mapping
+from pipelines.spec_inference.infer import Choices, InferredSpec, infer_spec
+from pipelines.spec_inference.profiles import profile_table, spec_name
+from pipelines.spec_inference.to_yaml import flow, to_yaml
 
 _LOG = flags.DEFINE_string("log", None, "Path or glob pattern of the log: one row an event.", required=True)
 _USER = flags.DEFINE_string("user", None, "Path or glob pattern of the user table: one row a user.")

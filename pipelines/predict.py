@@ -16,8 +16,8 @@ import pathlib
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from pipelines.bulk_scoring import score_files
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from pipelines.beam.bulk_scoring import score_files
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Version directory, or directory of a model.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "Path or glob pattern of the rows to score.", required=True)

@@ -18,12 +18,14 @@ directory.
 import numpy as np
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, WorkDir, write_json
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.profile_features import HEADLINES, rank_features, table_rows
-from clsd_tf.teachers import stored_scores
-from pipelines.scores import split_scores
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.evaluation.scores import split_scores
+from clsd_tf.methods.clsd.profile_features import HEADLINES, rank_features, table_rows
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.teachers import stored_scores
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

@@ -16,9 +16,9 @@ import time
 import rich.progress
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.validation import parse_yaml
-from pipelines.feed import FeedConfig, parse_feed_config, simulate_feed
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.spec.validation import parse_yaml
+from pipelines.public_data.feed import FeedConfig, parse_feed_config, simulate_feed
 
 _DEFAULT = FeedConfig()
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "Directory to write; must not exist.", required=True)

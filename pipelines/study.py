@@ -32,10 +32,11 @@ import pyarrow.parquet
 import rich.progress
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, write_text
-from clsd_tf.interruption import TrainingInterruptedError, handling_sigterm
-from clsd_tf.study import (
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.commands.interruption import TrainingInterruptedError, handling_sigterm
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import write_text
+from clsd_tf.study.cells import (
     Cell,
     errors_over_users,
     is_finished,
@@ -47,7 +48,7 @@ from clsd_tf.study import (
     start_worker,
     stopped_cells,
 )
-from clsd_tf.study_tables import (
+from clsd_tf.study.tables import (
     CONSOLE_METRICS,
     GridTables,
     compare,
@@ -57,10 +58,10 @@ from clsd_tf.study_tables import (
     render_markdown,
     summary_table,
 )
-from clsd_tf.teachers import scores_file
-from clsd_tf.train_config import teacher_warning
-from pipelines.study_config import StudyConfig, load_study
-from pipelines.study_data import PreparedData, prepared_data
+from clsd_tf.training.config import teacher_warning
+from clsd_tf.training.teachers import scores_file
+from pipelines.studies.config import StudyConfig, load_study
+from pipelines.studies.data import PreparedData, prepared_data
 
 _STUDY = flags.DEFINE_string("study", "small", "Name of a study, or path of a YAML file.")
 _STUDY_DIR = flags.DEFINE_string("study_dir", None, "Directory for datasets, runs and tables.", required=True)

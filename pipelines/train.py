@@ -21,12 +21,13 @@ import json
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import make_deterministic
-from clsd_tf.distribution import STRATEGIES, create_strategy, is_chief, is_server, serve
-from clsd_tf.train_config import load_config, teacher_warning
-from clsd_tf.training import train
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.distributed.strategies import STRATEGIES, create_strategy, is_chief, is_server, serve
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import make_deterministic
+from clsd_tf.training.config import load_config, teacher_warning
+from clsd_tf.training.run import train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Directory for checkpoints, events, history and best weights.")

@@ -19,13 +19,13 @@ import datetime as dt
 
 from absl import flags
 
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import read_json, write_json, write_text
-from clsd_tf.assembly import make_deterministic
-from clsd_tf.daily import days_between, table_rows, walk
-from clsd_tf.daily_report import render_days
-from clsd_tf.evaluation import HEADLINES
-from clsd_tf.train_config import load_config, teacher_warning
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.continual.daily_training import days_between, table_rows, walk
+from clsd_tf.continual.report import render_days
+from clsd_tf.evaluation.evaluate import HEADLINES
+from clsd_tf.storage.files import read_json, write_json, write_text
+from clsd_tf.training.assembly import make_deterministic
+from clsd_tf.training.config import load_config, teacher_warning
 
 _DATASETS = flags.DEFINE_string("datasets", None, "Dataset directories, {date} for the day.", required=True)
 _WORK_DIRS = flags.DEFINE_string("work_dirs", None, "Work directories, {date} for the day.", required=True)

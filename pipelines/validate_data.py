@@ -24,10 +24,14 @@ import pyarrow.compute as pc
 from absl import flags
 
 import feature_specs
-from clsd_tf import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.artifacts import ArtifactError, DatasetDir, write_json, write_text
-from clsd_tf.data_checks import Contrast, contrast, find_anomalies
-from clsd_tf.data_report import (
+from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from clsd_tf.data.hashing import hash_keys
+from clsd_tf.data.request_files import left_out_inputs, read_rows, row_files, typed_rows
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.spec.model_inputs import RawInput
+from clsd_tf.statistics.data_checks import Contrast, contrast, find_anomalies
+from clsd_tf.statistics.data_statistics import DataStatistics, read_data_statistics
+from clsd_tf.statistics.report import (
     ANOMALY_HEADINGS,
     DRIFT_HEADINGS,
     SUMMARY_HEADINGS,
@@ -37,12 +41,9 @@ from clsd_tf.data_report import (
     summary_rows,
     top_values,
 )
-from clsd_tf.data_statistics import DataStatistics, read_data_statistics
-from clsd_tf.features import FeatureSpec
-from clsd_tf.hashing import hash_keys
-from clsd_tf.model_inputs import RawInput
-from clsd_tf.request_files import left_out_inputs, read_rows, row_files, typed_rows
-from clsd_tf.small_groups import MIN_GROUP_USERS
+from clsd_tf.statistics.small_groups import MIN_GROUP_USERS
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, write_json, write_text
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to check.", required=True)
 _BASELINE_DIR = flags.DEFINE_string("baseline_dir", None, "Dataset directory of another day, to compare with.")

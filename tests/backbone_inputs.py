@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from clsd_tf import backbones
 from clsd_tf.backbones import BACKBONES, build_backbone
-from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs
+from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs
 
 INPUTS = ModelInputs(
     categorical=(

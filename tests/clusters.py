@@ -60,7 +60,7 @@ def started(arguments: list[str], directory: pathlib.Path, **counts: int):
     """Starts ``counts`` tasks of each type; yields (type, index) -> task, and kills those that are left."""
     # Forked from a server that has imported TensorFlow, but not used it: starting takes a second instead of five.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clsd_tf", "tensorflow", "clsd_tf.training"])
+    context.set_forkserver_preload(["clsd_tf", "tensorflow", "clsd_tf.training.run"])
     ports = iter(free_ports(sum(counts.values())))
     cluster = {name: [f"localhost:{next(ports)}" for _ in range(count)] for name, count in counts.items()}
     tasks = {}

@@ -14,13 +14,13 @@ import tempfile
 
 # TensorFlow and Beam are imported but not used: forked processes must not find their threads missing.
 _PRELOADED = [
-    "clsd_tf.quiet_start",
-    "clsd_tf.report",
-    "clsd_tf.data_report",
-    "export.saved_model",
-    "export.serving_client",
-    "pipelines.build",
-    "pipelines.feed",
+    "clsd_tf.commands.quiet_start",
+    "clsd_tf.evaluation.report",
+    "clsd_tf.statistics.report",
+    "export.servable.saved_model",
+    "export.clients.serving_client",
+    "pipelines.beam.dataset",
+    "pipelines.public_data.feed",
 ]
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(_PRELOADED)

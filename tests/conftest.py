@@ -14,14 +14,15 @@ from shop import build, events, items, write_shop
 from shop_days import build_days
 
 import feature_specs
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.assembly import make_deterministic
-from clsd_tf.examples import encode_examples, parse_records, record_tensors
-from clsd_tf.features import parse_spec
-from clsd_tf.train_config import TrainConfig, load_config
-from clsd_tf.training import train
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.feed import FeedConfig, simulate_feed
+from clsd_tf.data.examples import encode_examples, parse_records, record_tensors
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import make_deterministic
+from clsd_tf.training.config import TrainConfig, load_config
+from clsd_tf.training.run import train
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.public_data.feed import FeedConfig, simulate_feed
 
 
 def pytest_terminal_summary(terminalreporter):

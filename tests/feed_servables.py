@@ -6,9 +6,9 @@ import pathlib
 
 import tensorflow as tf
 
-from clsd_tf.examples import is_missing, parse_raw_examples, raw_tensor_specs
-from clsd_tf.model_inputs import MISSING_INT64, RawInput
-from export.ranking import decode_requests
+from clsd_tf.data.examples import is_missing, parse_raw_examples, raw_tensor_specs
+from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
+from export.servable.ranking import decode_requests
 
 RAW_INPUTS = (
     RawInput("age", "int64"),

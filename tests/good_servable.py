@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from export.manifest import file_entries
+from export.publishing.manifest import file_entries
 
 VERSION = "7"
 WARMUP = pathlib.PurePosixPath("assets.extra/tf_serving_warmup_requests")

@@ -10,9 +10,9 @@ import clsd_tf  # noqa: F401
 import tensorflow as tf
 from clusters import free_ports
 
-from clsd_tf.callbacks import StopOnNonFiniteLoss, TrainingDivergedError
-from clsd_tf.clsd import ClsdConfig, ClsdModel
-from clsd_tf.distribution import scope
+from clsd_tf.distributed.strategies import scope
+from clsd_tf.methods.clsd import ClsdConfig, ClsdModel
+from clsd_tf.training.callbacks import StopOnNonFiniteLoss, TrainingDivergedError
 
 PLAIN = ClsdConfig.model_validate({"teacher": "self", "lambda": 0.0, "mu": 0.0})
 

@@ -5,8 +5,9 @@ import functools
 import pytest
 import tensorflow as tf
 
-from clsd_tf.artifacts import DatasetDir, read_json
-from pipelines.build import BadInputError, BuildConfig, build_dataset, inspect_data
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import read_json
+from pipelines.beam.dataset import BadInputError, BuildConfig, build_dataset, inspect_data
 
 T0 = 1_700_000_000
 LOG = ["user_id", "item_id", "time", "clicked", "seconds", "weight"]

@@ -7,11 +7,11 @@ import pydantic
 import pytest
 import tensorflow as tf
 
-from clsd_tf.clsd import AdGate, AdGateConfig, ClsdConfig
-from clsd_tf.clsd.ad_gate import literal_loss, residual_loss
-from clsd_tf.clsd.confidence import ClickMeans, global_confidence, local_confidence
-from clsd_tf.losses import bce_from_logits
-from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs
+from clsd_tf.layers.losses import bce_from_logits
+from clsd_tf.methods.clsd import AdGate, AdGateConfig, ClsdConfig
+from clsd_tf.methods.clsd.ad_gate import literal_loss, residual_loss
+from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence
+from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "middle", "high"))
 AGE = GroupInput("age", ("unknown", "young"))

@@ -5,17 +5,10 @@ import shutil
 
 import pytest
 
-from clsd_tf.artifacts import (
-    ArtifactError,
-    DatasetDir,
-    DatasetLayout,
-    WorkDir,
-    read_json,
-    require_absent,
-    staged_directory,
-    write_json,
-)
-from clsd_tf.features import FeatureSpec
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from clsd_tf.storage.files import ArtifactError, read_json, require_absent, staged_directory, write_json
+from clsd_tf.storage.work_dir import WorkDir
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ import pytest
 import tensorflow as tf
 from scipy.special import expit
 
-from clsd_tf import input_pipeline, metrics
-from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
-from clsd_tf.assembly import build_model, load_model, predict, predict_logits
-from clsd_tf.calibration import Calibration
+from clsd_tf.data import input_pipeline
+from clsd_tf.layers.calibration import Calibration
+from clsd_tf.metrics import pointwise
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import build_model, load_model, predict, predict_logits
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -137,7 +140,7 @@ def test_a_loaded_model_has_the_best_weights(clsd_run, feed_dataset, validation)
     label, weight, _ = validation
     logits = predict_logits(load_model(clsd_run.work_dir, feed_dataset), feed_dataset, "validation")
     best = max(entry["val_auc"] for entry in clsd_run.history if entry["competes"])
-    assert metrics.auc(label, logits, weight) == pytest.approx(best, abs=1e-5)
+    assert pointwise.auc(label, logits, weight) == pytest.approx(best, abs=1e-5)
 
 
 def test_a_loaded_model_predicts_with_the_calibration_of_its_run(clsd_run, feed_dataset, validation):

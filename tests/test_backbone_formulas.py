@@ -14,8 +14,8 @@ from clsd_tf.backbones.base import pair_products, stacked_glorot
 from clsd_tf.backbones.dcnv2 import LowRankMixtureCross
 from clsd_tf.backbones.din import Dice
 from clsd_tf.backbones.fm import pairwise_interactions
-from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.model_inputs import CategoricalInput, ModelInputs
+from clsd_tf.layers.embeddings import FieldEmbeddings
+from clsd_tf.spec.model_inputs import CategoricalInput, ModelInputs
 
 # Each formula again: the paper's, in float64 NumPy with plain loops, from the backbone's own weights.
 

@@ -14,8 +14,8 @@ from backbone_inputs import (
 
 from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
 from clsd_tf.backbones.base import feature_inputs
-from clsd_tf.clsd import ClsdModel
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 def test_an_unknown_name_lists_the_known_ones():

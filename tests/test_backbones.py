@@ -16,8 +16,8 @@ from backbone_inputs import (
 )
 
 from clsd_tf.backbones import build_backbone
-from clsd_tf.embeddings import FieldEmbeddings, SharedRows
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.layers.embeddings import FieldEmbeddings, SharedRows
+from clsd_tf.spec.model_inputs import ModelInputs
 
 # Backbones, their structures that an argument selects, and the model of the package docstring.
 VARIANTS = [

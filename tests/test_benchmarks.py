@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 
 from benchmarks import build_per_row, process_tree, wide_log
-from clsd_tf.artifacts import SPLITS, DatasetDir
-from clsd_tf.features import load_spec
-from clsd_tf.input_pipeline import read_columns
-from pipelines.build import BuildConfig, build_dataset
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.spec.feature_spec import load_spec
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from pipelines.beam.dataset import BuildConfig, build_dataset
 
 NUM_ROWS = 3000
 

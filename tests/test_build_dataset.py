@@ -30,10 +30,11 @@ from shop import (
 )
 
 import feature_specs
-from clsd_tf.artifacts import SPLITS, DatasetDir, read_json
-from clsd_tf.features import parse_spec
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.overrides import override_split_rule
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from clsd_tf.storage.files import read_json
+from feature_specs.overrides import override_split_rule
+from pipelines.beam.dataset import BuildConfig, build_dataset
 
 # --- Contents --------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ import numpy as np
 import tensorflow as tf
 from shop import T0, build, events, items, records, refused, users, vocabulary, write_shop
 
-from clsd_tf.artifacts import SPLITS, read_json
-from clsd_tf.examples import packed_columns
-from clsd_tf.features import SpecError, parse_spec
-from clsd_tf.input_pipeline import read_columns
+from clsd_tf.data.examples import packed_columns
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.spec.feature_spec import SpecError, parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS
+from clsd_tf.storage.files import read_json
 
 # --- A dataset that grows from another -------------------------------------------------------------------------------
 

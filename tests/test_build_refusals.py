@@ -15,10 +15,11 @@ from commands import run_command
 from shop import events, items, refused, users, write_shop
 
 import feature_specs
-from clsd_tf.artifacts import ArtifactError, DatasetDir
-from clsd_tf.features import SpecError, parse_spec
-from pipelines.build import BadInputError, BuildConfig, build_dataset
-from pipelines.feed import FeedConfig, simulate_feed
+from clsd_tf.spec.feature_spec import SpecError, parse_spec
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError
+from pipelines.beam.dataset import BadInputError, BuildConfig, build_dataset
+from pipelines.public_data.feed import FeedConfig, simulate_feed
 
 # --- Bad input that the job refuses ----------------------------------------------------------------------------------
 

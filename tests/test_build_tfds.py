@@ -6,8 +6,8 @@ import tensorflow_datasets as tfds
 from shop import build, records, values_of, vocabulary
 
 import feature_specs
-from clsd_tf.artifacts import SPLITS
-from pipelines.overrides import override_source
+from clsd_tf.storage.dataset_dir import SPLITS
+from feature_specs.overrides import override_source
 
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 

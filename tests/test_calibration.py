@@ -11,15 +11,9 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from clsd_tf import metrics
-from clsd_tf.calibration import (
-    Calibration,
-    CalibrationConfig,
-    CalibrationLayer,
-    IsotonicCurve,
-    fit_calibration,
-)
-from clsd_tf.model_inputs import GroupInput
+from clsd_tf.layers.calibration import Calibration, CalibrationConfig, CalibrationLayer, IsotonicCurve, fit_calibration
+from clsd_tf.metrics import pointwise
+from clsd_tf.spec.model_inputs import GroupInput
 
 AGE = GroupInput("age", ("unknown", "young", "old"))
 FITTED_METHODS = ("platt", "isotonic")
@@ -127,9 +121,9 @@ def test_pcoc_of_the_fitted_rows_becomes_1_and_log_loss_falls(method):
     logits, labels = simulated_rows()
     weights = np.random.default_rng(1).uniform(0.2, 3, len(logits))
     pctr = fit(method, logits, labels, weights).apply(logits)
-    assert metrics.pcoc(labels, expit(logits), weights) > 1.1
-    assert metrics.pcoc(labels, pctr, weights) == pytest.approx(1, abs=1e-3)
-    assert metrics.log_loss(labels, pctr, weights) < metrics.log_loss(labels, expit(logits), weights) - 0.01
+    assert pointwise.pcoc(labels, expit(logits), weights) > 1.1
+    assert pointwise.pcoc(labels, pctr, weights) == pytest.approx(1, abs=1e-3)
+    assert pointwise.log_loss(labels, pctr, weights) < pointwise.log_loss(labels, expit(logits), weights) - 0.01
 
 
 _POINTS = st.lists(st.floats(-30, 30), min_size=2, max_size=20)
@@ -216,10 +210,10 @@ def test_a_planted_bias_of_a_group_is_repaired():
         together = fit(method, logits, labels).apply(logits)
         apart = fit_by_age(method, logits, labels, group_ids, shrinkage_rows=100).apply(logits, group_ids)
         young, old = group_ids == 1, group_ids == 2
-        assert metrics.pcoc(labels[young], together[young]) > 1.3
-        assert metrics.pcoc(labels[old], together[old]) < 0.8
+        assert pointwise.pcoc(labels[young], together[young]) > 1.3
+        assert pointwise.pcoc(labels[old], together[old]) < 0.8
         for rows in (young, old):
-            assert metrics.pcoc(labels[rows], apart[rows]) == pytest.approx(1, abs=0.01)
+            assert pointwise.pcoc(labels[rows], apart[rows]) == pytest.approx(1, abs=0.01)
         assert np.abs(apart - true_pctr).mean() < 0.2 * np.abs(together - true_pctr).mean()
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from clsd_tf.artifacts import ArtifactError, WorkDir, read_json, write_json
-from clsd_tf.assembly import build_model
 from clsd_tf.backbones import BACKBONES, register_backbone
 from clsd_tf.backbones.base import feature_inputs
-from clsd_tf.checkpoints import CheckpointAndStop, CheckpointError, Checkpoints, random_generators
-from clsd_tf.fit import fit
-from clsd_tf.interruption import Sigterm, TrainingInterruptedError, handling_sigterm
+from clsd_tf.commands.interruption import Sigterm, TrainingInterruptedError, handling_sigterm
+from clsd_tf.storage.files import ArtifactError, read_json, write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.checkpoints import CheckpointAndStop, CheckpointError, Checkpoints, random_generators
+from clsd_tf.training.fit import fit
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 

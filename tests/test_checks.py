@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clsd_tf.features import parse_spec
-from clsd_tf.validation import SpecError
-from pipelines.checks import parse_rows, user_id_salt
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.validation import SpecError
+from pipelines.rows.checks import parse_rows, user_id_salt
 from pipelines.sources import ROW_ID, BadRow, RawBatch, SourceFile
 
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from clsd_tf.clsd import ClsdConfig
-from clsd_tf.clsd.confidence import ClickMeans, global_confidence, local_confidence, mixed_confidence
-from clsd_tf.losses import bce_from_logits, weighted_mean
+from clsd_tf.layers.losses import bce_from_logits, weighted_mean
+from clsd_tf.methods.clsd import ClsdConfig
+from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence, mixed_confidence
 
 SHIPPED_FORMS = ("mean_one", "ratio", "additive", "standardised")
 RATES = np.array([0.3, 0.6, 0.8])

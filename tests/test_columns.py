@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.columns import convert_column
-from clsd_tf.tables import Column
+from clsd_tf.data.columns import convert_column
+from clsd_tf.spec.tables import Column
 
 PIECES = [
     "0",

@@ -7,13 +7,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.clsd import ClsdConfig
-from clsd_tf.clsd.confidence import (
-    ClickMeans,
-    global_confidence,
-    local_confidence,
-    mixed_confidence,
-)
+from clsd_tf.methods.clsd import ClsdConfig
+from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence, mixed_confidence
 
 SHIPPED_FORMS = ("mean_one", "ratio", "additive", "standardised")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from clsd_tf.confidence_report import (
+from clsd_tf.methods.clsd.confidence_report import (
     click_noise_floor,
     confidence_forms,
     measure_confidence,

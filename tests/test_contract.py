@@ -22,7 +22,7 @@ from good_servable import (
 from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from clsd_tf.artifacts import staged_directory
+from clsd_tf.storage.files import staged_directory
 from export.contract_rules import RULES, check_servable, failures
 from export.contract_rules.graph import Feature, string_use
 from export.contract_rules.version import Version, version_number

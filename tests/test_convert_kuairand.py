@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import feature_specs
-from pipelines.build import BuildConfig, build_dataset
+from pipelines.beam.dataset import BuildConfig, build_dataset
 from pipelines.convert_kuairand import EARLIER_LOG, LOG, USERS, VIDEOS, convert, user_sequences
 
 _DAY_MS = 86_400_000

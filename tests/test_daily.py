@@ -15,15 +15,17 @@ from shop import build
 from shop_days import DATES
 from sklearn.metrics import log_loss, roc_auc_score
 
-from clsd_tf import input_pipeline
-from clsd_tf.artifacts import SPLITS, ArtifactError, WorkDir, read_json, write_json
-from clsd_tf.assembly import load_model, restored_model
-from clsd_tf.daily import days_between, walk
-from clsd_tf.features import parse_spec
-from clsd_tf.lineage import TrainedOn
-from clsd_tf.prequential import EarlierModel, measure_ahead
-from clsd_tf.train_config import load_config
-from clsd_tf.training import train
+from clsd_tf.continual.daily_training import days_between, walk
+from clsd_tf.continual.progressive_validation import EarlierModel, measure_ahead
+from clsd_tf.data import input_pipeline
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS
+from clsd_tf.storage.files import ArtifactError, read_json, write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model, restored_model
+from clsd_tf.training.config import load_config
+from clsd_tf.training.lineage import TrainedOn
+from clsd_tf.training.run import train
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shop import LOG, build, events, refused, write_shop
 
-from clsd_tf.artifacts import SPLITS
-from clsd_tf.features import FeatureSpec, parse_spec
-from clsd_tf.input_pipeline import read_columns
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.spec.feature_spec import FeatureSpec, parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS
 from pipelines import sources
-from pipelines.checks import parse_rows
+from pipelines.rows.checks import parse_rows
 
 many = settings(max_examples=200, deadline=None)
 

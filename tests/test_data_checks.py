@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from clsd_tf.data_checks import (
+from clsd_tf.spec.expectations import DriftLimits, Expectation
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.statistics.data_checks import (
     CLICKS,
     Anomaly,
     binned_shares,
@@ -18,12 +21,9 @@ from clsd_tf.data_checks import (
     jensen_shannon,
     measure_drift,
 )
-from clsd_tf.data_report import render_data_report
-from clsd_tf.data_statistics import DataStatistics
-from clsd_tf.expectations import DriftLimits, Expectation
-from clsd_tf.features import parse_spec
-from clsd_tf.sketches import Histogram
-from clsd_tf.validation import SpecError
+from clsd_tf.statistics.data_statistics import DataStatistics
+from clsd_tf.statistics.report import render_data_report
+from clsd_tf.statistics.sketches import Histogram
 
 
 def statistics_of(spec, num_rows=1000, **columns):

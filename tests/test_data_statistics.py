@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.data_statistics import (
+from clsd_tf.data.hashing import hash_keys
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.statistics.data_statistics import (
     ALL_ROWS,
     MAX_VALUES,
     DataStatistics,
     read_data_statistics,
     write_data_statistics,
 )
-from clsd_tf.features import parse_spec
-from clsd_tf.hashing import hash_keys
-from clsd_tf.sketches import DistinctSketch
-from clsd_tf.small_groups import merge_small_groups, merged_labels
+from clsd_tf.statistics.sketches import DistinctSketch
+from clsd_tf.statistics.small_groups import merge_small_groups, merged_labels
 
 TYPES = {
     "user_id": pa.string(),

@@ -14,9 +14,8 @@ import tensorflow as tf
 from clusters import started, wait_until
 from commands import start_command
 
-from clsd_tf.artifacts import WorkDir, read_json
-from clsd_tf.assembly import load_model
-from clsd_tf.distribution import (
+from clsd_tf.commands.interruption import EXIT_CODE
+from clsd_tf.distributed.strategies import (
     Cluster,
     ClusterError,
     chiefs_value,
@@ -26,9 +25,11 @@ from clsd_tf.distribution import (
     is_chief,
     is_server,
 )
-from clsd_tf.fit import fit
-from clsd_tf.interruption import EXIT_CODE
-from clsd_tf.training import train
+from clsd_tf.storage.files import read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model
+from clsd_tf.training.fit import fit
+from clsd_tf.training.run import train
 
 # TF_CONFIG.
 

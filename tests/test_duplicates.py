@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shop import build, events, lines_of, refused, write_shop
 
-from clsd_tf.artifacts import SPLITS
-from clsd_tf.features import parse_spec
-from clsd_tf.hashing import hash_keys
-from pipelines.duplicates import without_duplicates
+from clsd_tf.data.hashing import hash_keys
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS
+from pipelines.rows.duplicates import without_duplicates
 
 
 def table_of(rows):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from backbone_inputs import FEATURES, INPUTS
 
-from clsd_tf.embeddings import FieldEmbeddings, SharedRows
+from clsd_tf.layers.embeddings import FieldEmbeddings, SharedRows
 
 
 @pytest.fixture

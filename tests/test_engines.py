@@ -18,12 +18,13 @@ import apache_beam as beam
 import pytest
 
 import feature_specs
-from clsd_tf.artifacts import DatasetDir, read_json
-from pipelines import build as build_module
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.engines import Spread, make_pipeline
-from pipelines.feed import FeedConfig, simulate_feed
-from pipelines.results import WriteTogether
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import read_json
+from pipelines.beam import dataset as build_module
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.beam.engines import Spread, make_pipeline
+from pipelines.beam.results import WriteTogether
+from pipelines.public_data.feed import FeedConfig, simulate_feed
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -7,10 +7,10 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import log_loss, roc_auc_score
 
-from clsd_tf import input_pipeline
-from clsd_tf.assembly import build_model, load_model, predict, predict_logits
-from clsd_tf.evaluation import HEADLINES, evaluate, measure, table_rows
-from clsd_tf.report import render_report
+from clsd_tf.data import input_pipeline
+from clsd_tf.evaluation.evaluate import HEADLINES, evaluate, measure, table_rows
+from clsd_tf.evaluation.report import render_report
+from clsd_tf.training.assembly import build_model, load_model, predict, predict_logits
 
 
 @pytest.fixture(scope="module")

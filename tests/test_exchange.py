@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.exchange import ExchangeWriter, read_partition, write_partitions
+from pipelines.beam.shuffle_files import ExchangeWriter, read_partition, write_partitions
 
 
 def table_of(numbers):

@@ -15,19 +15,19 @@ from google.protobuf import text_format
 from tensorflow_serving.apis import prediction_log_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import read_json
-from clsd_tf.assembly import load_model, predict
-from clsd_tf.calibration import Calibration
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.servable import LocalServable
-from export import saved_model
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.layers.calibration import Calibration
+from clsd_tf.serving.servable import LocalServable
+from clsd_tf.storage.files import read_json
+from clsd_tf.training.assembly import load_model, predict
+from export.clients.scoring import score_file
 from export.contract_rules import check_servable
 from export.contract_rules.graph import string_use
 from export.contract_rules.version import Version
-from export.manifest import check_files
-from export.models_config import ModelsConfig
-from export.saved_model import ExportError, export_servable
-from export.scoring import score_file
+from export.publishing.manifest import check_files
+from export.publishing.models_config import ModelsConfig
+from export.servable import saved_model
+from export.servable.saved_model import ExportError, export_servable
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2, prediction_log_pb2
 
-from clsd_tf.artifacts import read_json
-from clsd_tf.validation import SpecError
-from export.batching_parameters import BATCHING_FILE, read_batching_parameters
-from export.profile import BatchingProfile, ExportProfile, load_profile, parse_profile
-from export.quantisation import QuantisationError
-from export.saved_model import export_servable
-from export.warmup import WARMUP_FILE, write_warmup_requests
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.storage.files import read_json
+from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.servable.profile import BatchingProfile, ExportProfile, load_profile, parse_profile
+from export.servable.quantization import QuantisationError
+from export.servable.saved_model import export_servable
+from export.servable.warmup import WARMUP_FILE, write_warmup_requests
 
 _SMALL = {
     "signatures": ["serving_default", "rank", "debug"],

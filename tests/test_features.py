@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 import feature_specs
-from clsd_tf.feature_types import UserGroup, Vocabulary
-from clsd_tf.features import FeatureSpec, load_spec, parse_spec
-from clsd_tf.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
-from clsd_tf.tables import Comparison
-from clsd_tf.validation import SpecError
+from clsd_tf.spec.feature_spec import FeatureSpec, load_spec, parse_spec
+from clsd_tf.spec.feature_types import UserGroup, Vocabulary
+from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
+from clsd_tf.spec.tables import Comparison
+from clsd_tf.spec.validation import SpecError
 
 
 def error_of(content):
@@ -803,7 +803,10 @@ def test_file_that_holds_no_mapping_is_refused_with_its_path(tmp_path, text, mes
 
 
 def test_importing_the_features_imports_no_tensorflow():
-    code = "import sys, clsd_tf.features, feature_specs; print({'tensorflow', 'keras', 'tf_keras'} & set(sys.modules))"
+    code = (
+        "import sys, clsd_tf.spec.feature_spec, feature_specs; "
+        "print({'tensorflow', 'keras', 'tf_keras'} & set(sys.modules))"
+    )
     result = run_python(code)
     assert result.stdout.strip() == "set()", result.stderr
 

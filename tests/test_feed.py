@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import feature_specs
-from clsd_tf.artifacts import SPLITS, DatasetDir
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.validation import SpecError
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.feed import AGE_BOUNDARIES, AGE_GROUPS, FeedConfig, parse_feed_config, simulate_feed
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.public_data.feed import AGE_BOUNDARIES, AGE_GROUPS, FeedConfig, parse_feed_config, simulate_feed
 
 FILES = ("log.csv", "users.csv", "items.csv", "truth.parquet", "truth.json")
 CAUSES = ("is_genuine", "is_accidental_click", "is_click_bait_click")

@@ -11,14 +11,18 @@ import rich.console
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clsd_tf import callbacks, input_pipeline, metrics
-from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
-from clsd_tf.assembly import predict
-from clsd_tf.callbacks import TrainingDivergedError
-from clsd_tf.distribution import at_epoch_ends
-from clsd_tf.fit import claim, fit, steps_per_epoch
-from clsd_tf.input_pipeline import RowValues
-from clsd_tf.train_config import parse_config
+from clsd_tf.data import input_pipeline
+from clsd_tf.data.input_pipeline import RowValues
+from clsd_tf.distributed.strategies import at_epoch_ends
+from clsd_tf.metrics import pointwise
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training import callbacks
+from clsd_tf.training.assembly import predict
+from clsd_tf.training.callbacks import TrainingDivergedError
+from clsd_tf.training.config import parse_config
+from clsd_tf.training.fit import claim, fit, steps_per_epoch
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -30,7 +34,7 @@ def train_ids(feed_dataset):
 
 def validation_auc(model, dataset):
     columns = input_pipeline.read_columns(dataset, "validation", ["label", "sample_weight"])
-    return metrics.auc(columns["label"], predict(model, dataset, "validation"), columns["sample_weight"])
+    return pointwise.auc(columns["label"], predict(model, dataset, "validation"), columns["sample_weight"])
 
 
 # What a fit leaves.

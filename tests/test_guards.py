@@ -7,9 +7,9 @@ import pydantic
 import pytest
 import tensorflow as tf
 
-from clsd_tf.clsd import AdGate, AdGateConfig, ClsdConfig, ClsdModel, ConfidenceGuardError
-from clsd_tf.clsd.config import GuardConfig
-from clsd_tf.model_inputs import GroupInput, ModelInputs
+from clsd_tf.methods.clsd import AdGate, AdGateConfig, ClsdConfig, ClsdModel, ConfidenceGuardError
+from clsd_tf.methods.clsd.config import GuardConfig
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
 INPUTS = ModelInputs(categorical=(), numeric=(), groups=(TIER,))

@@ -7,17 +7,17 @@ import pytest
 import tensorflow as tf
 from shop import build, write_shop
 
-from clsd_tf.assembly import build_model
 from clsd_tf.backbones import build_backbone
 from clsd_tf.backbones.base import feature_inputs
-from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.feature_types import Hashing
-from clsd_tf.features import parse_spec
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.model_inputs import CategoricalInput, ModelInputs, Statistics
-from clsd_tf.train_config import load_config
-from clsd_tf.transform import FeatureTransform, HashLookup
-from clsd_tf.validation import SpecError
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.data.transform import FeatureTransform, HashLookup
+from clsd_tf.layers.embeddings import FieldEmbeddings
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.feature_types import Hashing
+from clsd_tf.spec.model_inputs import CategoricalInput, ModelInputs, Statistics
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.config import load_config
 
 SINGLE = {"buckets": 50}
 DIVIDED = {"buckets": 50, "method": "quotient_remainder"}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.feature_types import HistoryFeature
-from clsd_tf.features import SpecError, parse_spec
-from pipelines.histories import SortedEvents, user_histories
+from clsd_tf.spec.feature_spec import SpecError, parse_spec
+from clsd_tf.spec.feature_types import HistoryFeature
+from pipelines.rows.histories import SortedEvents, user_histories
 
 SECOND = 1_000_000
 

@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 from commands import run_command
 
-from clsd_tf.features import load_spec
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.column_profiles import profile_table, spec_name
-from pipelines.spec_inference import Choices, infer_spec
-from pipelines.spec_yaml import to_yaml
+from clsd_tf.spec.feature_spec import load_spec
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.spec_inference.infer import Choices, infer_spec
+from pipelines.spec_inference.profiles import profile_table, spec_name
+from pipelines.spec_inference.to_yaml import to_yaml
 
 
 def infer(directory, paths, **choices):

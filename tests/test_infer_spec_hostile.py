@@ -9,12 +9,12 @@ import pyarrow.parquet
 import pytest
 from commands import run_command
 
-from clsd_tf.features import load_spec
-from clsd_tf.tables import Column
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.column_profiles import profile_table, unique_name
-from pipelines.spec_inference import Choices, infer_spec
-from pipelines.spec_yaml import to_yaml
+from clsd_tf.spec.feature_spec import load_spec
+from clsd_tf.spec.tables import Column
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.spec_inference.infer import Choices, infer_spec
+from pipelines.spec_inference.profiles import profile_table, unique_name
+from pipelines.spec_inference.to_yaml import to_yaml
 
 NUM_ROWS = 600
 RANDOM = np.random.default_rng(3)

@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.generated_dataset import generated_dataset
-from clsd_tf import input_pipeline
-from clsd_tf.artifacts import DatasetDir, WorkDir
-from clsd_tf.clsd import ClsdModel
-from clsd_tf.examples import parse_records
-from clsd_tf.fit import fit
-from clsd_tf.input_pipeline import RowValues, Shard
+from clsd_tf.data import input_pipeline
+from clsd_tf.data.examples import parse_records
+from clsd_tf.data.input_pipeline import RowValues, Shard
+from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.fit import fit
 
 
 def row_ids(batched):

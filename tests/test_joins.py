@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clsd_tf.features import Comparison, SpecError, parse_spec
-from clsd_tf.hashing import hash_keys
-from clsd_tf.tables import EventTime
-from pipelines.checks import parse_rows
-from pipelines.joins import EVENT_TIME, USER_HASH, Profiles, evaluate_comparison, join_rows, microseconds
+from clsd_tf.data.hashing import hash_keys
+from clsd_tf.spec.feature_spec import Comparison, SpecError, parse_spec
+from clsd_tf.spec.tables import EventTime
+from pipelines.rows.checks import parse_rows
+from pipelines.rows.joins import EVENT_TIME, USER_HASH, Profiles, evaluate_comparison, join_rows, microseconds
 from pipelines.sources import ROW_ID, RawBatch, SourceFile
 
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from export.server.errors import RequestError
-from export.server.json_answers import classify_answer, predict_answer, regress_answer
-from export.server.json_examples import ExamplesRequest
-from export.server.json_tensors import PredictRequest
+from export.server.json_format.answers import classify_answer, predict_answer, regress_answer
+from export.server.json_format.examples import ExamplesRequest
+from export.server.json_format.tensors import PredictRequest
 from export.server.servable import Signature
 
 MAX_BYTES = 1 << 20

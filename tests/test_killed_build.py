@@ -17,9 +17,10 @@ import pytest
 from commands import FORK_SERVER
 
 import feature_specs
-from clsd_tf.artifacts import ArtifactError, DatasetDir
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.feed import FeedConfig, simulate_feed
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.public_data.feed import FeedConfig, simulate_feed
 
 
 def build(raw_dir: str, output: str) -> None:

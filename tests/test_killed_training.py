@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from clsd_tf.artifacts import WorkDir
-from clsd_tf.interruption import EXIT_CODE
-from clsd_tf.train_config import load_config
-from clsd_tf.training import train
+from clsd_tf.commands.interruption import EXIT_CODE
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.config import load_config
+from clsd_tf.training.run import train
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -93,7 +93,7 @@ class Command:
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clsd_tf", "tensorflow", "clsd_tf.training"])
+    context.set_forkserver_preload(["clsd_tf", "tensorflow", "clsd_tf.training.run"])
     return context
 
 

@@ -1,4 +1,4 @@
-"""Imports go down only, and heavy or command-only libraries stay in their rooms."""
+"""Packages import only packages below them, and heavy or command-only libraries stay in their rooms."""
 
 import ast
 import pathlib
@@ -6,38 +6,21 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("clsd_tf", "export", "feature_specs", "pipelines")
 
-# Rooms of clsd_tf, lowest first: a room may import only rooms of lower levels.
-LEVELS = [
-    {"model_inputs", "validation", "interruption"},
-    {"expectations", "optimizer_config"},
-    {"tables"},
-    {"feature_types"},
-    {"features"},
-    {"artifacts", "columns", "hashing", "console", "quiet_start", "plots"},
-    {"transform", "examples", "sketches", "request_files"},
-    {"column_summaries", "lineage", "servable", "small_groups"},
-    {"data_statistics"},
-    {"data_checks"},
-    {"data_report"},
-    {"replicas", "table_rules"},
-    {"input_pipeline", "throughput", "embeddings", "losses", "metrics", "significance", "calibration"},
-    {"backbones", "optimizers", "distribution"},
-    {"clsd"},
-    {"train_config", "callbacks"},
-    {"checkpoints"},
-    {"assembly"},
-    {"warm_start"},
-    {"fit"},
-    {"teachers"},
-    {"training"},
-    {"evaluation", "confidence_report", "profile_features"},
-    {"prequential", "report", "study_metrics", "user_errors"},
-    {"daily", "study", "user_intervals"},
-    {"daily_report", "study_tables"},
+# In reading order, lowest first: a package imports only itself and packages above it in its list.
+CLSD_TF = (
+    "commands", "metrics", "pages", "spec", "storage", "layers", "optimizers", "backbones", "data", "distributed",
+    "statistics", "serving", "methods", "training", "evaluation", "continual", "study",
+)  # fmt: skip
+PIPELINES = ("sources", "rows", "spec_inference", "beam", "public_data", "studies")
+EXPORT = ("clients", "publishing", "servable", "server", "contract_rules")
+PACKAGES = [
+    *(f"clsd_tf.{name}" for name in CLSD_TF),
+    "feature_specs",
+    *(f"pipelines.{name}" for name in PIPELINES),
+    *(f"export.{name}" for name in EXPORT),
 ]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+WITHOUT_TENSORFLOW = ("metrics", "pages", "spec", "storage")
 COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",
@@ -49,7 +32,7 @@ COMMANDS = {
 
 
 def modules():
-    for package in PACKAGES:
+    for package in ("clsd_tf", "export", "feature_specs", "pipelines"):
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             yield name, ast.parse(path.read_text(encoding="utf-8"))
@@ -66,48 +49,63 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room(name):
-    """clsd_tf.backbones.dnn.Dnn -> backbones."""
-    parts = name.split(".")
-    return parts[1] if parts[0] == "clsd_tf" and len(parts) > 1 and parts[1] in LEVEL else None
+def package(name):
+    """clsd_tf.backbones.dnn.Dnn -> clsd_tf.backbones; None outside of the packages."""
+    return next((found for found in PACKAGES if f"{name}.".startswith(f"{found}.")), None)
+
+
+def internal(tree):
+    """What is imported of these packages: (package, name)."""
+    return [(package(name), name) for name in imported(tree) if package(name)]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_rooms_import_only_rooms_below_them(name):
-    own = room(name)
+def test_packages_import_only_packages_below_them(name):
+    own = package(name)
     if own is None:
-        assert not name.startswith("clsd_tf.") or name == "clsd_tf", f"{name} has no level: add it to LEVELS"
+        assert name in {"clsd_tf", "pipelines", "export", *COMMANDS}, f"{name} is in no package"
         return
-    wrong = [
-        other
-        for other in imported(MODULES[name])
-        if room(other) not in (None, own) and LEVEL[room(other)] >= LEVEL[own]
-    ]
-    assert not wrong
-    assert not [
-        other for other in imported(MODULES[name]) if other.split(".")[0] in ("pipelines", "export", "feature_specs")
-    ]
+    below = PACKAGES[: PACKAGES.index(own) + 1]
+    assert [other for found, other in internal(MODULES[name]) if found not in below] == []
+
+
+def test_there_is_no_circle_of_modules():
+    graph = {
+        name: {
+            other if other in MODULES else other.rpartition(".")[0]
+            for other in imported(tree)
+            if other in MODULES or other.rpartition(".")[0] in MODULES
+        }
+        for name, tree in MODULES.items()
+    }
+    # An __init__ that only hands names on is imported with every module of its package.
+    left = {name: others - {name, *(package for package in graph if name.startswith(f"{package}."))}
+            for name, others in graph.items()}  # fmt: skip
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert sorted(left) == []
 
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("apache_beam", ("pipelines.",)),
+        ("apache_beam", ("pipelines.beam.", "pipelines.sources.files")),
         ("absl.flags", tuple(COMMANDS)),
         ("tensorflow_serving", ("export.",)),
         ("tensorflow_datasets", ("pipelines.",)),
         (
             "matplotlib",
             (
-                "clsd_tf.plots",
-                "clsd_tf.report",
-                "clsd_tf.confidence_report",
-                "clsd_tf.daily_report",
-                "clsd_tf.data_report",
-                "clsd_tf.study_tables",
+                "clsd_tf.pages.plots",
+                "clsd_tf.evaluation.report",
+                "clsd_tf.methods.clsd.confidence_report",
+                "clsd_tf.continual.report",
+                "clsd_tf.statistics.report",
+                "clsd_tf.study.tables",
             ),
         ),
-        ("jinja2", ("clsd_tf.plots",)),
+        ("jinja2", ("clsd_tf.pages.plots",)),
         ("pickle", ()),
         ("keras", ()),
     ],
@@ -145,13 +143,14 @@ def test_no_command_is_imported_by_anything():
 def test_the_verifier_of_servables_does_not_import_clsd_tf():
     assert not [
         other
-        for name in ("export", "export.verify")
+        for name in ("export", "export.verify", "export.servable", "export.servable.warmup")
         for other in imported(MODULES[name])
         if other.startswith("clsd_tf")
     ]
 
 
-def test_the_spec_types_need_no_tensorflow():
-    rooms = ("validation", "model_inputs", "expectations", "tables", "feature_types", "features", "artifacts")
-    for name in ("clsd_tf", "feature_specs", *(f"clsd_tf.{room}" for room in rooms)):
-        assert not [other for other in imported(MODULES[name]) if other.split(".")[0] in ("tensorflow", "apache_beam")]
+def test_the_packages_that_need_no_tensorflow_import_none():
+    for name, tree in MODULES.items():
+        if package(name) in {"feature_specs", *(f"clsd_tf.{lowest}" for lowest in WITHOUT_TENSORFLOW)}:
+            heavy = [other for other in imported(tree) if other.split(".")[0] in ("tensorflow", "apache_beam")]
+            assert heavy == [], name

@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from clsd_tf.artifacts import SPLITS, DatasetDir
-from clsd_tf.features import parse_spec
-from pipelines.build import BuildConfig, build_dataset
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
+from pipelines.beam.dataset import BuildConfig, build_dataset
 
 _SPEC = """
 name: leaky

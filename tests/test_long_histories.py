@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
-from clsd_tf.examples import bounded_batches, encode_raw_rows, parse_raw_examples, raw_tensor_specs
-from clsd_tf.model_inputs import RawInput
-from clsd_tf.servable import LocalServable
+from clsd_tf.data.examples import bounded_batches, encode_raw_rows, parse_raw_examples, raw_tensor_specs
+from clsd_tf.serving.servable import LocalServable
+from clsd_tf.spec.model_inputs import RawInput
 
 RAW_INPUTS = (RawInput("recent", "string", is_list=True), RawInput("user", "string"))
 MAX_CELLS = 1 << 21

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from clsd_tf.losses import bce_from_logits, focal_loss, label_smoothed_bce, weighted_mean
+from clsd_tf.layers.losses import bce_from_logits, focal_loss, label_smoothed_bce, weighted_mean
 
 _LOGITS = np.random.default_rng(0).normal(0, 4, 200)
 _CLICKS = np.random.default_rng(1).integers(0, 2, 200).astype(np.float64)

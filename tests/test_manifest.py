@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from clsd_tf.artifacts import write_json
-from export.manifest import MANIFEST_FILE, check_files, file_entries
+from clsd_tf.storage.files import write_json
+from export.publishing.manifest import MANIFEST_FILE, check_files, file_entries
 
 
 @pytest.fixture

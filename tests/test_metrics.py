@@ -6,7 +6,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clsd_tf import metrics
+from clsd_tf.metrics import pointwise
 
 # Few distinct scores, so that most examples have ties within and across the classes.
 _ROWS = st.lists(
@@ -34,45 +34,45 @@ def _has_both_classes(labels, weights):
 def test_auc_with_ties_and_weights_equals_scikit_learn(rows):
     labels, scores, weights, _ = _columns(rows)
     if not _has_both_classes(labels, weights):
-        assert metrics.auc(labels, scores, weights) is None
+        assert pointwise.auc(labels, scores, weights) is None
         return
     expected = sklearn.metrics.roc_auc_score(labels, scores, sample_weight=weights)
-    assert metrics.auc(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
+    assert pointwise.auc(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
 
 
 @given(_ROWS)
 def test_auc_without_weights_equals_scikit_learn(rows):
     labels, scores, _, _ = _columns(rows)
     if len(set(labels)) == 1:
-        assert metrics.auc(labels, scores) is None
+        assert pointwise.auc(labels, scores) is None
         return
-    assert metrics.auc(labels, scores) == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), abs=1e-12)
+    assert pointwise.auc(labels, scores) == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_auc_counts_pairs_and_half_of_ties():
     # Clicks .8 and .5, others .5 and .2. Pairs: .8>.5, .8>.2, .5=.5 (half), .5>.2 -> 3.5 of 4.
     labels, scores = np.array([1, 0, 1, 0]), np.array([0.8, 0.5, 0.5, 0.2])
-    assert metrics.auc(labels, scores) == 0.875
+    assert pointwise.auc(labels, scores) == 0.875
 
 
 def test_auc_weighs_each_pair_by_both_weights():
     # Weight 3 on the click that loses: pairs won 1 * 1, lost 3 * 1 -> 1 / 4.
-    assert metrics.auc(np.array([1, 1, 0]), np.array([0.9, 0.1, 0.5]), np.array([1.0, 3.0, 1.0])) == 0.25
+    assert pointwise.auc(np.array([1, 1, 0]), np.array([0.9, 0.1, 0.5]), np.array([1.0, 3.0, 1.0])) == 0.25
 
 
 def test_auc_of_float32_scores_is_exact():
     # The two scores differ in float32's last bit only.
     scores = np.array([0.5, np.nextafter(np.float32(0.5), np.float32(1))], np.float32)
-    assert metrics.auc(np.array([0, 1]), scores) == 1.0
+    assert pointwise.auc(np.array([0, 1]), scores) == 1.0
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1], []])
 def test_auc_of_one_class_or_no_rows_is_none(labels):
-    assert metrics.auc(np.array(labels), np.linspace(0, 1, len(labels))) is None
+    assert pointwise.auc(np.array(labels), np.linspace(0, 1, len(labels))) is None
 
 
 def test_auc_is_none_when_a_class_has_no_weight():
-    assert metrics.auc(np.array([0, 1, 1]), np.array([0.1, 0.2, 0.3]), np.array([1.0, 0.0, 0.0])) is None
+    assert pointwise.auc(np.array([0, 1, 1]), np.array([0.1, 0.2, 0.3]), np.array([1.0, 0.0, 0.0])) is None
 
 
 def test_gauc_weighs_users_by_impressions_and_leaves_out_users_of_one_class():
@@ -81,7 +81,7 @@ def test_gauc_weighs_users_by_impressions_and_leaves_out_users_of_one_class():
     users = np.array([2, 1, 3, 2, 1, 4, 2, 3])
     labels = np.array([1, 1, 1, 0, 0, 0, 0, 1])
     scores = np.array([0.3, 0.8, 0.9, 0.9, 0.2, 0.4, 0.1, 0.1])
-    value, share = metrics.gauc(labels, scores, users)
+    value, share = pointwise.gauc(labels, scores, users)
     assert value == pytest.approx(0.7)
     assert share == 5 / 8
 
@@ -89,7 +89,7 @@ def test_gauc_weighs_users_by_impressions_and_leaves_out_users_of_one_class():
 def test_gauc_impressions_are_sums_of_sample_weights():
     # User 1 has AUC 1 and weight 2, user 2 AUC 0 and weight 6: 2 / 8.
     users, labels = np.array([1, 1, 2, 2]), np.array([1, 0, 1, 0])
-    value, share = metrics.gauc(labels, np.array([0.9, 0.1, 0.1, 0.9]), users, np.array([1.0, 1.0, 3.0, 3.0]))
+    value, share = pointwise.gauc(labels, np.array([0.9, 0.1, 0.1, 0.9]), users, np.array([1.0, 1.0, 3.0, 3.0]))
     assert value == pytest.approx(0.25)
     assert share == 1.0
 
@@ -105,14 +105,14 @@ def test_gauc_equals_a_loop_over_users_with_scikit_learn(rows):
             value = sklearn.metrics.roc_auc_score(labels[own], scores[own], sample_weight=weights[own])
             total += value * weights[own].sum()
             mass += weights[own].sum()
-    value, share = metrics.gauc(labels, scores, users, weights)
+    value, share = pointwise.gauc(labels, scores, users, weights)
     assert share == pytest.approx(mass / weights.sum())
     assert value == (pytest.approx(total / mass, abs=1e-12) if mass else None)
 
 
 def test_gauc_of_no_rows_is_none():
     empty = np.array([])
-    assert metrics.gauc(empty, empty, empty) == (None, 0.0)
+    assert pointwise.gauc(empty, empty, empty) == (None, 0.0)
 
 
 @given(_ROWS)
@@ -120,62 +120,62 @@ def test_log_loss_equals_scikit_learn(rows):
     labels, pctr, weights, _ = _columns(rows)
     weights = weights + 0.25
     expected = sklearn.metrics.log_loss(labels, pctr, sample_weight=weights, labels=[0, 1])
-    assert metrics.log_loss(labels, pctr, weights) == pytest.approx(expected, rel=1e-9)
+    assert pointwise.log_loss(labels, pctr, weights) == pytest.approx(expected, rel=1e-9)
 
 
 def test_log_loss_of_a_certain_and_wrong_prediction_is_finite():
     # pctr is clipped to [1e-7, 1 - 1e-7]: -log(1e-7) = 16.118.
     for label, pctr in ((1, 0.0), (0, 1.0)):
-        assert metrics.log_loss(np.array([label]), np.array([pctr])) == pytest.approx(16.118, abs=1e-3)
+        assert pointwise.log_loss(np.array([label]), np.array([pctr])) == pytest.approx(16.118, abs=1e-3)
 
 
 @pytest.mark.parametrize("weights", [None, np.array([1.0, 2.0, 3.0, 4.0])])
 def test_normalized_entropy_of_the_constant_click_rate_is_1(weights):
     labels = np.array([1, 0, 0, 1])
     rate = np.average(labels, weights=weights)
-    assert metrics.normalized_entropy(labels, np.full(4, rate), weights) == pytest.approx(1.0)
+    assert pointwise.normalized_entropy(labels, np.full(4, rate), weights) == pytest.approx(1.0)
 
 
 def test_normalized_entropy_is_below_1_for_a_better_and_above_1_for_a_worse_prediction():
     labels = np.array([1, 0, 0, 0])
-    assert metrics.normalized_entropy(labels, np.array([0.7, 0.1, 0.1, 0.1])) < 1
-    assert metrics.normalized_entropy(labels, np.array([0.1, 0.7, 0.7, 0.7])) > 1
+    assert pointwise.normalized_entropy(labels, np.array([0.7, 0.1, 0.1, 0.1])) < 1
+    assert pointwise.normalized_entropy(labels, np.array([0.1, 0.7, 0.7, 0.7])) > 1
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_normalized_entropy_of_one_class_is_none(label):
-    assert metrics.normalized_entropy(np.full(3, label), np.full(3, 0.5)) is None
+    assert pointwise.normalized_entropy(np.full(3, label), np.full(3, 0.5)) is None
 
 
 def test_pcoc_is_mean_pctr_over_click_rate():
     # Mean pctr .3, click rate .25 -> 1.2. With weight 0 on the third row: (.2 + .2 + .2) / 3 over 1 / 3 = .6.
     labels, pctr = np.array([1, 0, 0, 0]), np.array([0.2, 0.2, 0.6, 0.2])
-    assert metrics.pcoc(labels, pctr) == pytest.approx(1.2)
-    assert metrics.pcoc(labels, pctr, np.array([1.0, 1.0, 0.0, 1.0])) == pytest.approx(0.6)
+    assert pointwise.pcoc(labels, pctr) == pytest.approx(1.2)
+    assert pointwise.pcoc(labels, pctr, np.array([1.0, 1.0, 0.0, 1.0])) == pytest.approx(0.6)
 
 
 def test_pcoc_without_clicks_is_none():
-    assert metrics.pcoc(np.zeros(2), np.array([0.5, 0.5])) is None
+    assert pointwise.pcoc(np.zeros(2), np.array([0.5, 0.5])) is None
 
 
 def test_ece_is_the_mean_gap_of_the_bins():
     # Two bins of two rows: pctr .1, click rate .5 -> gap .4; pctr .8, click rate 1 -> gap .2. Mean .3.
     labels, pctr = np.array([1, 0, 1, 1]), np.array([0.1, 0.1, 0.7, 0.9])
-    assert metrics.ece(labels, pctr, num_bins=2) == pytest.approx(0.3)
+    assert pointwise.ece(labels, pctr, num_bins=2) == pytest.approx(0.3)
 
 
 def test_ece_weighs_rows():
     # Weights 3, 1, 2, 2 cut into masses 4 and 4. Bin 1: pctr (3 * .1 + .3) / 4 = .15, click rate 3 / 4 -> gap .6.
     # Bin 2: pctr .8, click rate .5 -> gap .3. Mean .45.
     labels, pctr = np.array([1, 0, 0, 1]), np.array([0.1, 0.3, 0.7, 0.9])
-    assert metrics.ece(labels, pctr, np.array([3.0, 1.0, 2.0, 2.0]), num_bins=2) == pytest.approx(0.45)
+    assert pointwise.ece(labels, pctr, np.array([3.0, 1.0, 2.0, 2.0]), num_bins=2) == pytest.approx(0.45)
 
 
 def test_calibration_bins_are_sorted_and_of_equal_mass():
     random = np.random.default_rng(0)
     pctr = random.random(1000)
     labels = random.random(1000) < pctr
-    bins = metrics.calibration_bins(labels, pctr, num_bins=20)
+    bins = pointwise.calibration_bins(labels, pctr, num_bins=20)
     assert [entry["weight"] for entry in bins] == [50.0] * 20
     assert [entry["pctr"] for entry in bins] == sorted(entry["pctr"] for entry in bins)
     assert np.mean([entry["pctr"] for entry in bins]) == pytest.approx(pctr.mean())
@@ -184,7 +184,7 @@ def test_calibration_bins_are_sorted_and_of_equal_mass():
 
 def test_calibration_bins_of_equal_mass_with_weights():
     # Total mass 8, two bins of 4: the first row alone, then the other four.
-    bins = metrics.calibration_bins(
+    bins = pointwise.calibration_bins(
         np.array([1, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.5]), np.array([4.0, 1.0, 1.0, 1.0, 1.0]), num_bins=2
     )
     assert [entry["weight"] for entry in bins] == [4.0, 4.0]
@@ -193,7 +193,7 @@ def test_calibration_bins_of_equal_mass_with_weights():
 
 
 def test_calibration_bins_of_fewer_rows_than_bins_leave_out_empty_bins():
-    bins = metrics.calibration_bins(np.array([1, 0]), np.array([0.8, 0.2]), num_bins=20)
+    bins = pointwise.calibration_bins(np.array([1, 0]), np.array([0.8, 0.2]), num_bins=20)
     assert bins == [
         {"pctr": 0.2, "click_rate": 0.0, "weight": 1.0},
         {"pctr": 0.8, "click_rate": 1.0, "weight": 1.0},
@@ -203,5 +203,5 @@ def test_calibration_bins_of_fewer_rows_than_bins_leave_out_empty_bins():
 def test_calibration_ignores_rows_of_weight_0():
     labels, pctr, weights = np.array([1, 0, 1]), np.array([0.2, 0.5, 0.9]), np.array([1.0, 0.0, 1.0])
     kept = weights > 0
-    assert metrics.calibration_bins(labels, pctr, weights) == metrics.calibration_bins(labels[kept], pctr[kept])
-    assert metrics.ece(labels, pctr, weights) == pytest.approx(metrics.ece(labels[kept], pctr[kept]))
+    assert pointwise.calibration_bins(labels, pctr, weights) == pointwise.calibration_bins(labels[kept], pctr[kept])
+    assert pointwise.ece(labels, pctr, weights) == pytest.approx(pointwise.ece(labels[kept], pctr[kept]))

@@ -8,10 +8,10 @@ import sklearn.metrics
 import tensorflow as tf
 from scipy.special import expit
 
-from clsd_tf.calibration import Calibration, CalibrationLayer, PlattCurve
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
-from clsd_tf.losses import label_smoothed_bce
-from clsd_tf.model_inputs import GroupInput, ModelInputs
+from clsd_tf.layers.calibration import Calibration, CalibrationLayer, PlattCurve
+from clsd_tf.layers.losses import label_smoothed_bce
+from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 BATCH = 16

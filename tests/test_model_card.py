@@ -8,13 +8,16 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from clsd_tf import input_pipeline
-from clsd_tf.artifacts import WorkDir, read_json, write_json
-from clsd_tf.assembly import load_model, predict
-from clsd_tf.evaluation import evaluate
-from clsd_tf.train_config import load_config
-from export.card_text import CARD_JSON, read_auc, render_card
-from export.model_card import CARD_MARKDOWN, ModelCard, training_command, write_model_card
+from clsd_tf.data import input_pipeline
+from clsd_tf.evaluation.evaluate import evaluate
+from clsd_tf.storage.files import read_json, write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model, predict
+from clsd_tf.training.config import load_config
+from export.publishing.versions import CARD_JSON, read_auc
+from export.servable.card_text import render_card
+from export.servable.card_types import CARD_MARKDOWN, ModelCard
+from export.servable.model_card import training_command, write_model_card
 
 VERIFICATION = {"rows": 5, "warmup_records": 4, "max_difference": {"serving_default/ctr": 1e-8, "rank/ctr": 3e-8}}
 

@@ -8,9 +8,16 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel, OverconfidentTeacherWarning
-from clsd_tf.clsd.monitors import MeansPerGroup, Range, WeightedMeans, effective_click_share, power_sums, signed_maxima
-from clsd_tf.model_inputs import GroupInput, ModelInputs
+from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel, OverconfidentTeacherWarning
+from clsd_tf.methods.clsd.monitors import (
+    MeansPerGroup,
+    Range,
+    WeightedMeans,
+    effective_click_share,
+    power_sums,
+    signed_maxima,
+)
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
 AGE = GroupInput("age", ("unknown", "young"))

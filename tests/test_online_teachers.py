@@ -5,11 +5,11 @@ import pytest
 import tensorflow as tf
 from scipy.special import expit
 
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
-from clsd_tf.model_inputs import GroupInput, ModelInputs
+from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 # ``fit`` takes its steps as epochs here.
-pytestmark = pytest.mark.filterwarnings("ignore::clsd_tf.clsd.OverconfidentTeacherWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::clsd_tf.methods.clsd.OverconfidentTeacherWarning")
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 NUM_ROWS = 32

@@ -8,14 +8,14 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.assembly import build_model
-from clsd_tf.input_pipeline import batches
-from clsd_tf.model_inputs import CategoricalInput, ModelInputs
-from clsd_tf.optimizer_config import OptimizerConfig, TableOptimizerConfig
-from clsd_tf.optimizers import RowSparseOptimizer, WarmupSchedule, build_optimizer, embedding_tables
-from clsd_tf.table_rules import table_rule
-from clsd_tf.train_config import load_config
-from clsd_tf.validation import SpecError
+from clsd_tf.data.input_pipeline import batches
+from clsd_tf.optimizers.config import OptimizerConfig, TableOptimizerConfig
+from clsd_tf.optimizers.row_sparse import RowSparseOptimizer, WarmupSchedule, build_optimizer, embedding_tables
+from clsd_tf.optimizers.table_rules import table_rule
+from clsd_tf.spec.model_inputs import CategoricalInput, ModelInputs
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.config import load_config
 
 _RATE = 0.05
 _ROWS, _DIM = 5, 3

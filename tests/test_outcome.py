@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.outcome import BadInputError, account, require_unique_keys, table_counts
+from pipelines.rows.outcome import BadInputError, account, require_unique_keys, table_counts
 
 
 def counts_of(read, written, dead):

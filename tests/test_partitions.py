@@ -5,12 +5,13 @@ import pytest
 from shop import build
 
 import feature_specs
-from clsd_tf.artifacts import SPLITS, read_json
-from clsd_tf.data_statistics import read_data_statistics
-from clsd_tf.examples import packed_columns
-from clsd_tf.input_pipeline import read_columns
-from pipelines import build as build_module
-from pipelines import joining
+from clsd_tf.data.examples import packed_columns
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.statistics.data_statistics import read_data_statistics
+from clsd_tf.storage.dataset_dir import SPLITS
+from clsd_tf.storage.files import read_json
+from pipelines.beam import dataset as build_module
+from pipelines.beam import joining
 
 SPEC = feature_specs.get_spec("simulated_feed")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
-from clsd_tf.clsd.confidence import shuffled_among_clicks
-from clsd_tf.model_inputs import GroupInput, ModelInputs
+from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.confidence import shuffled_among_clicks
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(TIER,))

@@ -14,11 +14,11 @@ import tensorflow as tf
 from commands import run_command
 from feed_servables import save_feed_model
 
-from clsd_tf.artifacts import read_json
-from clsd_tf.columns import value_to_text
-from clsd_tf.servable import LocalServable
-from pipelines.bulk_scoring import score_files
-from pipelines.outcome import BadInputError
+from clsd_tf.data.columns import value_to_text
+from clsd_tf.serving.servable import LocalServable
+from clsd_tf.storage.files import read_json
+from pipelines.beam.bulk_scoring import score_files
+from pipelines.rows.outcome import BadInputError
 from pipelines.sources import files as source_files
 
 IN_MEMORY = ("--direct_num_workers=1", "--direct_running_mode=in_memory")

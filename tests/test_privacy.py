@@ -4,9 +4,9 @@ import pyarrow.parquet
 import pytest
 from shop import build, events, inspected, items, refused, users, vocabulary, write_shop
 
-from clsd_tf.artifacts import SPLITS
-from clsd_tf.features import SpecError, parse_spec
-from clsd_tf.hashing import hash_user_ids
+from clsd_tf.data.hashing import hash_user_ids
+from clsd_tf.spec.feature_spec import SpecError, parse_spec
+from clsd_tf.storage.dataset_dir import SPLITS
 
 MARK = "secret-"
 SALT = "0123456789abcdef-of-the-tests"

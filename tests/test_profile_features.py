@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clsd_tf.profile_features import HEADLINES, rank_features, table_rows
-from clsd_tf.significance import holm
+from clsd_tf.methods.clsd.profile_features import HEADLINES, rank_features, table_rows
+from clsd_tf.metrics.significance import holm
 
 
 def rank_one(residual, values, users=None):

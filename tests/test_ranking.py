@@ -5,15 +5,15 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2
 
-from clsd_tf.assembly import load_model
 from clsd_tf.backbones.base import feature_inputs
-from clsd_tf.clsd import ClsdConfig, ClsdModel
-from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.features import parse_spec
-from clsd_tf.transform import FeatureTransform
-from export.profile import ExportProfile
-from export.ranking import rank_function, sides_of
-from export.signatures import serving_signatures
+from clsd_tf.data.transform import FeatureTransform
+from clsd_tf.layers.embeddings import FieldEmbeddings
+from clsd_tf.methods.clsd import ClsdConfig, ClsdModel
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.training.assembly import load_model
+from export.servable.profile import ExportProfile
+from export.servable.ranking import rank_function, sides_of
+from export.servable.signatures import serving_signatures
 
 
 @pytest.fixture(scope="module")

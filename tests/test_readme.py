@@ -13,7 +13,7 @@ import urllib3
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import feature_specs
-from clsd_tf.examples import parse_raw_examples, raw_tensor_specs
+from clsd_tf.data.examples import parse_raw_examples, raw_tensor_specs
 from export.server.app import LocalServer
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from clsd_tf.clsd import ClsdConfig
+from clsd_tf.methods.clsd import ClsdConfig
 
 # Between them every mean over a batch: of forms, teachers and objectives, also where clicks have no score.
 SETTINGS = {

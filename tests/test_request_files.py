@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from clsd_tf.model_inputs import RawInput
-from clsd_tf.request_files import _ROWS_PER_BATCH, convert_rows, read_rows, rows_of, typed_rows
+from clsd_tf.data.request_files import _ROWS_PER_BATCH, convert_rows, read_rows, rows_of, typed_rows
+from clsd_tf.spec.model_inputs import RawInput
 
 INPUTS = (RawInput("user", "string"), RawInput("age", "int64"), RawInput("recent", "string", is_list=True))
 

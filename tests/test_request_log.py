@@ -17,12 +17,12 @@ from commands import run_command
 from grpc_calls import wait_until
 from tensorflow_serving.apis import classification_pb2, input_pb2, predict_pb2, prediction_service_pb2_grpc
 
-from clsd_tf.artifacts import read_json, write_json
-from clsd_tf.data_checks import contrast
-from clsd_tf.data_statistics import read_data_statistics
-from clsd_tf.examples import arrow_to_tensors, parse_raw_examples, raw_tensor_specs
-from clsd_tf.model_inputs import MISSING_INT64, RawInput
-from clsd_tf.request_files import LEFT_OUT, left_out_inputs, row_files
+from clsd_tf.data.examples import arrow_to_tensors, parse_raw_examples, raw_tensor_specs
+from clsd_tf.data.request_files import LEFT_OUT, left_out_inputs, row_files
+from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
+from clsd_tf.statistics.data_checks import contrast
+from clsd_tf.statistics.data_statistics import read_data_statistics
+from clsd_tf.storage.files import read_json, write_json
 from export.server.app import LocalServer
 from export.server.request_log import RequestLog
 from pipelines.validate_data import statistics_of_requests

@@ -36,9 +36,9 @@ from tensorflow_serving.apis import (
 )
 from tiny_servables import example, examples, rank_request, save_tiny
 
+from export.servable.warmup import WARMUP_FILE
 from export.server.app import LocalServer
 from export.server.registry import VersionState
-from export.warmup import WARMUP_FILE
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
 SERVING = health_pb2.HealthCheckResponse.SERVING

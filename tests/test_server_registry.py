@@ -12,14 +12,14 @@ from grpc_calls import model_spec, outputs, predict_request, prediction_stub, sl
 from tensorflow_serving.apis import get_model_status_pb2, input_pb2, prediction_log_pb2
 from tiny_servables import example, examples, save_tiny, write_config
 
-from clsd_tf.servable import version_directory
+from clsd_tf.serving.servable import version_directory
+from export.publishing.versions import ModelVersions
+from export.servable.warmup import WARMUP_FILE
 from export.server.app import LocalServer
 from export.server.errors import RequestError
 from export.server.registry import Registry
 from export.server.servable import LoadedVersion
 from export.server.warmup_replay import replay_warmup_requests
-from export.versions import ModelVersions
-from export.warmup import WARMUP_FILE
 
 State = get_model_status_pb2.ModelVersionStatus.State
 

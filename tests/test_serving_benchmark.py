@@ -12,11 +12,11 @@ from feed_servables import RAW_INPUTS, save_feed_model
 from tiny_servables import example, save_tiny
 
 from benchmarks.serving_load import Checked, Probe, overload, peak_memory, swap
-from clsd_tf.examples import encode_raw_rows
-from export.client_transport import Endpoint, ServingError
+from clsd_tf.data.examples import encode_raw_rows
+from export.clients.serving_client import ServingClient
+from export.clients.transport import Endpoint, ServingError
 from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
-from export.serving_client import ServingClient
 
 
 def requests_of(*xs):

@@ -8,8 +8,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf import metrics
-from clsd_tf.significance import bootstrap_interval, holm, paired_difference, rela_impr
+from clsd_tf.metrics import pointwise
+from clsd_tf.metrics.significance import bootstrap_interval, holm, paired_difference, rela_impr
 
 
 def test_mean_error_p_value_and_interval_equal_those_of_scipys_paired_t_test():
@@ -238,15 +238,15 @@ def test_the_interval_of_an_auc_contains_it():
     random = np.random.default_rng(0)
     pctr = random.random(400)
     labels = (random.random(400) < pctr).astype(float)
-    low, high = bootstrap_interval(metrics.auc, [labels, pctr], num_resamples=200)
-    assert low < metrics.auc(labels, pctr) < high
+    low, high = bootstrap_interval(pointwise.auc, [labels, pctr], num_resamples=200)
+    assert low < pointwise.auc(labels, pctr) < high
     assert high - low < 0.15
 
 
 def test_resamples_without_a_value_are_left_out():
     # One click among three rows: (2 / 3)^3 = 30 % of the resamples have none, and no AUC.
     labels, scores = np.array([1, 0, 0]), np.array([0.9, 0.5, 0.1])
-    assert bootstrap_interval(metrics.auc, [labels, scores]) == (1.0, 1.0)
+    assert bootstrap_interval(pointwise.auc, [labels, scores]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.hashing import hash_keys
-from clsd_tf.sketches import DistinctSketch, Histogram, TopValues
+from clsd_tf.data.hashing import hash_keys
+from clsd_tf.statistics.sketches import DistinctSketch, Histogram, TopValues
 
 
 def merged(parts):

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import tensorflow as tf
 
-from clsd_tf.tables import Column, Table
-from pipelines.checks import parse_rows
+from clsd_tf.spec.tables import Column, Table
+from pipelines.rows.checks import parse_rows
 from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number, tfds_batches
 
 COLUMNS = (

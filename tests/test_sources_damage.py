@@ -13,9 +13,9 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.features import parse_spec
-from clsd_tf.tables import Column, Table
-from pipelines.checks import parse_rows
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.tables import Column, Table
+from pipelines.rows.checks import parse_rows
 from pipelines.sources import ROW_ID, SourceFile, files, list_files, plan_file, read_slice, row_number
 
 NUM_ROWS = 3000

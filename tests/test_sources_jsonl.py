@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.columns import value_to_text
-from clsd_tf.tables import Column, Table
+from clsd_tf.data.columns import value_to_text
+from clsd_tf.spec.tables import Column, Table
 from pipelines.sources import ROW_ID, SourceFile, jsonl, plan_file, read_slice, row_number
 from pipelines.sources.row_blocks import RowBlock
 

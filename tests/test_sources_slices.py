@@ -11,15 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.tables import Column, Table
-from pipelines.sources import (
-    ROW_ID,
-    hash_file,
-    list_files,
-    plan_file,
-    read_slice,
-    row_number,
-)
+from clsd_tf.spec.tables import Column, Table
+from pipelines.sources import ROW_ID, hash_file, list_files, plan_file, read_slice, row_number
 
 COLUMNS = (Column(name="a", type="string"), Column(name="b", type="string"))
 on_one_file = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

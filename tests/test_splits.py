@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.features import Split, parse_spec
-from clsd_tf.hashing import hash_keys, mix_row_ids
-from clsd_tf.sketches import Histogram
-from pipelines.overrides import override_split_rule
-from pipelines.splits import expected_rows, split_cut_offs, split_indices
+from clsd_tf.data.hashing import hash_keys, mix_row_ids
+from clsd_tf.spec.feature_spec import Split, parse_spec
+from clsd_tf.statistics.sketches import Histogram
+from feature_specs.overrides import override_split_rule
+from pipelines.rows.splits import expected_rows, split_cut_offs, split_indices
 
 
 def rows(times=None, users=None, row_ids=None):

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from clsd_tf import input_pipeline
-from clsd_tf.artifacts import ArtifactError, DatasetDir, read_json
-from clsd_tf.assembly import load_model, predict, predict_logits
-from clsd_tf.evaluation import evaluate
-from clsd_tf.interruption import EXIT_CODE
-from clsd_tf.small_groups import merge_small_groups
-from clsd_tf.study import (
+from clsd_tf.commands.interruption import EXIT_CODE
+from clsd_tf.data import input_pipeline
+from clsd_tf.evaluation.evaluate import evaluate
+from clsd_tf.metrics.user_errors import auc_difference_error
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.statistics.small_groups import merge_small_groups
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.study.cells import (
     BASELINE,
     METHODS,
     Cell,
@@ -36,11 +38,10 @@ from clsd_tf.study import (
     stopped_cells,
     with_placebos,
 )
-from clsd_tf.study_metrics import OVERALL
-from clsd_tf.teachers import scores_file
-from clsd_tf.train_config import TrainConfig
-from clsd_tf.user_errors import auc_difference_error
-from clsd_tf.validation import SpecError
+from clsd_tf.study.measures import OVERALL
+from clsd_tf.training.assembly import load_model, predict, predict_logits
+from clsd_tf.training.config import TrainConfig
+from clsd_tf.training.teachers import scores_file
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -371,7 +372,7 @@ def test_the_time_of_runs_is_kept_with_them(finished):
 
 _STUDY_WITH_A_WORKER = """
 import concurrent.futures, multiprocessing, os, time
-from clsd_tf.study import start_worker
+from clsd_tf.study.cells import start_worker
 
 pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
 pool.submit(os.getpid).result()

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from commands import run_command
 
-from clsd_tf.artifacts import ArtifactError, read_json, write_json
-from clsd_tf.validation import SpecError
-from pipelines.feed import FeedConfig
-from pipelines.study_config import load_study, parse_study, study_names
-from pipelines.study_data import prepared_data, study_spec
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.storage.files import ArtifactError, read_json, write_json
+from pipelines.public_data.feed import FeedConfig
+from pipelines.studies.config import load_study, parse_study, study_names
+from pipelines.studies.data import prepared_data, study_spec
 
 _STUDY = """
 seeds: 2

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from clsd_tf.study_tables import (
+from clsd_tf.study.tables import (
     METRICS,
     TESTED,
     GridTables,
@@ -21,7 +21,7 @@ from clsd_tf.study_tables import (
     render_markdown,
     summary_table,
 )
-from clsd_tf.study_tables import tests_table as table_of_tests  # Under its own name pytest would run it.
+from clsd_tf.study.tables import tests_table as table_of_tests  # Under its own name pytest would run it.
 
 BCE = [0.70, 0.72, 0.71]
 CLSD = [0.71, 0.75, 0.715]

@@ -11,14 +11,17 @@ import time
 import numpy as np
 import pytest
 
-from clsd_tf import input_pipeline, metrics
-from clsd_tf.artifacts import ArtifactError, DatasetDir, WorkDir, read_json
-from clsd_tf.assembly import predict
-from clsd_tf.fit import fit
-from clsd_tf.hashing import mix_row_ids
-from clsd_tf.input_pipeline import RowValues
-from clsd_tf.interruption import TrainingInterruptedError, handling_sigterm
-from clsd_tf.teachers import scores_file, stored_scores, teacher_scores
+from clsd_tf.commands.interruption import TrainingInterruptedError, handling_sigterm
+from clsd_tf.data import input_pipeline
+from clsd_tf.data.hashing import mix_row_ids
+from clsd_tf.data.input_pipeline import RowValues
+from clsd_tf.metrics import pointwise
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import predict
+from clsd_tf.training.fit import fit
+from clsd_tf.training.teachers import scores_file, stored_scores, teacher_scores
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -104,7 +107,7 @@ def test_every_training_row_gets_a_score_that_predicts_its_label(by_row, by_user
         np.testing.assert_array_equal(scores.row_ids, rows["row_id"])
         assert scores.values.dtype == np.float32
         assert ((scores.values > 0) & (scores.values < 1)).all()
-        assert metrics.auc(rows["label"], scores.values) > 0.52
+        assert pointwise.auc(rows["label"], scores.values) > 0.52
 
 
 @pytest.mark.parametrize("fold_by", ["row", "user"])
@@ -335,7 +338,7 @@ def test_a_score_does_not_know_labels_of_its_own_day_or_of_later_days(
 def test_scores_of_later_days_predict_their_labels(of_days, days, rows):
     np.testing.assert_array_equal(of_days.row_ids, rows["row_id"])
     late = days >= 4
-    assert metrics.auc(rows["label"][late], of_days.values[late]) > 0.54
+    assert pointwise.auc(rows["label"][late], of_days.values[late]) > 0.54
 
 
 def test_the_first_day_has_no_score_and_every_later_row_has_one(of_days, days):

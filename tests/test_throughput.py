@@ -13,13 +13,15 @@ import rich.console
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clsd_tf import callbacks
-from clsd_tf.artifacts import WorkDir, read_json
-from clsd_tf.clsd import ClsdModel
-from clsd_tf.clsd.config import ClsdConfig
-from clsd_tf.console import console
-from clsd_tf.fit import fit
-from clsd_tf.throughput import InputWait, Throughput
+from clsd_tf.commands.console import console
+from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.input_wait import InputWait
+from clsd_tf.storage.files import read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training import callbacks
+from clsd_tf.training.fit import fit
+from clsd_tf.training.throughput import Throughput
 
 BATCH, STEPS = 8, 6
 

@@ -7,10 +7,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.calibration import CalibrationConfig
-from clsd_tf.clsd import ClsdConfig
-from clsd_tf.train_config import TrainConfig, load_config, parse_config, teacher_warning
-from clsd_tf.validation import SpecError
+from clsd_tf.layers.calibration import CalibrationConfig
+from clsd_tf.methods.clsd import ClsdConfig
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.training.config import TrainConfig, load_config, parse_config, teacher_warning
 
 # Reading.
 

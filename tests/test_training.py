@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from clsd_tf import input_pipeline, metrics
-from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
-from clsd_tf.assembly import load_model, predict, predict_logits
-from clsd_tf.callbacks import TrainingDivergedError
-from clsd_tf.clsd import ConfidenceGuardError
-from clsd_tf.features import parse_spec
-from clsd_tf.teachers import stored_scores
-from clsd_tf.training import train
+from clsd_tf.data import input_pipeline
+from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.metrics import pointwise
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import load_model, predict, predict_logits
+from clsd_tf.training.callbacks import TrainingDivergedError
+from clsd_tf.training.run import train
+from clsd_tf.training.teachers import stored_scores
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -124,9 +127,9 @@ def validation(feed_dataset):
 def test_after_platt_calibration_mean_pctr_is_the_click_rate_of_validation(bce_run, feed_dataset, validation):
     label, weight, _ = validation
     model = load_model(bce_run.work_dir, feed_dataset)
-    assert metrics.pcoc(label, predict(model, feed_dataset, "validation"), weight) == pytest.approx(1, abs=1e-3)
+    assert pointwise.pcoc(label, predict(model, feed_dataset, "validation"), weight) == pytest.approx(1, abs=1e-3)
     uncalibrated = expit(predict_logits(model, feed_dataset, "validation"))
-    assert abs(metrics.pcoc(label, uncalibrated, weight) - 1) > 0.01
+    assert abs(pointwise.pcoc(label, uncalibrated, weight) - 1) > 0.01
 
 
 def test_calibration_per_group_moves_each_group_towards_its_click_rate(clsd_run, feed_dataset, validation):

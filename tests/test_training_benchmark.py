@@ -16,10 +16,10 @@ from benchmarks import auc_differences, contest, floors, peer_environments, roun
 from benchmarks.contest import HEADLINE, OURS, PEERS, Result, Target
 from benchmarks.rounds import CompetitorError, Ready, Round, Task
 from benchmarks.train_ours import task_config
-from clsd_tf.artifacts import DatasetDir
-from clsd_tf.assembly import build_model
-from clsd_tf.input_pipeline import read_columns
-from clsd_tf.significance import paired_difference
+from clsd_tf.data.input_pipeline import read_columns
+from clsd_tf.metrics.significance import paired_difference
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.training.assembly import build_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASK = Task(

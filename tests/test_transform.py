@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.examples import (
+from clsd_tf.data.examples import (
     arrow_to_tensors,
     encode_examples,
     parse_raw_examples,
@@ -17,10 +17,10 @@ from clsd_tf.examples import (
     raw_tensor_specs,
     record_tensors,
 )
-from clsd_tf.feature_types import Hashing
-from clsd_tf.features import NumericFeature, UserGroup, parse_spec
-from clsd_tf.model_inputs import MISSING_INT64, NumericStatistics, Statistics
-from clsd_tf.transform import FeatureTransform, HashLookup, VocabularyLookup, as_text, group_ids, numeric_values
+from clsd_tf.data.transform import FeatureTransform, HashLookup, VocabularyLookup, as_text, group_ids, numeric_values
+from clsd_tf.spec.feature_spec import NumericFeature, UserGroup, parse_spec
+from clsd_tf.spec.feature_types import Hashing
+from clsd_tf.spec.model_inputs import MISSING_INT64, NumericStatistics, Statistics
 
 NAN = float("nan")
 STATISTICS = Statistics(

@@ -7,11 +7,11 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.examples import arrow_to_tensors
-from clsd_tf.features import HistoryFeature, parse_spec
-from clsd_tf.model_inputs import NumericStatistics, RawInput, Statistics
-from clsd_tf.transform import FeatureTransform
-from pipelines.encoding import transform_distinct
+from clsd_tf.data.examples import arrow_to_tensors
+from clsd_tf.data.transform import FeatureTransform
+from clsd_tf.spec.feature_spec import HistoryFeature, parse_spec
+from clsd_tf.spec.model_inputs import NumericStatistics, RawInput, Statistics
+from pipelines.beam.encoding import transform_distinct
 
 VOCABULARIES = {"item": ["i7", "i1", "7"], "tags": ["a", "b", "ü"], "number": ["3", "-4"]}
 SCALINGS = ("none", "standardise", "min_max", "quantile_buckets")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from clsd_tf import metrics
-from clsd_tf.significance import bootstrap_interval
-from clsd_tf.user_errors import auc_difference_error, gauc_difference_error
+from clsd_tf.metrics import pointwise
+from clsd_tf.metrics.significance import bootstrap_interval
+from clsd_tf.metrics.user_errors import auc_difference_error, gauc_difference_error
 
 _NORMAL_975 = 1.959964
 
@@ -28,8 +28,11 @@ def simulated(num_users=400, seed=0):
 @pytest.mark.parametrize(
     ("error", "measure"),
     [
-        (auc_difference_error, lambda labels, scores, users, weights: metrics.auc(labels, scores, weights)),
-        (gauc_difference_error, lambda labels, scores, users, weights: metrics.gauc(labels, scores, users, weights)[0]),
+        (auc_difference_error, lambda labels, scores, users, weights: pointwise.auc(labels, scores, weights)),
+        (
+            gauc_difference_error,
+            lambda labels, scores, users, weights: pointwise.gauc(labels, scores, users, weights)[0],
+        ),
     ],
 )
 def test_the_error_is_that_of_resampled_users(error, measure, weighted):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clsd_tf.evaluation import measure
-from clsd_tf.metrics import auc
-from clsd_tf.significance import bootstrap_interval
-from clsd_tf.user_intervals import user_intervals
+from clsd_tf.evaluation.evaluate import measure
+from clsd_tf.metrics.pointwise import auc
+from clsd_tf.metrics.significance import bootstrap_interval
+from clsd_tf.metrics.user_intervals import user_intervals
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import yaml
 from commands import run_command
 
 import feature_specs
-from clsd_tf.artifacts import read_json
-from clsd_tf.data_checks import contrast, find_anomalies
-from clsd_tf.data_report import SUMMARY_HEADINGS, anomaly_rows, render_data_report, summary_rows, top_values
-from clsd_tf.data_statistics import read_data_statistics
-from clsd_tf.features import parse_spec
-from clsd_tf.request_files import read_rows
-from pipelines.build import BuildConfig, build_dataset
-from pipelines.feed import FeedConfig, simulate_feed
+from clsd_tf.data.request_files import read_rows
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.statistics.data_checks import contrast, find_anomalies
+from clsd_tf.statistics.data_statistics import read_data_statistics
+from clsd_tf.statistics.report import SUMMARY_HEADINGS, anomaly_rows, render_data_report, summary_rows, top_values
+from clsd_tf.storage.files import read_json
+from pipelines.beam.dataset import BuildConfig, build_dataset
+from pipelines.public_data.feed import FeedConfig, simulate_feed
 from pipelines.validate_data import statistics_of_requests
 
 FACTS = {"dataset": "<b>d</b>", "spec": "s", "min_group_users": 20, "left_out": ["user_id"]}

@@ -5,8 +5,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.tables import EventTime
-from pipelines.joins import Profiles
+from clsd_tf.spec.tables import EventTime
+from pipelines.rows.joins import Profiles
 from pipelines.sources import ROW_ID
 
 T0 = 1_700_000_000  # 2023-11-14T22:13:20Z

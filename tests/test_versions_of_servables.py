@@ -20,14 +20,14 @@ from commands import run_command
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from clsd_tf.artifacts import locked, write_json
-from export import promotion
-from export.manifest import MANIFEST_FILE, file_entries
-from export.models_config import ModelsConfig, require_room_for
-from export.promotion import PromotionError, promote, rollback, version_before
-from export.retention import list_versions, prune
-from export.server_status import ServerStatusError, wait_until_available
-from export.versions import ModelVersions
+from clsd_tf.storage.files import locked, write_json
+from export.publishing import promotion
+from export.publishing.manifest import MANIFEST_FILE, file_entries
+from export.publishing.models_config import ModelsConfig, require_room_for
+from export.publishing.promotion import PromotionError, promote, rollback, version_before
+from export.publishing.retention import list_versions, prune
+from export.publishing.server_status import ServerStatusError, wait_until_available
+from export.publishing.versions import ModelVersions
 
 ROOT = pathlib.Path(__file__).parent.parent
 _OTHER_MODEL = """
@@ -148,7 +148,7 @@ def test_what_killed_exports_left_goes_with_the_next_and_what_is_being_written_s
 
 _PUBLISH = """
 import pathlib, sys
-from export.versions import ModelVersions
+from export.publishing.versions import ModelVersions
 versions = ModelVersions(pathlib.Path(sys.argv[1]), "feed")
 sys.stdin.readline()
 for _ in range(10):

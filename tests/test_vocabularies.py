@@ -12,14 +12,14 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.artifacts import DatasetDir, DatasetLayout
-from clsd_tf.embeddings import FieldEmbeddings
-from clsd_tf.features import Vocabulary, parse_spec
-from clsd_tf.model_inputs import Statistics
-from clsd_tf.sketches import TopValues
-from clsd_tf.transform import FeatureTransform, VocabularyLookup
-from clsd_tf.validation import SpecError
-from pipelines.vocabularies import VocabularyCounts, check_compatible, rank
+from clsd_tf.data.transform import FeatureTransform, VocabularyLookup
+from clsd_tf.layers.embeddings import FieldEmbeddings
+from clsd_tf.spec.feature_spec import Vocabulary, parse_spec
+from clsd_tf.spec.model_inputs import Statistics
+from clsd_tf.spec.validation import SpecError
+from clsd_tf.statistics.sketches import TopValues
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from pipelines.rows.vocabularies import VocabularyCounts, check_compatible, rank
 
 COLUMNS = {"user_id": pa.string(), "item_id": pa.int64(), "tags": pa.string(), "sample_weight": pa.float64()}
 CONTENT = {

@@ -9,17 +9,19 @@ import pytest
 import tensorflow as tf
 from shop import vocabulary
 
-from clsd_tf import input_pipeline
-from clsd_tf.artifacts import ArtifactError, DatasetDir, DatasetLayout, WorkDir, read_json
-from clsd_tf.assembly import build_model, load_model, predict_logits, restored_model
-from clsd_tf.checkpoints import best_weights
-from clsd_tf.clsd import ConfidenceGuardError
-from clsd_tf.features import parse_spec
-from clsd_tf.fit import claim
-from clsd_tf.lineage import TrainedOn
-from clsd_tf.optimizers import embedding_tables
-from clsd_tf.training import train
-from clsd_tf.warm_start import warm_start
+from clsd_tf.data import input_pipeline
+from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.optimizers.row_sparse import embedding_tables
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import build_model, load_model, predict_logits, restored_model
+from clsd_tf.training.checkpoints import best_weights
+from clsd_tf.training.fit import claim
+from clsd_tf.training.lineage import TrainedOn
+from clsd_tf.training.run import train
+from clsd_tf.training.warm_start import warm_start
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.examples import arrow_to_tensors
-from clsd_tf.feature_types import NumericFeature, WindowFeature
-from clsd_tf.features import SpecError, parse_spec
-from clsd_tf.model_inputs import NumericStatistics, RawInput
-from clsd_tf.transform import numeric_values
-from pipelines.histories import SortedEvents, window_values
+from clsd_tf.data.examples import arrow_to_tensors
+from clsd_tf.data.transform import numeric_values
+from clsd_tf.spec.feature_spec import SpecError, parse_spec
+from clsd_tf.spec.feature_types import NumericFeature, WindowFeature
+from clsd_tf.spec.model_inputs import NumericStatistics, RawInput
+from pipelines.rows.histories import SortedEvents, window_values
 
 SECOND = 1_000_000
 

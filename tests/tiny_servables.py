@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from tensorflow_serving.apis import input_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from export.ranking import NO_ITEM_CTR, decode_requests
+from export.servable.ranking import NO_ITEM_CTR, decode_requests
 
 
 class TinyModel(tf.Module):

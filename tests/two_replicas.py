@@ -19,15 +19,15 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.artifacts import WorkDir
-from clsd_tf.checkpoints import CheckpointAndStop
-from clsd_tf.clsd import AdGate, ClsdConfig, ClsdModel
-from clsd_tf.distribution import create_strategy, distributed, scope
-from clsd_tf.interruption import Sigterm, TrainingInterruptedError
-from clsd_tf.model_inputs import GroupInput, ModelInputs
-from clsd_tf.optimizer_config import OptimizerConfig
-from clsd_tf.optimizers import build_optimizer
-from clsd_tf.train_config import load_config
+from clsd_tf.commands.interruption import Sigterm, TrainingInterruptedError
+from clsd_tf.distributed.strategies import create_strategy, distributed, scope
+from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.optimizers.config import OptimizerConfig
+from clsd_tf.optimizers.row_sparse import build_optimizer
+from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.checkpoints import CheckpointAndStop
+from clsd_tf.training.config import load_config
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 BATCH, ROWS, EPOCHS = 16, 65, 2  # The last batch has one row: none for the first replica.

@@ -8,7 +8,7 @@ Everything else, from training to export, then treats it like the backbones of t
 
     from clsd_tf.backbones import register_backbone
     from clsd_tf.backbones.base import feature_inputs
-    from clsd_tf.embeddings import FieldEmbeddings
+    from clsd_tf.layers.embeddings import FieldEmbeddings
 
 
     @register_backbone("two_layers")
@@ -47,7 +47,7 @@ from clsd_tf.backbones.lr import Lr
 from clsd_tf.backbones.masknet import MaskNet
 from clsd_tf.backbones.wide_deep import WideDeep
 from clsd_tf.backbones.xdeepfm import XDeepFm
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 BackboneFactory = Callable[..., tf.keras.Model]
 

@@ -14,7 +14,7 @@ from clsd_tf.backbones.base import (
     require_positive_integers,
     split_first_order,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class AttentionPooling(tf.keras.layers.Layer):

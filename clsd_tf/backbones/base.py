@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.embeddings import FieldEmbeddings, Initializer, L2Rows, SharedRows
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.layers.embeddings import FieldEmbeddings, Initializer, L2Rows, SharedRows
+from clsd_tf.spec.model_inputs import ModelInputs
 
 Features = Mapping[str, tf.Tensor | SharedRows]
 

@@ -9,7 +9,7 @@ import tensorflow_recommenders as tfrs
 
 from clsd_tf.backbones.base import require_positive_integers, stacked_glorot
 from clsd_tf.backbones.dcn import CrossAndDeep
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class DcnV2(CrossAndDeep):

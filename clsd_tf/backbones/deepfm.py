@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, concat_fields, logit_layer, mlp, split_first_order
 from clsd_tf.backbones.fm import pairwise_interactions
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class DeepFm(Backbone):

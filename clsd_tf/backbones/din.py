@@ -17,7 +17,7 @@ from clsd_tf.backbones.base import (
     require_choice,
     require_unit_sizes,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class TargetAttention(tf.keras.layers.Layer):

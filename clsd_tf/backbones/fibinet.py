@@ -17,7 +17,7 @@ from clsd_tf.backbones.base import (
     split_first_order,
     stacked_glorot,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class Senet(tf.keras.layers.Layer):

@@ -18,7 +18,7 @@ from clsd_tf.backbones.base import (
     require_unit_sizes,
     stacked_glorot,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class FeatureGate(tf.keras.layers.Layer):

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from clsd_tf.backbones.base import Backbone, Features, LogitBias, split_first_order
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 def pairwise_interactions(embeddings: tf.Tensor) -> tf.Tensor:

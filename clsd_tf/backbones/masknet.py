@@ -15,7 +15,7 @@ from clsd_tf.backbones.base import (
     require_choice,
     require_positive_integers,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class MaskBlock(tf.keras.layers.Layer):

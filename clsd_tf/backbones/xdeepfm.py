@@ -16,7 +16,7 @@ from clsd_tf.backbones.base import (
     require_unit_sizes,
     split_first_order,
 )
-from clsd_tf.model_inputs import ModelInputs
+from clsd_tf.spec.model_inputs import ModelInputs
 
 
 class CompressedInteractions(tf.keras.layers.Layer):

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import get_args
 
 from export.contract_rules import batching, behaviour, files, json_round_trip, layout, signatures, warmup
-from export.contract_rules.rules import Finding, NotApplicable, Rule, Status, reason_of
+from export.contract_rules.findings import Finding, NotApplicable, Status, reason_of
+from export.contract_rules.rules import Rule
 from export.contract_rules.version import Base, Version, saved_model_file, version_number
 
 # In the order in which rules are applied and shown.

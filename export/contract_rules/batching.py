@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from google.protobuf import text_format
 
-from export.batching_parameters import check_batching_parameters
-from export.contract_rules.rules import Finding, failed, listed, passed, version_rule, warned
+from export.contract_rules.findings import Finding, failed, listed, passed, warned
+from export.contract_rules.rules import version_rule
 from export.contract_rules.version import Version
+from export.servable.batching_parameters import check_batching_parameters
 
 
 @version_rule(

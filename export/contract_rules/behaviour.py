@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, passed, reason_of
 from export.contract_rules.requests import Inputs, Requests, largest_recorded_batch, requests_for
-from export.contract_rules.rules import Finding, NotApplicable, failed, judged, listed, passed, reason_of, version_rule
+from export.contract_rules.rules import version_rule
 from export.contract_rules.signatures import CLASSIFY, REGRESS, api_signatures
 from export.contract_rules.version import Version
 

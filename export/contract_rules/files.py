@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
-from export.contract_rules.rules import Finding, NotApplicable, failed, judged, listed, passed, version_rule, warned
+from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, passed, warned
+from export.contract_rules.rules import version_rule
 from export.contract_rules.version import Version
-from export.manifest import MANIFEST_FILE, ManifestError, check_files, read_manifest
+from export.publishing.manifest import MANIFEST_FILE, ManifestError, check_files, read_manifest
 
 
 @version_rule(

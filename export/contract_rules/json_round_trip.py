@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from export.contract_rules.behaviour import call, each_signature
+from export.contract_rules.findings import Finding, NotApplicable
 from export.contract_rules.requests import Inputs, Requests
-from export.contract_rules.rules import Finding, NotApplicable, version_rule
+from export.contract_rules.rules import version_rule
 from export.contract_rules.signatures import JSON_DTYPES
 from export.contract_rules.version import Version
 from export.server.errors import RequestError
-from export.server.json_answers import predict_answer
-from export.server.json_tensors import PredictRequest
+from export.server.json_format.answers import predict_answer
+from export.server.json_format.tensors import PredictRequest
 from export.server.servable import signature_of
 
 _ROWS = 2

@@ -10,19 +10,9 @@ from collections import defaultdict
 import tensorflow as tf
 from tensorflow.core.protobuf import fingerprint_pb2
 
-from clsd_tf.artifacts import locked
-from export.contract_rules.rules import (
-    Finding,
-    NotApplicable,
-    base_rule,
-    failed,
-    judged,
-    listed,
-    passed,
-    reason_of,
-    version_rule,
-    warned,
-)
+from clsd_tf.storage.files import locked
+from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, passed, reason_of, warned
+from export.contract_rules.rules import base_rule, version_rule
 from export.contract_rules.version import Base, Version, read_meta_graph, saved_model_file, version_number
 
 _LEFTOVER = re.compile(

@@ -10,8 +10,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2
 from tensorflow_serving.apis import input_pb2, prediction_log_pb2
 
+from export.contract_rules.findings import NotApplicable
 from export.contract_rules.graph import Feature, StringUse, string_use
-from export.contract_rules.rules import NotApplicable
 from export.contract_rules.signatures import is_sendable
 from export.contract_rules.version import Version
 

@@ -8,16 +8,8 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 
-from export.contract_rules.rules import (
-    Finding,
-    NotApplicable,
-    failed,
-    judged,
-    listed,
-    passed,
-    version_rule,
-    warned,
-)
+from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, passed, warned
+from export.contract_rules.rules import version_rule
 from export.contract_rules.version import Version
 
 PREDICT = tf.compat.v1.saved_model.signature_constants.PREDICT_METHOD_NAME

@@ -13,10 +13,10 @@ from google.protobuf import text_format
 from google.protobuf.message import Message
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
-from export.batching_parameters import BATCHING_FILE, parse_batching_parameters
-from export.contract_rules.rules import NotApplicable
-from export.versions import version_number
-from export.warmup import WARMUP_FILE
+from export.contract_rules.findings import NotApplicable
+from export.publishing.versions import version_number
+from export.servable.batching_parameters import BATCHING_FILE, parse_batching_parameters
+from export.servable.warmup import WARMUP_FILE
 
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")  # The first that is there is read (reader.cc).
 MAX_WARMUP_RECORDS = 1000  # WarmupConsts::kMaxNumRecords in saved_model_warmup_util.h.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import grpc
 import numpy as np
 
-from export.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
 from export.server.errors import RequestError, invalid_argument
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads

@@ -7,8 +7,8 @@ import pathlib
 
 from tensorflow_serving.config import model_server_config_pb2
 
-from export.models_config import CONFIG_FILE, loaded_versions, parse_models_config
-from export.versions import version_number
+from export.publishing.models_config import CONFIG_FILE, loaded_versions, parse_models_config
+from export.publishing.versions import version_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import grpc
 from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
-from export.models_config import CONFIG_FILE
+from export.publishing.models_config import CONFIG_FILE
 from export.server.errors import RequestError, invalid_argument
 from export.server.models_config import WantedModel, read_wanted_models
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from absl import logging
 
-from clsd_tf.request_files import LEFT_OUT
+from clsd_tf.data.request_files import LEFT_OUT
 from export.server.request_rows import Request, RequestKind, num_rows, parts, rows_of
 from export.server.servable import LoadedVersion
 from export.server.tensors import num_bytes

@@ -13,8 +13,8 @@ from absl import logging
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import input_pb2
 
-from clsd_tf.examples import parse_raw_examples, tensors_to_arrow
-from clsd_tf.model_inputs import RawInput
+from clsd_tf.data.examples import parse_raw_examples, tensors_to_arrow
+from clsd_tf.spec.model_inputs import RawInput
 from export.server.servable import LoadedVersion
 
 _OF_EXAMPLES = ("serving_default", "classify", "regress")

@@ -24,9 +24,9 @@ from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
 from export.server.core import Answer, PredictionCore
 from export.server.errors import RequestError, internal_error, invalid_argument
-from export.server.json_answers import classify_answer, dump, predict_answer, regress_answer
-from export.server.json_examples import ExamplesRequest
-from export.server.json_tensors import PredictRequest
+from export.server.json_format.answers import classify_answer, dump, predict_answer, regress_answer
+from export.server.json_format.examples import ExamplesRequest
+from export.server.json_format.tensors import PredictRequest
 from export.server.metrics import Metrics
 
 _MAX_VERSION = 2**63 - 1

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, prediction_log_pb2
 
+from export.servable.warmup import WARMUP_FILE
 from export.server.checks import (
     CLASSIFY,
     EXAMPLE_METHODS,
@@ -22,7 +23,6 @@ from export.server.checks import (
 from export.server.errors import RequestError
 from export.server.servable import LoadedVersion, Signature
 from export.server.tensors import examples_of, to_array
-from export.warmup import WARMUP_FILE
 
 _MAX_RECORDS = 1000
 _MAX_TENSOR_BYTES = 1 << 30  # The file is the publisher's, not a client's.

@@ -2,10 +2,10 @@
 
 One interface for every format: ``list_files`` finds the files of a table, ``plan_file`` cuts a file into slices that
 can be read side by side, and ``read_slice`` yields ``RawBatch``es. Values stay text here (typed formats keep their
-Arrow type); ``pipelines.checks`` checks and converts them, so every format is validated by the same rules. A file that
-cannot be read to its end gives a batch that says so, never an exception.
+Arrow type); ``pipelines.rows.checks`` checks and converts them, so every format is validated by the same rules. A file
+that cannot be read to its end gives a batch that says so, never an exception.
 
-To add a format: its name in ``clsd_tf.tables.Table.format`` and an entry in ``_FORMATS``.
+To add a format: its name in ``clsd_tf.spec.tables.Table.format`` and an entry in ``_FORMATS``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from clsd_tf.tables import Table
+from clsd_tf.spec.tables import Table
 from pipelines.sources import columnar, delimited, jsonl, records, text, tf_examples
 from pipelines.sources.files import (
     READ_ERRORS,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from clsd_tf.tables import Table
+from clsd_tf.spec.tables import Table
 from pipelines.sources import files
 from pipelines.sources.files import FilePlan, RawBatch, SourceFile, SourceSlice, UnreadableError
 

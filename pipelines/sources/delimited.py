@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from clsd_tf.tables import Table
+from clsd_tf.spec.tables import Table
 from pipelines.sources import files
 from pipelines.sources.files import BadRow, RawBatch, SourceFile, SourceSlice, UnreadableError
 from pipelines.sources.row_blocks import Framing, RowBlock, row_blocks, row_ends

@@ -15,7 +15,7 @@ import pyarrow as pa
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from clsd_tf.tables import Table
+from clsd_tf.spec.tables import Table
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 65_536

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from clsd_tf.columns import convert_column, value_to_text
-from clsd_tf.tables import Column, Table
+from clsd_tf.data.columns import convert_column, value_to_text
+from clsd_tf.spec.tables import Column, Table
 from pipelines.sources import files
 from pipelines.sources.files import BadRow, RawBatch, SourceFile, SourceSlice
 from pipelines.sources.records import records_table

@@ -13,8 +13,8 @@ import fastavro
 import numpy as np
 import pyarrow as pa
 
-from clsd_tf.columns import value_to_text
-from clsd_tf.tables import Table
+from clsd_tf.data.columns import value_to_text
+from clsd_tf.spec.tables import Table
 from pipelines.sources import files
 from pipelines.sources.files import ROW_ID, RawBatch, SourceFile, SourceSlice, UnreadableError
 

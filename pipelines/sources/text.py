@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from clsd_tf.tables import Table
+from clsd_tf.spec.tables import Table
 from pipelines.sources import delimited, files, jsonl
 from pipelines.sources.files import FilePlan, HashingReader, RawBatch, SourceFile, SourceSlice, UnreadableError
 from pipelines.sources.row_blocks import Framing, RowBlock, row_blocks

@@ -16,8 +16,8 @@ import pyarrow as pa
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from clsd_tf.columns import value_to_text
-from clsd_tf.tables import Column, Table
+from clsd_tf.data.columns import value_to_text
+from clsd_tf.spec.tables import Column, Table
 from pipelines.sources import files
 from pipelines.sources.files import ROW_ID, BadRow, RawBatch, SourceFile, SourceSlice, UnreadableError
 

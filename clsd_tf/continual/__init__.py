@@ -1,0 +1,1 @@
+"""Training day after day: each day is measured before it is trained on."""

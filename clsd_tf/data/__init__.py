@@ -1,0 +1,1 @@
+"""Raw columns -> ids -> tf.Example -> tf.data; knows no model."""

@@ -1,0 +1,260 @@
+"""The one transform: raw column values -> ids and floats, in TensorFlow ops.
+
+The Beam job calls it on batches, TFRecords hold its output, and the exported SavedModel contains the same graph, so
+training and serving cannot disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Collection, Mapping
+
+import tensorflow as tf
+
+from clsd_tf.spec.feature_spec import (
+    CategoricalFeature,
+    Feature,
+    FeatureSpec,
+    HistoryFeature,
+    IdFeature,
+    MultiValuedFeature,
+    NumericFeature,
+    UserGroup,
+)
+from clsd_tf.spec.feature_types import Hashing
+from clsd_tf.spec.model_inputs import MISSING_ID, MISSING_INT64, NumericStatistics, Statistics
+
+Tensors = Mapping[str, tf.Tensor]
+
+
+class _VocabularyFile(tf.lookup.TextFileInitializer):
+    """A vocabulary file, value -> line number.
+
+    TensorFlow names the table after the file's path, which would then stand in every exported model; this name is
+    made of the contents instead.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._content_name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        index = tf.lookup.TextFileIndex
+        super().__init__(str(path), tf.string, index.WHOLE_LINE, tf.int64, index.LINE_NUMBER)
+
+    @property
+    def _shared_name(self) -> str:
+        return self._content_name
+
+
+class VocabularyLookup(tf.Module):
+    """Text -> id: 0 for "", then ``num_oov_indices`` hashed ids, then line number of the value in ``path``."""
+
+    def __init__(self, path: pathlib.Path, num_oov_indices: int):
+        super().__init__()
+        self._num_oov_indices = num_oov_indices
+        self._ranks = tf.lookup.StaticHashTable(_VocabularyFile(path), default_value=-1)
+
+    def __call__(self, values: tf.Tensor) -> tf.Tensor:
+        ranks = self._ranks.lookup(values)
+        ids = tf.where(ranks >= 0, 1 + self._num_oov_indices + ranks, oov_ids(values, self._num_oov_indices))
+        return tf.where(values == "", tf.cast(MISSING_ID, tf.int64), ids)
+
+
+def oov_ids(values: tf.Tensor, num_oov_indices: int) -> tf.Tensor:
+    """Ids in [1, num_oov_indices] of text that is in no vocabulary."""
+    return 1 + tf.strings.to_hash_bucket_fast(values, num_oov_indices)
+
+
+class HashLookup(tf.Module):
+    """Text of any shape -> ids in [1, buckets], 0 for "": one, or on a last axis the ``ids_per_value`` of the rule.
+
+    Hash 0 of seed 0 is FarmHash64; the others are SipHash with the seed and their number as key. So ids are the same on
+    every machine and in every process.
+    """
+
+    def __init__(self, rule: Hashing):
+        super().__init__()
+        self._rule = rule
+
+    def __call__(self, values: tf.Tensor) -> tf.Tensor:
+        missing, zero = values == "", tf.cast(MISSING_ID, tf.int64)
+        if self._rule.method == "single":
+            return tf.where(missing, zero, 1 + self._hash(values, self._rule.buckets))
+        ids = tf.stack(self._several_ids(values), axis=-1)
+        return tf.where(missing[..., tf.newaxis], zero, ids)
+
+    def _several_ids(self, values: tf.Tensor) -> list[tf.Tensor]:
+        rule = self._rule
+        if rule.method == "multi":
+            return [1 + self._hash(values, rule.buckets, index) for index in range(rule.num_hashes)]
+        hashes = self._hash(values, rule.num_remainders * rule.num_quotients)
+        return [1 + hashes % rule.num_remainders, 1 + rule.num_remainders + hashes // rule.num_remainders]
+
+    def _hash(self, values: tf.Tensor, num_buckets: int, index: int = 0) -> tf.Tensor:
+        if self._rule.seed == index == 0:
+            return tf.strings.to_hash_bucket_fast(values, num_buckets)
+        return tf.strings.to_hash_bucket_strong(values, num_buckets, key=[self._rule.seed, index])
+
+
+class FeatureTransform(tf.Module):
+    """Raw columns -> model inputs.
+
+    Args:
+      spec: the feature spec.
+      statistics: fitted on the training split.
+      vocabulary_dir: holds ``<feature>.txt``, one value a line, most frequent first.
+    """
+
+    def __init__(self, spec: FeatureSpec, statistics: Statistics, vocabulary_dir: pathlib.Path):
+        super().__init__()
+        self._statistics = statistics
+        self._entries = {entry.name: entry for entry in (*spec.features, *spec.user_groups)}
+        features = [feature for feature in spec.features if isinstance(feature, IdFeature)]
+        own = {feature.name: self._lookup(feature, vocabulary_dir) for feature in features if not feature.shares}
+        self._lookups = {feature.name: own[spec.id_source(feature).name] for feature in features}
+
+    def _lookup(self, feature: IdFeature, directory: pathlib.Path) -> tf.Module:
+        rule = feature.resolved_vocabulary
+        if rule is None:
+            return HashLookup(feature.resolved_hash)
+        return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
+
+    def __call__(self, raw: Tensors, *, inputs: Collection[str] | None = None) -> dict[str, tf.Tensor]:
+        """Transforms a batch.
+
+        Args:
+          raw: one tensor per ``spec.raw_inputs``: [batch], or for histories [batch, any], ragged or padded with "".
+            Missing is "", NaN or MISSING_INT64.
+          inputs: names of raw inputs: only what is made of them is transformed. All by default.
+
+        Returns:
+          int64 ids [batch] or [batch, num_ids], float32 numbers [batch], and int64 user-group ids [batch].
+        """
+        return {
+            name: self._rows(entry, raw[raw_name(entry)])
+            for name, entry in self._entries.items()
+            if inputs is None or raw_name(entry) in inputs
+        }
+
+    def _rows(self, entry: Feature | UserGroup, values: tf.Tensor) -> tf.Tensor:
+        if isinstance(entry, HistoryFeature):
+            return side_by_side(self.column(entry.name, last_values(values, entry.max_length)))
+        return self.column(entry.name, values)
+
+    def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
+        """Transforms the raw values of one feature or user group, each on its own.
+
+        Every output depends on its own value alone, so the distinct values of a column can be transformed once and the
+        result gathered by row.
+
+        Args:
+          name: of a feature or user group of the spec.
+          values: raw values [num_values], missing as in ``__call__``. Of a history: single values of the feature it is
+            made of, of any shape.
+
+        Returns:
+          What ``__call__`` gives for rows of these values. Of a history the id of each value, in the shape of
+          ``values``; with several ids per value they are on another axis.
+        """
+        match self._entries[name]:
+            case UserGroup() as group:
+                return group_ids(group, values)
+            case CategoricalFeature():
+                return self._lookups[name](as_text(values))
+            case MultiValuedFeature() as feature:
+                pieces = tf.strings.split(as_text(values), feature.separator)
+                return side_by_side(self._lookups[name](first_values(pieces, feature.max_values)))
+            case HistoryFeature() as feature:
+                return self._lookups[feature.of](values)
+            case NumericFeature() as feature:
+                return numeric_values(feature, self._statistics.numeric[name], values)
+
+
+def raw_name(entry: Feature | UserGroup) -> str:
+    """The raw input that a feature or user group is made of."""
+    return entry.name if isinstance(entry, HistoryFeature) else entry.column
+
+
+def as_text(values: tf.Tensor) -> tf.Tensor:
+    """Strings as they are; int64 in decimal, with the missing value as ""."""
+    if values.dtype == tf.string:
+        return values
+    return tf.where(values == MISSING_INT64, "", tf.strings.as_string(values))
+
+
+def first_values(values: tf.RaggedTensor, max_values: int) -> tf.Tensor:
+    """Ragged strings -> [batch, max_values], empty strings dropped, padded with ""."""
+    places = tf.where(values.values != "")[:, 0]
+    rows = tf.gather(values.value_rowids(), places)
+    return _padded(tf.gather(values.values, places), rows, values.nrows(), max_values)
+
+
+def last_values(values: tf.Tensor | tf.RaggedTensor, max_length: int) -> tf.Tensor:
+    """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
+    if isinstance(values, tf.RaggedTensor):
+        places = tf.where(values.values != "")[:, 0]
+        rows, num_rows = tf.gather(values.value_rowids(), places), values.nrows()
+        values = tf.gather(values.values, places)
+    else:
+        places = tf.where(values != "")
+        rows, num_rows = places[:, 0], tf.shape(values, tf.int64)[0]
+        values = tf.gather_nd(values, places)
+    ends = tf.RaggedTensor.from_value_rowids(values, rows, num_rows, validate=False).row_splits[1:]
+    from_the_end = tf.gather(ends, rows) - tf.range(tf.size(values, tf.int64))  # 1 is the last value of a row.
+    places = tf.where(from_the_end <= max_length)[:, 0]
+    return _padded(tf.gather(values, places), tf.gather(rows, places), num_rows, max_length)
+
+
+def _padded(values: tf.Tensor, rows: tf.Tensor, num_rows: tf.Tensor, width: int) -> tf.Tensor:
+    """Strings and the rows that they belong to, ascending -> [num_rows, width], cut off or padded with ""."""
+    ragged = tf.RaggedTensor.from_value_rowids(values, rows, num_rows, validate=False)
+    return ragged.to_tensor("", shape=[None, width])
+
+
+def side_by_side(ids: tf.Tensor) -> tf.Tensor:
+    """[batch, max_values] as it is; [batch, max_values, ids_per_value] -> [batch, max_values * ids_per_value]."""
+    if ids.shape.rank == 2:
+        return ids
+    return tf.reshape(ids, [-1, ids.shape[1] * ids.shape[2]])
+
+
+def as_float(values: tf.Tensor) -> tf.Tensor:
+    """Numbers as float32 with NaN for missing."""
+    if values.dtype == tf.int64:
+        return tf.where(values == MISSING_INT64, float("nan"), tf.cast(values, tf.float32))
+    return tf.cast(values, tf.float32)
+
+
+def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
+    """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
+    values = as_float(raw)
+    missing = tf.math.is_nan(values)
+    if feature.log1p:
+        positive = tf.where(values > 0.0, values, 0.0)  # Negative values are bad rows when the dataset is built.
+        # In float64: the last bits of TensorFlow's float32 logarithm depend on a value's place in the batch, so that
+        # a served value would differ from the trained one.
+        values = tf.cast(tf.math.log1p(tf.cast(positive, tf.float64)), tf.float32)
+    if feature.scaling == "quantile_buckets":
+        boundaries = tf.constant(statistics.boundaries, tf.float32)
+        buckets = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)
+        return tf.where(missing, tf.cast(MISSING_ID, tf.int64), buckets)
+    values = tf.where(missing, tf.constant(statistics.mean, tf.float32), values)
+    if feature.scaling == "standardise":
+        return (values - statistics.mean) / statistics.scale
+    if feature.scaling == "min_max":
+        return (values - statistics.minimum) / ((statistics.maximum - statistics.minimum) or 1.0)
+    return values
+
+
+def group_ids(group: UserGroup, raw: tf.Tensor) -> tf.Tensor:
+    """User-group ids [batch]: 0 unknown, then intervals or listed values, then other."""
+    unknown = tf.cast(MISSING_ID, tf.int64)
+    if group.boundaries is not None:
+        values = as_float(raw)
+        boundaries = tf.constant(group.boundaries, tf.float32)
+        ids = 1 + tf.searchsorted(boundaries, values, side="right", out_type=tf.int64)
+        return tf.where(tf.math.is_nan(values), unknown, ids)
+    # [batch, num_values], with "other" as the column that matches when none does.
+    matches = raw[:, tf.newaxis] == tf.constant(group.values)[tf.newaxis, :]
+    matches = tf.concat([matches, ~tf.reduce_any(matches, axis=1, keepdims=True)], axis=1)
+    ids = 1 + tf.argmax(tf.cast(matches, tf.int32), axis=1)
+    return tf.where(raw == "", unknown, ids)

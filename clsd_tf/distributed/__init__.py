@@ -1,0 +1,1 @@
+"""Strategies of several devices and processes, and sums over their replicas."""

@@ -1,0 +1,1 @@
+"""One way to measure scored rows, and its page."""

@@ -1,0 +1,1 @@
+"""Embeddings, losses and calibration: parts that know no model."""

@@ -1,0 +1,186 @@
+"""Click confidence: how much each click counts, as pure functions of teacher scores.
+
+The paper (arXiv 2309.16322) publishes no equations; these follow its abstract, with the guards that keep
+self-weighting from collapsing: a positive floor, and mean 1 over clicks. Nothing here passes a gradient: confidence is
+data to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import tensorflow as tf
+
+from clsd_tf.distributed.replicas import SAME_EVERYWHERE, sum_over_replicas
+from clsd_tf.methods.clsd.config import ClsdConfig, Form
+
+_SMALLEST_REFERENCE = 1e-3
+
+
+def mean_one(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """score / reference; ``kappa`` does not enter."""
+    return score / tf.maximum(reference, _SMALLEST_REFERENCE)
+
+
+def ratio(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """(score / reference)^kappa: the same factor everywhere for the same relative difference."""
+    return tf.pow(mean_one(score, reference, spread, kappa), kappa)
+
+
+def additive(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """1 + kappa * (score - reference): with kappa = 1 and a converged AdGate, score + correction."""
+    return 1.0 + kappa * (score - reference)
+
+
+def standardised(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """1 + kappa * (score - reference) / spread: of a strength that does not depend on the click rate."""
+    return 1.0 + kappa * tf.math.divide_no_nan(score - reference, spread)
+
+
+def raw(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+    """score itself: the trap. Where the click rate is below one half, the fixed point of training is pctr = 0."""
+    return score
+
+
+# Form -> function of teacher_score [batch], its mean over clicks (all of them, or those of the row's user group), its
+# standard deviation around that mean over clicks, and kappa.
+FORMS: Mapping[Form, Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float], tf.Tensor]] = {
+    "mean_one": mean_one,
+    "ratio": ratio,
+    "additive": additive,
+    "standardised": standardised,
+    "raw": raw,
+}
+
+
+class ClickMeans(tf.Module):
+    """Means over clicks: of the batch (momentum 0), or moving ones, sums of which decay by ``momentum`` per step.
+
+    A mean is sum(click_weight * values) / sum(click_weight), and 1 as long as no click was seen. Each name is a mean of
+    its own. The batch is the global one: replicas that share it see the same means.
+    """
+
+    NAMES = ("score", "global_variance", "global", "local_variance", "local")
+
+    def __init__(self, momentum: float):
+        super().__init__()
+        self._momentum = momentum
+        names = self.NAMES if momentum else ()
+        self._sums = {
+            name: tf.Variable([0.0, 0.0], trainable=False, name=f"{name}_sums", **SAME_EVERYWHERE) for name in names
+        }
+
+    def __call__(self, values: Mapping[str, tf.Tensor], click_weight: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Name -> [batch], to name -> mean; together, since replicas wait for each other once per call."""
+        if not values:
+            return {}
+        total = tf.reduce_sum(click_weight)
+        sums = {name: tf.stack([tf.tensordot(click_weight, value, 1), total]) for name, value in values.items()}
+        return {name: self._mean(name, of_batch) for name, of_batch in sum_over_replicas(sums).items()}
+
+    def _mean(self, name: str, sums: tf.Tensor) -> tf.Tensor:
+        if self._momentum:
+            sums = self._sums[name].assign(self._momentum * self._sums[name] + sums)
+        return tf.where(sums[1] > 0, tf.math.divide_no_nan(sums[0], sums[1]), 1.0)
+
+
+def global_confidence(
+    teacher_score: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
+) -> tf.Tensor:
+    """FORMS[global_form](teacher_score, mean of teacher_score over clicks, ...), clipped and normalised.
+
+    Args:
+      teacher_score: estimated click probability, [batch], in [0, 1].
+      click_weight: labels * sample_weight, [batch].
+      config: form, strength and clip range.
+      means: of the batch, or moving ones.
+
+    Returns:
+      [batch], in [min_confidence, max_confidence], with mean 1 over clicks (a little off where clipping bites twice).
+    """
+    references = {"global": mean_score(teacher_score, click_weight, means)}
+    return confidences(references, teacher_score, click_weight, config, means)["global"]
+
+
+def mean_score(teacher_score: tf.Tensor, click_weight: tf.Tensor, means: ClickMeans) -> tf.Tensor:
+    """The reference of global confidence: the mean of teacher_score over clicks."""
+    return means({"score": teacher_score}, click_weight)["score"]
+
+
+def local_confidence(
+    teacher_score: tf.Tensor, correction: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
+) -> tf.Tensor:
+    """FORMS[local_form](teacher_score, 1 - correction, ...), clipped and normalised.
+
+    AdGate's correction is 1 - E[teacher_score | click, group] at its optimum. There ``additive`` is teacher_score +
+    correction, the paper's form, and every user group keeps mean confidence 1; so it does with ``mean_one``.
+
+    Args:
+      teacher_score: [batch], in [0, 1].
+      correction: AdGate's output, [batch].
+      click_weight: labels * sample_weight, [batch].
+      config: form, strength and clip range.
+      means: of the batch, or moving ones.
+
+    Returns:
+      As ``global_confidence``.
+    """
+    return confidences({"local": 1.0 - correction}, teacher_score, click_weight, config, means)["local"]
+
+
+def confidences(
+    references: Mapping[str, tf.Tensor],
+    score: tf.Tensor,
+    click_weight: tf.Tensor,
+    config: ClsdConfig,
+    means: ClickMeans,
+) -> dict[str, tf.Tensor]:
+    """Part -> confidence as above, of ``global`` and ``local`` those that ``references`` has: with shared means."""
+    forms = {part: config.global_form if part == "global" else config.local_form for part in references}
+    squares = {
+        f"{part}_variance": tf.square(score - references[part]) for part in forms if forms[part] == "standardised"
+    }
+    spreads = {name: tf.sqrt(variance) for name, variance in means(squares, click_weight).items()}
+    clipped = {
+        part: _clip(
+            FORMS[form](score, references[part], spreads.get(f"{part}_variance", tf.constant(1.0)), config.kappa),
+            config,
+        )
+        for part, form in forms.items()
+        if form != "raw"
+    }
+    # Clipped again, since dividing moves the ends of the range.
+    confidences = {part: _clip(clipped[part] / mean, config) for part, mean in means(clipped, click_weight).items()}
+    # The raw form as the trap stands in the literature: neither clipped nor normalised.
+    return {part: tf.stop_gradient(confidences.get(part, score)) for part in references}
+
+
+def _clip(confidence: tf.Tensor, config: ClsdConfig) -> tf.Tensor:
+    return tf.clip_by_value(confidence, config.min_confidence, config.max_confidence)
+
+
+def mixed_confidence(
+    labels: tf.Tensor, global_part: tf.Tensor, local_part: tf.Tensor, lambda_: tf.Tensor, mu: tf.Tensor
+) -> tf.Tensor:
+    """(1 - lambda - mu) + lambda * global_part + mu * local_part for clicks, 1 for the rest.
+
+    With lambda = mu = 0 this is 1 everywhere, and the weighted loss is the ordinary one.
+    """
+    for_clicks = (1.0 - lambda_ - mu) + lambda_ * global_part + mu * local_part
+    return tf.where(labels > 0.5, for_clicks, tf.ones_like(for_clicks))
+
+
+def shuffled_among_clicks(confidence: tf.Tensor, click_weight: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The placebo: confidence of the batch's clicks dealt out among them at random.
+
+    Args:
+      confidence: [batch].
+      click_weight: labels * sample_weight, 0 for clicks without a teacher score, [batch].
+      seed: int64 [2], a new one per step.
+
+    Returns:
+      [batch]: the same values over the clicks that count, in another order; all other rows keep theirs.
+    """
+    clicks = tf.where(click_weight > 0)
+    dealt = tf.random.experimental.stateless_shuffle(tf.gather_nd(confidence, clicks), seed=seed)
+    return tf.tensor_scatter_nd_update(confidence, clicks, dealt)

@@ -1,0 +1,138 @@
+"""Settings of click-confidence learning, checked where they enter."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from clsd_tf.spec.validation import StrictModel
+
+Form = Literal["mean_one", "ratio", "additive", "standardised", "raw"]
+_ONLINE_WARMUP_STEPS = 100
+ONLINE_TEACHERS = ("self", "ema")  # Score a row in the training step; the others score all rows before it.
+
+
+class OverconfidentTeacherWarning(UserWarning):
+    """The teacher judges clicks that it was trained on."""
+
+
+class AdGateConfig(StrictModel):
+    """The local correction.
+
+    Attributes:
+      features: names of user groups and of user-profile features that it reads; all user groups by default.
+      objective: ``residual`` fits 1 - teacher_score on clicks, the recommended one. ``literal`` is trained by the loss
+        that it weights, within ``[-bound, bound]``: it ends at -bound for every group, and is here for comparison.
+      bound: of ``literal``, > 0.
+      embedding_dim: size of each id's embedding.
+      hidden_units: units of the hidden layers.
+      learning_rate: of its own Adam.
+    """
+
+    features: tuple[str, ...] | None = pydantic.Field(None, min_length=1)
+    objective: Literal["residual", "literal"] = "residual"
+    bound: float = pydantic.Field(0.3, gt=0)
+    embedding_dim: int = pydantic.Field(8, ge=1)
+    hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (16,)
+    learning_rate: float = pydantic.Field(1e-2, gt=0)
+
+
+class GuardConfig(StrictModel):
+    """When training stops because confidence has gone wrong. Each is a mean over about the last 50 steps.
+
+    Attributes:
+      min_pctr_ratio: mean pctr / mean pctr at the end of loss warm-up (without one: / click rate) must not fall below.
+      min_effective_click_share: effective sample size of the clicks, (sum w)^2 / sum w^2, over their number.
+      max_ad_gate_drift: |mean correction - (1 - mean teacher_score)| over clicks; 0 at the optimum of the ``residual``
+        objective, and not looked at with the other.
+    """
+
+    min_pctr_ratio: float = pydantic.Field(0.5, ge=0, lt=1)
+    min_effective_click_share: float = pydantic.Field(0.2, ge=0, lt=1)
+    max_ad_gate_drift: float = pydantic.Field(1.0, gt=0)
+
+
+class ClsdConfig(StrictModel):
+    """How clicks are weighted.
+
+    By default each click counts 1 + teacher_score - the mean teacher_score over the clicks of its user group, which
+    leaves the mean of every user group at 1. ``lambda = 1, mu = 0`` compares with all clicks instead.
+
+    Attributes:
+      loss_warmup_steps: optimizer steps of the ordinary loss before confidence enters it, >= 0. By default 100 where
+        the teacher is the model itself, and 0 where its scores come from models that are trained already.
+      teacher: where the scores come from. ``self``: the model's own prediction in the same forward pass, honest in
+        one pass over the data. ``ema``: an exponential moving average of the model, likewise. ``prequential``: a model
+        that had trained up to the day before. ``cross_fit``: models that never saw the row; for several epochs.
+      ema_momentum: of the ``ema`` teacher, per step.
+      num_folds: folds of the ``cross_fit`` teacher, >= 2.
+      fold_by: what ``cross_fit`` keeps together: a row (with what the user saw in the same moment, since logs repeat
+        events), or all rows of a user.
+      num_repeats: ``cross_fit`` averages its scores over this many divisions into folds.
+      lambda_: share of global confidence, in [0, 1]; ``lambda`` in YAML and on the command line.
+      mu: share of local confidence (corrected by AdGate), in [0, 1]; lambda + mu <= 1, the rest is the ordinary loss.
+      global_form: confidence as a function of teacher_score and its mean over clicks, see
+        ``clsd_tf.methods.clsd.confidence``.
+      local_form: likewise, with the mean over the clicks of the user group.
+      kappa: strength of the forms ``ratio``, ``additive`` and ``standardised``, > 0.
+      min_confidence: lower clip, > 0 and < 1.
+      max_confidence: upper clip, > 1.
+      normaliser_momentum: means over clicks are those of the batch (0) or moving ones (.95 suits small batches).
+      allow_raw: lifts the refusal of the form ``raw``, which collapses predictions to 0.
+      placebo: control runs of a study. ``shuffled_confidence`` deals confidence out among the clicks of the batch at
+        random; ``permuted_groups`` gives AdGate the user features of other rows,
+        drawn anew in each step: it then knows no groups. Under a strategy each replica shuffles its own rows.
+      ad_gate: the local correction.
+      guards: when to stop.
+    """
+
+    loss_warmup_steps: int | None = pydantic.Field(None, ge=0)
+    teacher: Literal["self", "ema", "prequential", "cross_fit"] = "cross_fit"
+    ema_momentum: float = pydantic.Field(0.999, gt=0, lt=1)
+    num_folds: int = pydantic.Field(5, ge=2)
+    fold_by: Literal["row", "user"] = "row"
+    num_repeats: int = pydantic.Field(1, ge=1)
+    lambda_: float = pydantic.Field(0.0, ge=0, le=1, alias="lambda")
+    mu: float = pydantic.Field(1.0, ge=0, le=1)
+    global_form: Form = "ratio"
+    local_form: Form = "additive"
+    kappa: float = pydantic.Field(1.0, gt=0, allow_inf_nan=False)
+    min_confidence: float = pydantic.Field(0.05, gt=0, lt=1)
+    max_confidence: float = pydantic.Field(3.0, gt=1)
+    normaliser_momentum: float = pydantic.Field(0.0, ge=0, lt=1)
+    allow_raw: bool = False
+    placebo: Literal["none", "shuffled_confidence", "permuted_groups"] = "none"
+    ad_gate: AdGateConfig = AdGateConfig()
+    guards: GuardConfig = GuardConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> ClsdConfig:
+        if self.lambda_ + self.mu > 1:
+            raise ValueError(f"lambda + mu must be at most 1. Received: {self.lambda_:g} + {self.mu:g}")
+        if self.placebo != "none" and self.lambda_ + self.mu == 0:
+            raise ValueError(f"a placebo needs lambda + mu > 0. Received: {self.placebo}, lambda = mu = 0")
+        if self.placebo == "permuted_groups" and self.mu == 0:
+            raise ValueError("placebo permuted_groups needs an AdGate to mislead. Received: mu = 0. Set mu > 0")
+        if "raw" in (self.global_form, self.local_form) and not self.allow_raw:
+            raise ValueError(
+                "the form raw drives every prediction to 0 where the click rate is below one half. Received: raw. "
+                "Allowed: mean_one, ratio, additive, standardised; or allow_raw=true to see it happen"
+            )
+        return self
+
+    def teacher_warning(self, num_epochs: int) -> str | None:
+        """What to tell a user whose teacher is overconfident, or None."""
+        if self.teacher not in ONLINE_TEACHERS or not self.lambda_ + self.mu or num_epochs == 1:
+            return None
+        return (
+            f"from the second epoch on, teacher={self.teacher} judges clicks that it was trained on, and is "
+            f"overconfident. Received: {num_epochs} epochs. Use a cross_fit teacher, or train for one epoch"
+        )
+
+    @property
+    def resolved_loss_warmup_steps(self) -> int:
+        """``loss_warmup_steps``, or what it is by default."""
+        if self.loss_warmup_steps is not None:
+            return self.loss_warmup_steps
+        return _ONLINE_WARMUP_STEPS if self.teacher in ONLINE_TEACHERS else 0

@@ -1,0 +1,1 @@
+"""Offline metrics, tests of differences and errors over users: NumPy only."""

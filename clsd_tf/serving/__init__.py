@@ -1,0 +1,1 @@
+"""The embedded way to call a servable."""

@@ -1,0 +1,1 @@
+"""Mergeable summaries of columns, checks made on them, and their page."""

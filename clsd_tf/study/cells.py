@@ -1,0 +1,284 @@
+"""Cells of a study: one run each of data x backbone x method x seed, and what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from clsd_tf.commands.interruption import EXIT_CODE, TrainingInterruptedError
+from clsd_tf.data import input_pipeline
+from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.metrics.user_errors import difference_errors
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, read_json, write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.study.measures import measure, scored_rows
+from clsd_tf.training.assembly import load_model, make_deterministic
+from clsd_tf.training.callbacks import TrainingDivergedError
+from clsd_tf.training.config import TrainConfig, parse_config
+from clsd_tf.training.run import train
+from clsd_tf.training.teachers import teacher_scores
+
+BASELINE = "bce"
+# Method -> what it changes in the config that all methods share.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    BASELINE: {"method": "bce", "loss": "bce", "clicks": "all"},
+    "clsd": {"method": "clsd"},
+    "global": {"method": "clsd", "clsd": {"lambda": 1.0, "mu": 0.0}},
+    "local": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0}},
+    "both": {"method": "clsd", "clsd": {"lambda": 0.5, "mu": 0.5}},
+    "literal_gate": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0, "ad_gate": {"objective": "literal"}}},
+    "raw": {
+        "method": "clsd",
+        "clsd": {"lambda": 1.0, "mu": 0.0, "global_form": "raw", "allow_raw": True, "teacher": "self"},
+    },
+    "label_smoothing": {"method": "bce", "loss": "label_smoothing"},
+    "focal": {"method": "bce", "loss": "focal"},
+    "oracle": {"method": "bce", "clicks": "intense"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of a study's tables: a name and what it changes in the shared config."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study; the names say which, ``config`` is what they stand for."""
+
+    data: str
+    backbone: str
+    method: str
+    seed: int
+    config: TrainConfig = dataclasses.field(compare=False)
+
+    def work_dir(self, study_dir: pathlib.Path) -> WorkDir:
+        return WorkDir(study_dir / "runs" / self.data / self.backbone / self.method / f"seed_{self.seed}")
+
+    def result(self, study_dir: pathlib.Path) -> pathlib.Path:
+        """Written last: a cell that has it is finished."""
+        return self.work_dir(study_dir).path / "result.json"
+
+    def predictions(self, study_dir: pathlib.Path) -> pathlib.Path:
+        """Row ids and pctr of the rows that were measured."""
+        return self.work_dir(study_dir).path / "predictions.npz"
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.backbone} {self.method} seed {self.seed}"
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, mapping by mapping."""
+    result = dict(base)
+    for key, value in changes.items():
+        is_nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if is_nested else value
+    return result
+
+
+def cell_config(shared: Mapping[str, Any], method: Method, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
+    """The shared settings, then the backbone's, then the method's.
+
+    Raises:
+      SpecError: unknown key or value out of range.
+    """
+    return parse_config(merged(merged(shared, backbone), {**method.changes, "seed": seed}), f"method {method.name}")
+
+
+def with_placebos(methods: Sequence[Method], shared: Mapping[str, Any]) -> list[Method]:
+    """The methods, and behind them the placebos of the first that weights clicks and the first that has AdGate.
+
+    A table without a placebo cannot tell what confidence does from what any weighting of that spread does.
+    """
+    configs = {method.name: cell_config(shared, method, {}, 0) for method in methods}
+    weighting = [method for method in methods if configs[method.name].method == "clsd"]
+    gated = [method for method in weighting if configs[method.name].clsd.mu > 0]
+    placebos = []
+    for placebo, treated in (("shuffled_confidence", weighting), ("permuted_groups", gated)):
+        if treated:
+            changes = merged(treated[0].changes, {"clsd": {"placebo": placebo}})
+            placebos.append(Method(f"{treated[0].name}_{placebo}", changes))
+    known = {method.name for method in methods}
+    return [*methods, *(placebo for placebo in placebos if placebo.name not in known)]
+
+
+def start_worker() -> None:
+    """Prepares a process that runs cells side by side with others: one thread, and an end with its parent.
+
+    One thread each: runs side by side on few cores finish sooner than one on all.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    make_deterministic()
+
+
+def _end_with_parent() -> None:
+    """A killed study must not leave processes behind that work through its queue."""
+    parent = multiprocessing.parent_process()
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def run_task(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a task of a worker; after a SIGTERM that interrupted its training the worker ends, as it would elsewhere."""
+    try:
+        function(*arguments)
+    except TrainingInterruptedError:
+        os._exit(EXIT_CODE)
+
+
+def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
+    """Trains and stores the teacher scores that cells with this config will take from the dataset.
+
+    A teacher that diverges stores none; its cells will find that out, too, and say so.
+    """
+    with contextlib.suppress(TrainingDivergedError):
+        teacher_scores(DatasetDir(dataset_path), config, title=None)
+    tf.keras.backend.clear_session()
+
+
+def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str, truth: str | None) -> None:
+    """Trains and measures a cell; a finished one is kept.
+
+    Raises:
+      ArtifactError: the cell's directory holds a run of other settings.
+
+    Args:
+      cell: the run.
+      dataset_path: a complete dataset directory.
+      study_dir: where the cell's work directory and result go.
+      split: the split to measure on.
+      truth: Parquet file with the planted truth of a simulated log, or None.
+    """
+    if is_finished(cell, dataset_path, study_dir, split):
+        return
+    dataset, work_dir = DatasetDir(dataset_path), cell.work_dir(study_dir)
+    result: dict[str, Any] = {"config": cell.config.to_dict(), "split": split, "stopped": None, "rows": []}
+    start = time.monotonic()
+    try:
+        train(dataset, cell.config, work_dir, title=None)
+        rows = scored_rows(load_model(work_dir, dataset), dataset, split, truth)
+        np.savez(cell.predictions(study_dir), row_id=rows["row_id"], pctr=rows["pctr"])
+        result["rows"] = list(measure(rows, dataset.inputs.groups))
+    except (TrainingDivergedError, ConfidenceGuardError) as error:
+        result["stopped"] = str(error)  # A finding of the study, not a failure of it.
+    result["seconds"] = round(time.monotonic() - start, 1)
+    write_json(cell.result(study_dir), result)
+    _remove_checkpoints(work_dir)
+    tf.keras.backend.clear_session()
+
+
+_open_dataset = functools.cache(DatasetDir)  # Hundreds of cells share a few.
+
+
+def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str) -> bool:
+    """Whether a cell has its result.
+
+    Raises:
+      ArtifactError: it has one of other settings, or of another dataset: old numbers must not stand under new ones.
+    """
+    if not cell.result(study_dir).exists():
+        return False
+    if pathlib.Path(dataset_path).exists():
+        cell.work_dir(study_dir).require_same_dataset(_open_dataset(dataset_path))
+    found = read_json(cell.result(study_dir))
+    expected = {**cell.config.result_settings, "split": split}
+    there = {**found["config"], "split": found["split"]}
+    changed = {key: value for key, value in expected.items() if there.get(key) != value}
+    if changed:
+        raise ArtifactError(
+            f"{cell.work_dir(study_dir).path} holds a run of another config. Received: {changed}. "
+            f"Allowed: { ({key: there.get(key) for key in changed}) }. Choose another --study_dir, or remove this run"
+        )
+    return True
+
+
+def _remove_checkpoints(work_dir: WorkDir) -> None:
+    """The best weights stay; thousands of optimizer states would fill a disk."""
+    for path in work_dir.checkpoints.glob("*"):
+        path.unlink()
+
+
+def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """One dict per measured number: data, backbone, method, seed, slice, metric, value."""
+    rows = []
+    for cell in cells:
+        key = {"data": cell.data, "backbone": cell.backbone, "method": cell.method, "seed": cell.seed}
+        found = read_json(cell.result(study_dir))
+        rows += [{**key, "slice": part, "metric": metric, "value": value} for part, metric, value in found["rows"]]
+    return rows
+
+
+def errors_over_users(
+    cells: Sequence[Cell],
+    study_dir: pathlib.Path,
+    dataset_paths: Mapping[Cell, str],
+    split: str,
+    baseline: str = BASELINE,
+) -> dict[tuple[str, str, str, str], float]:
+    """(data, backbone, method, metric) -> standard error over users of its difference to the baseline.
+
+    Of methods whose seeds share a dataset: with rows of its own for each seed, the spread over seeds is one over users.
+    """
+    stopped = stopped_cells(cells, study_dir)
+    runs: dict[tuple[str, str], dict[str, dict[int, Cell]]] = {}
+    for cell in cells:
+        if cell not in stopped:
+            runs.setdefault((cell.data, cell.backbone), {}).setdefault(cell.method, {})[cell.seed] = cell
+    measured_rows = functools.cache(lambda path: _measured_rows(path, split))
+    errors = {}
+    for place, methods in runs.items():
+        compared_with = methods.pop(baseline, {})
+        for method, treated in methods.items():
+            pairs = [(treated[seed], compared_with[seed]) for seed in sorted(treated.keys() & compared_with.keys())]
+            paths = {dataset_paths[cell] for pair in pairs for cell in pair}
+            # All pairs or none: the error must be that of the difference it stands beside.
+            is_kept = all(cell.predictions(study_dir).exists() for pair in pairs for cell in pair)
+            if len(pairs) > 1 and len(paths) == 1 and is_kept:
+                scores = [np.stack([_pctr(cell, study_dir) for cell in side]) for side in zip(*pairs, strict=True)]
+                found = difference_errors(measured_rows(*paths), *scores)
+                errors |= {(*place, method, metric): error for metric, error in found.items()}
+    return errors
+
+
+def _measured_rows(dataset_path: str, split: str) -> dict[str, np.ndarray]:
+    dataset = DatasetDir(dataset_path)
+    names = ["label", "intensity_label", "sample_weight", "user_hash"]
+    columns = input_pipeline.read_columns(dataset, split, names)
+    counted = columns["sample_weight"] > 0
+    if dataset.spec.intensity_label is None:
+        del columns["intensity_label"]
+    return {name: values[counted] for name, values in columns.items()}
+
+
+def _pctr(cell: Cell, study_dir: pathlib.Path) -> np.ndarray:
+    with np.load(cell.predictions(study_dir), allow_pickle=False) as stored:
+        return stored["pctr"]
+
+
+def run_seconds(cells: Sequence[Cell], study_dir: pathlib.Path) -> float:
+    """What the runs took, one after the other, without teachers; also those of earlier sessions."""
+    return sum(read_json(cell.result(study_dir)).get("seconds", 0.0) for cell in cells)
+
+
+def stopped_cells(cells: Sequence[Cell], study_dir: pathlib.Path) -> dict[Cell, str]:
+    """The cells that a guard stopped, with its message."""
+    found = {cell: read_json(cell.result(study_dir))["stopped"] for cell in cells}
+    return {cell: message for cell, message in found.items() if message}

@@ -1,0 +1,1 @@
+"""A training run: config, model, teacher, fit, checkpoints, calibration."""

@@ -1,0 +1,169 @@
+"""A model that goes on from an earlier run: its tables grow for new values, all it had learned is carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.optimizers.row_sparse import embedding_tables
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, read_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.checkpoints import explaining_damage, read_best_weights
+from clsd_tf.training.config import TrainConfig, parse_config
+from clsd_tf.training.lineage import TrainedOn
+
+# A change of these gives weights or slots another meaning, even where their shapes stay the same.
+_SETTINGS = ("backbone", "backbone_arguments", "embedding_dim", "unified_buckets", "hidden_units")
+_OPTIMIZERS = ("embeddings", "dense")
+_CLSD_SETTINGS = ("teacher", "normaliser_momentum")
+_AD_GATE_SETTINGS = ("features", "objective", "bound", "embedding_dim", "hidden_units")
+
+_RowRanges = Mapping[str, range]
+
+
+def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earlier: WorkDir) -> None:
+    """Gives a new model what an earlier run had learned.
+
+    Weights are those that the earlier run serves, of its best epoch. Slots and step counts of the optimizers, and the
+    moving means of the loss, are those of its last step. Row i of each vocabulary keeps its weights and slots; rows of
+    new values stay as ``model`` has them: what a model that begins anew would have. Under ``unified_buckets`` no row is
+    a new value's own: it begins with what its buckets learned from others. The steps go on counting, so Adam's bias
+    correction and schedules of the learning rate go on, and neither loss warm-up nor warm-up of the learning rate comes
+    again. The learning rate itself is that of ``config``.
+
+    Where weights and slots are of different epochs, slots of ``ftrl``, which determine the weights, are adjusted to
+    them. Where the earlier run weighted no clicks, its last mean pctr is what the guards compare with, and the EMA
+    teacher begins as the model.
+
+    Args:
+      model: built from ``config`` for ``dataset``; changed in place.
+      config: of the new run.
+      dataset: what the new run trains on.
+      earlier: a finished run; its dataset may be gone.
+
+    Raises:
+      ArtifactError: the earlier run has not finished, or its files are damaged; its model is built differently; or ids
+        and numbers of ``dataset`` have another meaning than those it was trained on. Names what differs.
+    """
+    trained_on = TrainedOn.read(earlier)
+    trained_on.require_same_meaning(dataset)
+    earlier_config = parse_config(earlier.resolved_config["train"], str(earlier.config))
+    _require_same_architecture(config, earlier_config, earlier)
+    old = _restored(earlier, earlier_config, trained_on)
+    layouts = _layouts(old, model)
+    old_state, new_state = old.training_state, model.training_state
+    for part, variables in new_state.items():
+        _carry_over(part, old_state.get(part, []), variables, layouts)
+    model.optimizer.adjust_slots(embedding_tables(model.backbone))
+    if model.weights_clicks and not old.weights_clicks:
+        _begin_to_weight(model, mean_pctr=read_json(earlier.history)[-1]["mean_pctr"])
+
+
+def _begin_to_weight(model: ClsdModel, mean_pctr: float) -> None:
+    """Sets what loss warm-up would have left, and the earlier run has not kept."""
+    model.guard_state.begin(mean_pctr)
+    state = model.training_state
+    if "EMA teacher" in state:
+        for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):
+            slow.assign(fast)
+
+
+def _require_same_architecture(config: TrainConfig, earlier: TrainConfig, work_dir: WorkDir) -> None:
+    new, old = _architecture(config), _architecture(earlier)
+    problems = [
+        f"{key}. Received: {new.get(key)!r}. Allowed: {old.get(key)!r}"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key)
+    ]
+    if problems:
+        raise ArtifactError(
+            f"a run goes on from one whose model is built the same. Received: {work_dir.path}, where these differ:\n  "
+            + "\n  ".join(problems)
+            + "\nTake the same settings, or train anew"
+        )
+
+
+def _architecture(config: TrainConfig) -> dict[str, Any]:
+    """Setting -> value, of those that must stay."""
+    content, clsd = config.to_dict(), config.effective_clsd
+    found = {name: content[name] for name in _SETTINGS}
+    found |= {f"optimizer.{name}.kind": content["optimizer"][name]["kind"] for name in _OPTIMIZERS}
+    found["method"] = config.method
+    if config.method == "clsd":
+        found |= {f"clsd.{name}": content["clsd"][name] for name in _CLSD_SETTINGS}
+        found["clsd.mu > 0"] = clsd.mu > 0
+    if clsd.mu > 0:
+        found |= {f"clsd.ad_gate.{name}": content["clsd"]["ad_gate"][name] for name in _AD_GATE_SETTINGS}
+    return found
+
+
+def _restored(earlier: WorkDir, config: TrainConfig, trained_on: TrainedOn) -> ClsdModel:
+    """The earlier model with the state of its last step and its best weights."""
+    model = build_model(config, trained_on.inputs)
+    newest = tf.train.latest_checkpoint(str(earlier.checkpoints))
+    if newest is None:
+        raise ArtifactError(
+            f"a run goes on from checkpoints of another. Received: {earlier.path}, which has lost them. Put the files "
+            "back, or train that run again in a new --work_dir"
+        )
+    with explaining_damage(newest):
+        tf.train.Checkpoint(model=model).restore(newest).expect_partial().assert_existing_objects_matched()
+    read_best_weights(model, earlier)
+    return model
+
+
+def _layouts(old: ClsdModel, new: ClsdModel) -> dict[tuple[int, int], list[tuple[range, range]]]:
+    """(rows before, rows now) of each table that holds several vocabularies -> where the rows of each lie."""
+    layouts: dict[tuple[int, int], list[tuple[range, range]]] = {}
+    for before, now in zip(_row_ranges(old), _row_ranges(new), strict=True):
+        key = sum(map(len, before.values())), sum(map(len, now.values()))
+        places = [(before[name], now[name]) for name in before]
+        if layouts.setdefault(key, places) != places:
+            raise ArtifactError(
+                f"tables of one size must hold the same vocabularies to grow. Received: two of {key[0]:,} rows that "
+                "differ. Train anew"
+            )
+    return layouts
+
+
+def _row_ranges(model: ClsdModel) -> Iterator[_RowRanges]:
+    for part in (model.backbone, model.ad_gate):
+        if part is not None:
+            yield from (module.row_ranges for module in part.submodules if hasattr(module, "row_ranges"))
+            if hasattr(part, "row_ranges"):
+                yield part.row_ranges
+
+
+def _carry_over(
+    part: str,
+    old: Sequence[tf.Variable],
+    new: Sequence[tf.Variable],
+    layouts: Mapping[tuple[int, int], Sequence[tuple[range, range]]],
+) -> None:
+    if len(old) != len(new):
+        raise ArtifactError(
+            f"a run goes on from one with the same {part}. Received: {len(new)} variables. Allowed: {len(old)}"
+        )
+    for before, now in zip(old, new, strict=True):
+        if before.shape == now.shape:
+            now.assign(before.numpy())
+            continue
+        places = layouts.get((before.shape[0], now.shape[0])) if before.shape[1:] == now.shape[1:] else None
+        if places is None:
+            raise ArtifactError(
+                f"only tables of ids may grow. Received: {now.name} of {part}, shape {tuple(now.shape)}. "
+                f"Allowed: {tuple(before.shape)}. Take the same settings, or train anew"
+            )
+        now.assign(_grown(before.numpy(), now.numpy(), places))
+
+
+def _grown(before: np.ndarray, now: np.ndarray, places: Sequence[tuple[range, range]]) -> np.ndarray:
+    for old, new in places:
+        now[new.start : new.start + len(old)] = before[old.start : old.stop]
+    return now

@@ -1,0 +1,1 @@
+"""Calling a server, ours or TF Serving."""

@@ -1,0 +1,73 @@
+"""The same rows to two servers, or to two versions of a model: do they give the same scores, and how fast?"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.stats
+
+from export.clients.load_generator import percentiles
+from export.clients.serving_client import ServingClient
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Scores of both sides, float32 [num_rows] each, and what each request took."""
+
+    scores: tuple[np.ndarray, np.ndarray]
+    latencies_ms: tuple[np.ndarray, np.ndarray]
+
+    @property
+    def differences(self) -> np.ndarray:
+        return np.abs(self.scores[0].astype(np.float64) - self.scores[1])
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's; None where one side gives all rows the same score."""
+        if any(np.ptp(scores) == 0 for scores in self.scores):
+            return None
+        return float(scipy.stats.spearmanr(*self.scores).statistic)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": len(self.scores[0]),
+            "max_difference": float(self.differences.max()),
+            "mean_difference": float(self.differences.mean()),
+            "rank_correlation": self.rank_correlation,
+            "mean_ctr": [float(scores.mean(dtype=np.float64)) for scores in self.scores],
+            "latency_ms": [percentiles(latencies) for latencies in self.latencies_ms],
+        }
+
+
+def compare(
+    clients: tuple[ServingClient, ServingClient],
+    tables: Iterable[pa.Table],
+    progress: Callable[[int], None] = lambda num_rows: None,
+) -> Comparison:
+    """Sends every batch to both, one request at a time and in turn, so that neither slows the other down.
+
+    Raises:
+      ValueError: there are no rows, or rows that do not fit the models' inputs.
+      ServingError: a request failed.
+    """
+    scores: tuple[list, list] = ([], [])
+    latencies: tuple[list, list] = ([], [])
+    num_rows = 0
+    for rows in tables:
+        for side, client in enumerate(clients):
+            for request in client.requests(rows):
+                start = time.monotonic()
+                scores[side].append(client.score_examples(request))
+                latencies[side].append(1000 * (time.monotonic() - start))
+        num_rows += rows.num_rows
+        progress(num_rows)
+    if not num_rows:
+        raise ValueError("there must be rows to compare. Received: none")
+    return Comparison(
+        tuple(np.concatenate(side) for side in scores), tuple(np.array(side, np.float64) for side in latencies)
+    )

@@ -1,0 +1,246 @@
+"""The model card as Markdown, with the numbers of model_card.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from clsd_tf.storage.dataset_dir import SPLITS
+from export.servable.card_types import Measured, ModelCard, Slice
+
+_METRICS = (
+    ("click_rate", "click rate"),
+    ("auc", "AUC"),
+    ("gauc", "GAUC"),
+    ("log_loss", "log loss"),
+    ("normalized_entropy", "NE"),
+    ("pcoc", "PCOC"),
+    ("intensity_auc", "intensity AUC"),
+    ("intensity_auc_among_clicks", "among clicks"),
+)
+
+
+def render_card(card: ModelCard) -> str:
+    """The whole card."""
+    sections = (
+        ("What it is", _what(card)),
+        ("What it is for", _list(_uses(card))),
+        ("Limits", _list(_limits(card))),
+        ("Data", _data(card)),
+        (f"Measured on the {card.split} split", _measured(card)),
+        ("Calibration", _calibration(card)),
+        ("Training", _training(card)),
+        ("Export", _export(card)),
+    )
+    title = f"# {_text(card.model_name)}, version {card.version}\n"
+    return "\n".join([title, *(f"## {heading}\n\n{body}\n" for heading, body in sections)])
+
+
+def _what(card: ModelCard) -> str:
+    config = card.training.config
+    return _list(
+        [
+            f"`ctr`: the probability of a click, that is of `{_code(card.data.label)}`, for one user and one item.",
+            f"Backbone `{_code(config['backbone'])}` with embedding\\_dim {config['embedding_dim']} and hidden\\_units "
+            f"{', '.join(map(str, config['hidden_units']))}.",
+            _confidence(config),
+        ]
+    )
+
+
+def _confidence(config: dict[str, Any]) -> str:
+    clsd = config["clsd"]
+    if config["method"] == "bce" or clsd["lambda"] + clsd["mu"] == 0:
+        return "Every click counted the same in training."
+    parts = [
+        f"{clsd['lambda']:g} from global confidence ({clsd['global_form']})",
+        f"{clsd['mu']:g} from local confidence ({clsd['local_form']}; AdGate reads "
+        f"{', '.join(map(_text, clsd['ad_gate']['features'] or ['all user groups']))})",
+    ]
+    used = [part for part, share in zip(parts, (clsd["lambda"], clsd["mu"]), strict=True) if share > 0]
+    rest = 1 - clsd["lambda"] - clsd["mu"]
+    used += [f"{rest:g} as in ordinary training"] if rest > 1e-9 else []
+    return (
+        f"Clicks were weighted by click confidence: {', '.join(used)}; "
+        f"teacher `{clsd['teacher']}`, weights within [{clsd['min_confidence']:g}, {clsd['max_confidence']:g}]."
+    )
+
+
+def _uses(card: ModelCard) -> list[str]:
+    return [
+        "To rank items for users of the feed whose log it was trained on, and to estimate how likely they are to be "
+        "clicked there.",
+        "Not for decisions about people, such as on credit, work, housing, insurance, health or prices, nor to find "
+        "out what somebody is like.",
+        "Not for another feed, population or label, unless it is measured there first.",
+    ]
+
+
+def _limits(card: ModelCard) -> list[str]:
+    train, test = card.data.splits["train"], card.data.splits[card.split]
+    config = card.training.config
+    limits = [
+        "It knows logged impressions only. What the feed did not show, and how place and earlier rankings moved "
+        "clicks, the log does not tell.",
+        f"Trained on events from {_day(train.first_event)} to {_day(train.last_event)}, measured on events from "
+        f"{_day(test.first_event)} to {_day(test.last_event)}. Users, items and click rates change: watch PCOC on "
+        "fresh events, and train again when it leaves 1.",
+        "New users and items, and missing values, are scored by what else is known of them.",
+    ]
+    if config["method"] == "clsd":
+        limits.append("Click confidence is a model's own prediction. Nobody has judged whether a click was meant.")
+    else:
+        limits.append("Clicks by mistake count as clicks.")
+    if config["clicks"] == "intense":
+        limits.append(
+            "Trained on intense clicks only, as an oracle for studies: `ctr` is not the probability of a click."
+        )
+    if config["clsd"]["placebo"] != "none":
+        limits.append("A control run of a study, whose confidence was spoilt on purpose. Not for serving.")
+    if card.data.intensity_label is None:
+        limits.append("The data has no label stronger than the click: whether clicks were satisfying is not measured.")
+    names = ", ".join(map(_text, card.groups))
+    limits.append(
+        f"Differences between users are measured for {names} only; groups of fewer than 20 users are part of other."
+        if card.groups
+        else "No user groups are declared: differences between groups of users are not measured."
+    )
+    limits.append(
+        "Intervals say what other users of the same time could have changed, not another time or another training run."
+    )
+    return limits
+
+
+def _data(card: ModelCard) -> str:
+    data = card.data
+    facts = [
+        f"Feature spec `{_code(data.feature_spec)}`, fingerprint `{data.spec_fingerprint}`.",
+        f"Dataset `{data.dataset_fingerprint}`, built {data.built_at}.",
+        f"Label `{_code(data.label)}`"
+        + (f", held-out intensity label `{_code(data.intensity_label)}`." if data.intensity_label else "."),
+    ]
+    splits = [
+        [name, f"{entry.rows:,}", f"{entry.click_rate:.4f}", entry.first_event, entry.last_event]
+        for name, entry in ((split, data.splits[split]) for split in SPLITS)
+    ]
+    inputs = [[entry.table, entry.file, f"{entry.bytes:,}", entry.sha256] for entry in data.inputs]
+    return "\n\n".join(
+        [
+            *([_text(data.description)] if data.description else []),
+            _list(facts),
+            _table(["split", "rows", "click rate", "first event", "last event"], splits),
+            _table(["table", "file", "bytes", "SHA-256"], inputs),
+        ]
+    )
+
+
+def _measured(card: ModelCard) -> str:
+    shown = [(key, heading) for key, heading in _METRICS if card.overall.metrics[key].value is not None]
+    rows = [_row("overall", card.overall, shown)]
+    for group, labels in card.groups.items():
+        rows += [_row(f"{group} {label}", entry, shown) for label, entry in labels.items()]
+    headings = ["rows of", "rows", "users", *(heading for _, heading in shown), "ECE"]
+    return (
+        "As it is served. In brackets: 95 % intervals over users.\n\n"
+        + _table(headings, rows)
+        + "\n\nAUC: share of pairs of a click and another row that are in order; GAUC: the same within each user. NE: "
+        "log loss over that of the click rate. PCOC: predicted clicks over clicks. ECE: mean distance of prediction "
+        "and click rate in bins."
+    )
+
+
+def _row(name: str, entry: Slice, shown: Sequence[tuple[str, str]]) -> list[str]:
+    metrics = [_metric(entry.metrics[key]) for key, _ in shown]
+    return [name, f"{entry.rows:,}", f"{entry.users:,}", *metrics, f"{entry.ece:.4f}"]
+
+
+def _metric(measured: Measured) -> str:
+    if measured.value is None:
+        return "-"
+    if measured.interval is None:
+        return f"{measured.value:.4f}"
+    return f"{measured.value:.4f} ({measured.interval[0]:.4f} to {measured.interval[1]:.4f})"
+
+
+def _calibration(card: ModelCard) -> str:
+    found = card.calibration
+    if found.method == "none":
+        return "None: `ctr` is the model's own output."
+    per = f", one curve for each {_text(found.user_group)}" if found.user_group else ""
+    names = ("pcoc", "ece", "log_loss")
+    rows = [
+        [name, *("-" if entry[name] is None else f"{entry[name]:.4f}" for name in names)]
+        for name, entry in (("before", found.before), ("after", found.after))
+    ]
+    return f"`{found.method}`, fitted on the validation split{per}. On the {card.split} split:\n\n" + _table(
+        ["", "PCOC", "ECE", "log loss"], rows
+    )
+
+
+def _training(card: ModelCard) -> str:
+    config = json.dumps(card.training.config, indent=1, sort_keys=True)
+    parts = [_block("bash", card.training.command)]
+    if card.training.earlier_runs:
+        rows = [
+            [run.work_fingerprint, run.dataset_fingerprint, f"{run.rows:,}", run.first_event, run.last_event]
+            for run in card.training.earlier_runs
+        ]
+        headings = ["run", "dataset", "training rows", "first event", "last event"]
+        parts += ["It goes on from these runs, the oldest first:", _table(headings, rows)]
+    return "\n\n".join([*parts, "The whole config:", _block("json", config)])
+
+
+def _export(card: ModelCard) -> str:
+    export = card.export
+    differences = export.verification.get("max_difference", {})
+    facts = [f"Signatures: {', '.join(_signatures(differences))}." if differences else "Not verified."]
+    if differences:
+        facts.append(f"Largest difference to the training model: {max(differences.values()):.1e}.")
+    quantised = export.servable.quantization
+    if quantised is not None:
+        facts.append(
+            f"Embedding tables in {quantised['tables']}: {quantised['bytes_before']:,} bytes became "
+            f"{quantised['bytes_after']:,}, AUC {_number(quantised['auc_before'])} became "
+            f"{_number(quantised['auc_after'])}."
+        )
+    libraries = [[name, version or "from sources"] for name, version in card.libraries.items()]
+    profile = json.dumps(export.servable.profile, indent=1, sort_keys=True)
+    return f"{_list(facts)}\n\n{_table(['library', 'version'], libraries)}\n\nProfile:\n\n{_block('json', profile)}"
+
+
+def _signatures(differences: dict[str, float]) -> list[str]:
+    """Those that were verified: keys are signature/output."""
+    return sorted({key.split("/")[0] for key in differences})
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"
+
+
+def _day(time: str) -> str:
+    return time[:10]
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _block(language: str, text: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _text(value: str) -> str:
+    """Text from specs and files, which must not become Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", re.sub(r"\s+", " ", value).strip())
+
+
+def _code(value: str) -> str:
+    return re.sub(r"\s+", " ", value).replace("`", "'")

@@ -1,0 +1,144 @@
+"""assets.extra/model_card.json and model_card.md: what a version is, how good it is, and what it is not for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from clsd_tf.evaluation.evaluate import measure, rows_by_label, scored_rows
+from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.metrics.user_intervals import user_intervals
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import read_json, write_json, write_text
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.config import TrainConfig, parse_config
+from export.publishing.versions import CARD_JSON
+from export.servable.card_text import render_card
+from export.servable.card_types import CARD_MARKDOWN, Calibration, Data, Export, Measured, ModelCard, Slice, Training
+
+_SPLIT = "test"
+_SCORES = {"before": "uncalibrated", "after": "pctr"}  # Of the calibration -> columns.
+_LIBRARIES = ("clsd_tf", "tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
+
+
+def write_model_card(
+    directory: pathlib.Path,
+    model: ClsdModel,
+    dataset: DatasetDir,
+    work_dir: WorkDir,
+    *,
+    model_name: str,
+    version: int,
+    profile: Mapping[str, Any],
+    quantisation: Mapping[str, Any] | None,
+    verification: Mapping[str, Any],
+) -> ModelCard:
+    """Measures the model on the test split and writes both files; the same model and data give the same bytes.
+
+    Args:
+      directory: of the version that is being written.
+      model: as it is served, so quantised and without calibration where the profile says so.
+      dataset: of the run.
+      work_dir: of the run.
+      model_name: of the version.
+      version: its number.
+      profile: that it was exported by.
+      quantisation: what that cost, None without it.
+      verification: what the check of the written version found.
+    """
+    columns = scored_rows(model, dataset, _SPLIT)
+    config = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).to_dict()
+    card = ModelCard(
+        model_name=model_name,
+        version=version,
+        data=_data(dataset),
+        split=_SPLIT,
+        overall=_slice(columns),
+        groups={
+            group.name: {label: _slice(rows) for label, rows in rows_by_label(columns, group)}
+            for group in dataset.inputs.groups
+        },
+        calibration=_calibration(model, columns),
+        training=_training(config, work_dir),
+        export=Export(
+            profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
+        ),
+        libraries={"python": platform.python_version(), **{name: _library_version(name) for name in _LIBRARIES}},
+    )
+    (directory / CARD_JSON).parent.mkdir(exist_ok=True)
+    write_json(directory / CARD_JSON, card.model_dump(mode="json"))
+    write_text(directory / CARD_MARKDOWN, render_card(card))
+    return card
+
+
+def _slice(columns: dict[str, Any]) -> Slice:
+    measured = measure(columns)
+    intervals = user_intervals(columns, measured)
+    return Slice(
+        rows=measured["rows"],
+        users=len(set(columns["user_hash"].tolist())),
+        clicks=measured["clicks"],
+        ece=measured["ece"],
+        metrics={name: Measured(value=measured[name], interval=interval) for name, interval in intervals.items()},
+    )
+
+
+def _calibration(model: ClsdModel, columns: dict[str, Any]) -> Calibration:
+    fitted = model.calibration.calibration if model.calibration is not None else None
+    found = {when: measure({**columns, "pctr": columns[scores]}) for when, scores in _SCORES.items()}
+    facts = {when: {name: entry[name] for name in ("pcoc", "ece", "log_loss")} for when, entry in found.items()}
+    group = fitted.group if fitted else None
+    return Calibration(method=fitted.method if fitted else "none", user_group=group and group.name, **facts)
+
+
+def _data(dataset: DatasetDir) -> Data:
+    built = read_json(dataset.layout.manifest)
+    spec = dataset.spec
+    return Data(
+        feature_spec=spec.name,
+        description=spec.description,
+        spec_fingerprint=spec.fingerprint,
+        dataset_fingerprint=dataset.fingerprint,
+        built_at=built["built_at"],
+        label=spec.label,
+        intensity_label=spec.intensity_label,
+        splits=built["splits"],
+        inputs=[{**entry, "file": entry["file"].replace("\\", "/").rsplit("/", 1)[-1]} for entry in built["inputs"]],
+    )
+
+
+def _training(config: Mapping[str, Any], work_dir: WorkDir) -> Training:
+    earlier_runs = read_json(work_dir.lineage)["ancestors"]
+    init_from = " --init_from=EARLIER_WORK_DIR" if earlier_runs else ""
+    return Training(command=training_command(config) + init_from, config=config, earlier_runs=earlier_runs)
+
+
+def training_command(config: Mapping[str, Any]) -> str:
+    """The command that trains with a resolved config: what differs from the defaults, as --set.
+
+    Directories stand as DATASET_DIR and WORK_DIR: where they were says nothing to others.
+    """
+    changes = [f"--set {shlex.quote(f'{key}={value}')}" for key, value in _changes(config, TrainConfig().to_dict())]
+    return " ".join(["python -m pipelines.train --dataset_dir=DATASET_DIR --work_dir=WORK_DIR", *changes])
+
+
+def _changes(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, JSON) of each setting that is not the default; JSON is YAML, which --set reads."""
+    for key, value in config.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _changes(value, default, f"{prefix}{key}.")
+        elif key not in defaults or value != default:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _library_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # clsd_tf itself, run from its sources.
+        return None

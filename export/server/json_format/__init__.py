@@ -1,0 +1,1 @@
+"""TF Serving's JSON: requests to tensors, tensors to answers."""

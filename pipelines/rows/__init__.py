@@ -1,0 +1,1 @@
+"""What happens to rows, as functions on Arrow tables."""

@@ -1,0 +1,1 @@
+"""A feature spec guessed from files that nobody prepared."""
