@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # In reading order, lowest first: a package imports only itself and packages above it in its list.
 CLSD_TF = (
-    "commands", "metrics", "pages", "spec", "storage", "layers", "optimizers", "backbones", "data", "distributed",
-    "statistics", "serving", "methods", "training", "evaluation", "continual", "study",
+    "plugins", "commands", "metrics", "pages", "spec", "storage", "layers", "optimizers", "backbones", "data",
+    "distributed", "statistics", "serving", "methods", "training", "evaluation", "continual", "study",
 )  # fmt: skip
 PIPELINES = ("sources", "rows", "spec_inference", "beam", "public_data", "studies")
 EXPORT = ("clients", "publishing", "servable", "server", "contract_rules")
@@ -20,7 +20,7 @@ PACKAGES = [
     *(f"pipelines.{name}" for name in PIPELINES),
     *(f"export.{name}" for name in EXPORT),
 ]
-WITHOUT_TENSORFLOW = ("metrics", "pages", "spec", "storage")
+WITHOUT_TENSORFLOW = ("plugins", "metrics", "pages", "spec", "storage")
 COMMANDS = {
     "pipelines.build_dataset", "pipelines.check_spec", "pipelines.confidence_report", "pipelines.convert_kuairand",
     "pipelines.demo", "pipelines.evaluate", "pipelines.fetch_movielens", "pipelines.infer_spec",

@@ -1,0 +1,1 @@
+"""What a user's own modules add: registries of names, and how the modules are loaded."""
