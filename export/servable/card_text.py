@@ -198,7 +198,7 @@ def _export(card: ModelCard) -> str:
     facts = [f"Signatures: {', '.join(_signatures(differences))}." if differences else "Not verified."]
     if differences:
         facts.append(f"Largest difference to the training model: {max(differences.values()):.1e}.")
-    quantised = export.servable.quantization
+    quantised = export.quantisation
     if quantised is not None:
         facts.append(
             f"Embedding tables in {quantised['tables']}: {quantised['bytes_before']:,} bytes became "
@@ -206,7 +206,7 @@ def _export(card: ModelCard) -> str:
             f"{_number(quantised['auc_after'])}."
         )
     libraries = [[name, version or "from sources"] for name, version in card.libraries.items()]
-    profile = json.dumps(export.servable.profile, indent=1, sort_keys=True)
+    profile = json.dumps(export.profile, indent=1, sort_keys=True)
     return f"{_list(facts)}\n\n{_table(['library', 'version'], libraries)}\n\nProfile:\n\n{_block('json', profile)}"
 
 
