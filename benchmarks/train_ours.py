@@ -29,7 +29,7 @@ def task_config(task: Task) -> TrainConfig:
         [
             "method=bce",
             "backbone=deepfm",
-            f"embedding_dim={task.embedding_dim}",
+            f"embeddings.dim={task.embedding_dim}",
             f"hidden_units={list(task.hidden_units)}",
             f"batch_size={task.batch_size}",
             f"learning_rate={task.learning_rate}",

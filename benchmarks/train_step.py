@@ -35,9 +35,9 @@ _BASELINE = "bce"
 VARIANTS = {
     _BASELINE: ["method=bce"],
     "bce again": ["method=bce"],
-    "global": ["clsd.teacher=self", "clsd.lambda=1", "clsd.mu=0"],
-    "local (AdGate)": ["clsd.teacher=self", "clsd.lambda=0", "clsd.mu=1"],
-    "both": ["clsd.teacher=self", "clsd.lambda=0.5", "clsd.mu=0.5"],
+    "global": ["method.teacher=self", "method.lambda=1", "method.mu=0"],
+    "local (AdGate)": ["method.teacher=self", "method.lambda=0", "method.mu=1"],
+    "both": ["method.teacher=self", "method.lambda=0.5", "method.mu=0.5"],
 }
 
 

@@ -10,7 +10,7 @@ the run has none. Candidates are all user groups and all single-valued features 
 
 What to do with it: train with the few features at the top whose p (Holm) is small and whose omega squared is worth it
 (.01 is a small effect, .06 a medium one), for example
-  python -m pipelines.train ... --set 'clsd.ad_gate.features=[age_group, occupation]'
+  python -m pipelines.train ... --set 'method.ad_gate.features=[age_group, occupation]'
 Of a feature and a group made from the same column, take one. Prints a table; leaves profile_features.json in the work
 directory.
 """
@@ -25,7 +25,7 @@ from clsd_tf.methods.clsd.profile_features import HEADLINES, rank_features, tabl
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import write_json
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.teachers import stored_scores
+from clsd_tf.training.teachers.stored import stored_scores
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory the run was trained on.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished run.", required=True)

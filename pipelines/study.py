@@ -58,8 +58,7 @@ from clsd_tf.study.tables import (
     render_markdown,
     summary_table,
 )
-from clsd_tf.training.config import teacher_warning
-from clsd_tf.training.teachers import scores_file
+from clsd_tf.training.teachers.stored import scores_path
 from pipelines.studies.config import StudyConfig, load_study
 from pipelines.studies.data import PreparedData, prepared_data
 
@@ -161,7 +160,7 @@ def _locate(study: StudyConfig, cells: Iterable[Cell], study_dir: pathlib.Path) 
 
 
 def _run(study: StudyConfig, cells: list[Cell], study_dir: pathlib.Path, located: dict[Cell, PreparedData]) -> None:
-    for warning in {teacher_warning(cell.config) for cell in cells}:
+    for warning in {cell.config.warning for cell in cells}:
         console.warn(warning)
     for data in {str(data.dataset_dir): data for data in located.values()}.values():
         data.require_same_source()
@@ -186,13 +185,12 @@ def _teacher_tasks(cells: Iterable[Cell], located: dict[Cell, PreparedData]) -> 
     open_dataset = functools.cache(DatasetDir)
     seen = set()
     for cell in cells:
-        if not cell.config.uses_stored_scores:
-            continue
         path = str(located[cell].dataset_dir)
-        file = scores_file(open_dataset(path), cell.config)
-        if file not in seen and not file.exists():
-            seen.add(file)
-            yield f"teacher of {cell}", (prepare_teacher, path, cell.config)
+        for run in cell.config.teacher_runs:
+            file = scores_path(open_dataset(path), cell.config, run)
+            if file not in seen and not file.exists():
+                seen.add(file)
+                yield f"teacher of {cell}", (prepare_teacher, path, cell.config)
 
 
 def _facts(study: StudyConfig, session_seconds: float, all_seconds: float) -> dict[str, str]:

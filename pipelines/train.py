@@ -1,7 +1,7 @@
 """Trains a CTR model on a dataset directory: loss warm-up with BCE, then clicks weighted by confidence (CLSD).
 
 Example:
-  python -m pipelines.train --dataset_dir=demo/dataset --work_dir=demo/clsd --set clsd.mu=0.5
+  python -m pipelines.train --dataset_dir=demo/dataset --work_dir=demo/clsd --set method.mu=0.5
   tensorboard --logdir demo/clsd/tensorboard
 
 A killed run goes on at the batch behind its newest checkpoint, and ends with the same bits as one that was not killed:
@@ -14,7 +14,7 @@ environment variable TF_CONFIG, and directories that all of them see. With multi
 others; start all again. With parameter_server a worker may die; a ps may not.
 
 Defaults are printed with --print_config; every one can be set in a YAML file (--config) or by --set key=value, for
-example --set method=bce, --set backbone=dcnv2, --set clsd.teacher=self, --set clsd.loss_warmup_steps=500.
+example --set method=bce, --set backbone=dcnv2, --set method.teacher=self, --set method.loss_warmup_steps=500.
 """
 
 import json
@@ -23,10 +23,12 @@ from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.distributed.strategies import STRATEGIES, create_strategy, is_chief, is_server, serve
+from clsd_tf.methods import method_of
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import make_deterministic
-from clsd_tf.training.config import load_config, teacher_warning
+from clsd_tf.training.best_epoch import kept_epoch
+from clsd_tf.training.config import load_config
 from clsd_tf.training.run import train
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset directory to train on.")
@@ -56,7 +58,7 @@ def main(argv) -> None:
             "--dataset_dir and --work_dir are required. "
             f"Received: dataset_dir={_DATASET_DIR.value}, work_dir={_WORK_DIR.value}"
         )
-    console.warn(teacher_warning(config))
+    console.warn(config.warning)
     make_deterministic()
     work_dir = WorkDir(_WORK_DIR.value)
     if is_server(_STRATEGY.value):
@@ -68,11 +70,10 @@ def main(argv) -> None:
     history = train(DatasetDir(_DATASET_DIR.value), config, work_dir, init_from=init_from, strategy=strategy)
     if not is_chief(strategy):
         return
-    kept = history[-1]
-    if config.patience_epochs is not None:
-        kept = max((entry for entry in history if entry["competes"]), key=lambda entry: entry["val_auc"])
+    kept, objective = kept_epoch(history, config), method_of(config.method).objective
     console.console.print(
-        f"kept epoch {kept['epoch'] + 1} with validation AUC {kept['val_auc']:.4f}; run in {work_dir.path}",
+        f"kept epoch {kept['epoch'] + 1} with validation {objective.title} {kept[objective.log_name]:.4f}; "
+        f"run in {work_dir.path}",
         soft_wrap=True,
     )
 

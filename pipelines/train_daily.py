@@ -12,7 +12,7 @@ its lineage. A killed walk goes on when the same command is started again; days 
 
 Runs train on the training splits alone, and validation rows stop and calibrate them. Since every row of a day is a test
 of the model before it, the datasets need no large test split: say split: {rule: random, train: 0.98, validation: 0.01,
-test: 0.01} in the spec. Days of one epoch suit --set clsd.teacher=self, which needs no models beforehand.
+test: 0.01} in the spec. Days of one epoch suit --set method.teacher=self, which needs no models beforehand.
 """
 
 import datetime as dt
@@ -25,7 +25,7 @@ from clsd_tf.continual.report import render_days
 from clsd_tf.evaluation.evaluate import HEADLINES
 from clsd_tf.storage.files import read_json, write_json, write_text
 from clsd_tf.training.assembly import make_deterministic
-from clsd_tf.training.config import load_config, teacher_warning
+from clsd_tf.training.config import load_config
 
 _DATASETS = flags.DEFINE_string("datasets", None, "Dataset directories, {date} for the day.", required=True)
 _WORK_DIRS = flags.DEFINE_string("work_dirs", None, "Work directories, {date} for the day.", required=True)
@@ -45,7 +45,7 @@ def _date(flag: flags.FlagHolder) -> dt.date:
 def main(argv) -> None:
     config = load_config(_CONFIG.value, _SET.value)
     days = days_between(_date(_FIRST_DATE), _date(_LAST_DATE), _DATASETS.value, _WORK_DIRS.value)
-    console.warn(teacher_warning(config))
+    console.warn(config.warning)
     make_deterministic()
     done = []
     for day in walk(days, config):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from clsd_tf import backbones
 from clsd_tf.backbones import BACKBONES, build_backbone
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs
 
 INPUTS = ModelInputs(
@@ -37,7 +38,7 @@ EXTRAS = {
     "row_id": tf.range(7, dtype=tf.int64),
     "teacher_score": tf.linspace(0.1, 0.7, 7),
 }
-ARGUMENTS = {"embedding_dim": 4, "hidden_units": (8, 6), "dropout": 0.0}
+ARGUMENTS = {"embeddings": EmbeddingConfig(dim=4), "hidden_units": (8, 6), "dropout": 0.0}
 NAMES = sorted(BACKBONES)
 every_backbone = pytest.mark.parametrize("name", NAMES)
 

@@ -144,15 +144,15 @@ def deterministic():
 
 
 _TINY = [
-    "embedding_dim=4",
+    "embeddings.dim=4",
     "hidden_units=[8]",
     "batch_size=256",
     "max_epochs=2",
-    "clsd.teacher=self",
-    "clsd.loss_warmup_steps=5",
-    "clsd.num_folds=2",
-    "clsd.lambda=0.5",
-    "clsd.mu=0.5",
+    "method.teacher=self",
+    "method.loss_warmup_steps=5",
+    "method.num_folds=2",
+    "method.lambda=0.5",
+    "method.mu=0.5",
 ]
 
 
@@ -161,7 +161,9 @@ def tiny():
     """Assignments -> config: two epochs of 13 steps on ``feed_dataset``, of which 5 steps are loss warm-up."""
 
     def config(*assignments):
-        return load_config(None, [*_TINY, *assignments])
+        # Settings of clsd are none of another method's.
+        shared = [entry for entry in _TINY if "method=bce" not in assignments or not entry.startswith("method.")]
+        return load_config(None, [*shared, *assignments])
 
     return config
 

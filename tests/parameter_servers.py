@@ -11,7 +11,8 @@ import tensorflow as tf
 from clusters import free_ports
 
 from clsd_tf.distributed.strategies import scope
-from clsd_tf.methods.clsd import ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.training.callbacks import StopOnNonFiniteLoss, TrainingDivergedError
 
 PLAIN = ClsdConfig.model_validate({"teacher": "self", "lambda": 0.0, "mu": 0.0})

@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 from clsd_tf.layers.losses import bce_from_logits
-from clsd_tf.methods.clsd import AdGate, AdGateConfig, ClsdConfig
-from clsd_tf.methods.clsd.ad_gate import literal_loss, residual_loss
+from clsd_tf.methods.clsd.ad_gate import AdGate, literal_loss, residual_loss
 from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence
+from clsd_tf.methods.clsd.config import AdGateConfig, ClsdConfig
 from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "middle", "high"))
@@ -272,7 +272,7 @@ def test_residual_converges_to_1_minus_the_mean_teacher_score_of_the_groups_clic
 def test_a_trained_ad_gate_gives_every_group_mean_confidence_1(calibrated, residual_corrections, form):
     teacher, labels = (tf.constant(column) for column in calibrated)
     correction = tf.constant(residual_corrections[GROUPS])
-    config = ClsdConfig(local_form=form)
+    config = ClsdConfig(local_weighting=form)
     confidence = local_confidence(teacher, correction, labels, config, ClickMeans(0.0)).numpy()
     for group in range(4):
         own = confidence[clicks_of(group, calibrated[1])]
@@ -283,7 +283,7 @@ def test_a_trained_ad_gate_gives_every_group_mean_confidence_1(calibrated, resid
 def test_global_confidence_favours_groups_that_click_more(calibrated):
     # What AdGate is there to mend: the lowest group's clicks count far less than the highest group's.
     teacher, labels = (tf.constant(column) for column in calibrated)
-    config = ClsdConfig(global_form="mean_one")
+    config = ClsdConfig(global_weighting="mean_one")
     confidence = global_confidence(teacher, labels, config, ClickMeans(0.0)).numpy()
     means = [confidence[clicks_of(group, calibrated[1])].mean() for group in range(4)]
     assert means == sorted(means)

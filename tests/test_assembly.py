@@ -32,7 +32,7 @@ def test_methods_share_initial_weights_and_seeds_do_not(feed_dataset, tiny):
     def initial(*assignments):
         return build_model(tiny(*assignments), feed_dataset.inputs).backbone.get_weights()
 
-    clsd, bce, ema, other_seed = initial(), initial("method=bce"), initial("clsd.teacher=ema"), initial("seed=2")
+    clsd, bce, ema, other_seed = initial(), initial("method=bce"), initial("method.teacher=ema"), initial("seed=2")
     for one, *others in zip(clsd, bce, ema, strict=True):
         for other in others:
             np.testing.assert_array_equal(one, other)
@@ -40,9 +40,9 @@ def test_methods_share_initial_weights_and_seeds_do_not(feed_dataset, tiny):
 
 
 def test_only_local_confidence_brings_an_ad_gate(feed_dataset, tiny):
-    assert build_model(tiny("method=bce"), feed_dataset.inputs).ad_gate is None
-    assert build_model(tiny("clsd.mu=0.0"), feed_dataset.inputs).ad_gate is None
-    gate = build_model(tiny("clsd.ad_gate.features=[gender_group, user_age]"), feed_dataset.inputs).ad_gate
+    assert build_model(tiny("method=bce"), feed_dataset.inputs).parts.keys() == {"backbone"}
+    assert build_model(tiny("method.mu=0.0"), feed_dataset.inputs).ad_gate is None
+    gate = build_model(tiny("method.ad_gate.features=[gender_group, user_age]"), feed_dataset.inputs).ad_gate
     assert gate.features == ("gender_group", "user_age")
 
 
@@ -50,9 +50,9 @@ def test_an_ad_gate_without_user_groups_or_of_an_item_feature_is_refused(feed_da
     inputs = type(feed_dataset.inputs)(feed_dataset.inputs.categorical, feed_dataset.inputs.numeric, ())
     with pytest.raises(ValueError, match=r"at least one user group\. Received: none"):
         build_model(tiny(), inputs)
-    assert build_model(tiny("clsd.mu=0.0"), inputs).ad_gate is None
+    assert build_model(tiny("method.mu=0.0"), inputs).ad_gate is None
     with pytest.raises(ValueError, match=r"Received: item_category\. Allowed: age_group, gender_group, user_age"):
-        build_model(tiny("clsd.ad_gate.features=[item_category]"), feed_dataset.inputs)
+        build_model(tiny("method.ad_gate.features=[item_category]"), feed_dataset.inputs)
 
 
 def bce(target, pctr):
@@ -64,9 +64,12 @@ def bce(target, pctr):
     [
         ([], bce),
         # Smoothing .2: the target is .9 for a click and .1 for none.
-        (["loss=label_smoothing", "label_smoothing=0.2"], lambda label, pctr: bce(0.1 + 0.8 * label, pctr)),
+        (
+            ["method.loss=label_smoothing", "method.label_smoothing=0.2"],
+            lambda label, pctr: bce(0.1 + 0.8 * label, pctr),
+        ),
         # Gamma 2: a row counts by the square of what the model missed.
-        (["loss=focal", "focal_gamma=2.0"], lambda label, pctr: (label - pctr) ** 2 * bce(label, pctr)),
+        (["method.loss=focal", "method.focal_gamma=2.0"], lambda label, pctr: (label - pctr) ** 2 * bce(label, pctr)),
     ],
 )
 def test_the_loss_is_that_of_the_config(feed_dataset, tiny, assignments, expected):
@@ -97,9 +100,9 @@ def test_backbone_settings_reach_the_backbone(feed_dataset, tiny):
 @pytest.mark.parametrize("backbone", ["deepfm", "masknet"])  # MaskNet makes layers when it is first called.
 def test_bfloat16_computes_in_half_precision_and_keeps_float32(feed_dataset, tiny, backbone):
     batch = next(iter(input_pipeline.batches(feed_dataset, "train", batch_size=256)))
-    settings = ("clsd.teacher=ema", "clsd.loss_warmup_steps=0", f"backbone={backbone}", "embedding_l2=1e-6")
+    settings = ("method.teacher=ema", "method.loss_warmup_steps=0", f"backbone={backbone}", "embeddings.l2=1e-6")
     # Adagrad's first steps are as long for gradients that are nothing but rounding as for others.
-    settings += ("embedding_l2_rows=touched", "optimizer.embeddings.learning_rate=0.002")
+    settings += ("embeddings.l2_rows=touched", "optimizer.embeddings.learning_rate=0.002")
     exact, half = (build_model(tiny(*settings, f"precision={x}"), feed_dataset.inputs) for x in ("float32", "bfloat16"))
     dense = [layer for layer in half.backbone.submodules if isinstance(layer, tf.keras.layers.Dense)]
     assert {layer.compute_dtype for layer in dense} == {"bfloat16", "float32"}  # float32: the one that gives logits.
@@ -119,8 +122,8 @@ def test_embedding_settings_reach_the_tables(feed_dataset, tiny):
         model = build_model(tiny("method=bce", "backbone=fm", *assignments), feed_dataset.inputs)
         return model.backbone.get_weights()[0]
 
-    assert table("unified_buckets=31").shape == (31, 5)
-    uniform = table("embedding_initializer=uniform", "embedding_init_scale=0.5")
+    assert table("embeddings.unified_buckets=31").shape == (31, 5)
+    uniform = table("embeddings.initializer=uniform", "embeddings.init_scale=0.5")
     assert 0.45 < np.abs(uniform).max() <= 0.5
 
 

@@ -14,6 +14,7 @@ from clsd_tf.backbones.base import pair_products, stacked_glorot
 from clsd_tf.backbones.dcnv2 import LowRankMixtureCross
 from clsd_tf.backbones.din import Dice
 from clsd_tf.backbones.fm import pairwise_interactions
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
 from clsd_tf.spec.model_inputs import CategoricalInput, ModelInputs
 
@@ -336,7 +337,7 @@ _TWO_ROWS = {"item": tf.constant([1, 2], tf.int64), "price": tf.constant([2.0, -
 
 
 def _logits_with_matrices_of_1(name, *, biases, **arguments):
-    backbone = build_backbone(name, _TWO_FIELDS, embedding_dim=2, hidden_units=(2,), **arguments)
+    backbone = build_backbone(name, _TWO_FIELDS, embeddings=EmbeddingConfig(dim=2), hidden_units=(2,), **arguments)
     backbone(_TWO_ROWS)
     backbone.set_weights(
         [np.full(weight.shape, biases if weight.ndim == 1 else 1.0) for weight in backbone.get_weights()]

@@ -14,7 +14,8 @@ from backbone_inputs import (
 
 from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
 from clsd_tf.backbones.base import feature_inputs
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.layers.embedding_config import EmbeddingConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import ModelInputs
 
 
@@ -26,11 +27,10 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_an_unknown_argument_lists_the_known_ones():
-    embedding = "embedding_dim, embedding_init_scale, embedding_initializer, embedding_l2, embedding_l2_rows"
-    allowed = f"dropout, {embedding}, hidden_units, num_cross_layers, unified_buckets"
+    allowed = "dropout, embeddings, hidden_units, num_cross_layers"
     with pytest.raises(ValueError, match=rf"'dcn'.*Received: cross_layers. Allowed: {allowed}$"):
         build_backbone("dcn", INPUTS, cross_layers=3)
-    with pytest.raises(ValueError, match=r"Received: gelu. Allowed: activation, dropout, embedding_dim, hidden_units$"):
+    with pytest.raises(ValueError, match=r"Received: gelu. Allowed: activation, dropout, embeddings, hidden_units$"):
         build_backbone("two_layers", INPUTS, **ARGUMENTS, gelu=True)
 
 
@@ -53,7 +53,7 @@ def test_a_subclass_of_backbone_takes_the_arguments_of_its_parents():
             super().__init__(inputs, **kwargs)
 
     assert Mine.argument_names() == {"temperature", *BACKBONES["dcn"].argument_names()}
-    assert {"num_cross_layers", "embedding_dim", "hidden_units"} < Mine.argument_names()
+    assert {"num_cross_layers", "embeddings", "hidden_units"} < Mine.argument_names()
     assert isinstance(build_backbone("mine", INPUTS, temperature=2.0, num_cross_layers=1), Mine)
 
 
@@ -96,9 +96,6 @@ _NOT_A_SIZE = r"must be a whole number of at least 1. Received: "
 @pytest.mark.parametrize(
     ("name", "argument", "value", "message"),
     [
-        ("dnn", "embedding_dim", 0, rf"embedding_dim {_NOT_A_SIZE}0"),
-        ("dnn", "embedding_dim", 2.5, rf"embedding_dim {_NOT_A_SIZE}2.5"),
-        ("dnn", "embedding_dim", True, rf"embedding_dim {_NOT_A_SIZE}True"),
         ("dnn", "hidden_units", (8, 0), rf"hidden_units\[1\] {_NOT_A_SIZE}0"),
         ("dnn", "hidden_units", 8, r"hidden_units must be a list of 0 or more layer sizes. Received: 8"),
         ("dcn", "num_cross_layers", 0, rf"num_cross_layers {_NOT_A_SIZE}0"),
@@ -116,7 +113,7 @@ _NOT_A_SIZE = r"must be a whole number of at least 1. Received: "
         ("masknet", "num_blocks", 0, rf"num_blocks {_NOT_A_SIZE}0"),
         ("masknet", "block_units", 0, rf"block_units {_NOT_A_SIZE}0"),
         ("masknet", "reduction_ratio", 0.5, rf"reduction_ratio {_NOT_A_SIZE}0.5"),
-        ("masknet", "embedding_dim", 1, r"embedding_dim must be at least 2. Received: 1"),
+        ("masknet", "embeddings", EmbeddingConfig(dim=1), r"embeddings.dim must be at least 2. Received: 1"),
         ("finalmlp", "num_heads", 4, r"num_heads=4, hidden_units=\[8, 6\]. num_heads=1 always does"),
         ("finalmlp", "gate_units", 0, rf"gate_units {_NOT_A_SIZE}0"),
         ("finalmlp", "hidden_units", (), r"hidden_units must be a list of 1 or more layer sizes. Received: \[\]"),

@@ -16,6 +16,7 @@ from backbone_inputs import (
 )
 
 from clsd_tf.backbones import build_backbone
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings, SharedRows
 from clsd_tf.spec.model_inputs import ModelInputs
 
@@ -119,10 +120,10 @@ def test_a_rebuilt_backbone_with_the_same_weights_gives_the_same_logits(name, ow
 
 @every_backbone
 def test_config_is_plain_data_that_holds_every_argument(name):
-    backbone = build_backbone(name, INPUTS, embedding_dim=3, hidden_units=[6], dropout=0.25)
+    backbone = build_backbone(name, INPUTS, embeddings=EmbeddingConfig(dim=3), hidden_units=[6], dropout=0.25)
     config = backbone.get_config()
     assert config["inputs"] == INPUTS.to_dict()
-    assert (config["embedding_dim"], config["hidden_units"], config["dropout"]) == (3, [6], 0.25)
+    assert (config["embeddings"]["dim"], config["hidden_units"], config["dropout"]) == (3, [6], 0.25)
     assert config.keys() - {"inputs"} == backbone.argument_names()
     assert type(backbone).from_config(config).get_config() == config
 

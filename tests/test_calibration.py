@@ -11,7 +11,8 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from clsd_tf.layers.calibration import Calibration, CalibrationConfig, CalibrationLayer, IsotonicCurve, fit_calibration
+from clsd_tf.layers.calibration import Calibration, CalibrationLayer, IsotonicCurve, fit_calibration
+from clsd_tf.layers.calibration_config import CalibrationConfig
 from clsd_tf.metrics import pointwise
 from clsd_tf.spec.model_inputs import GroupInput
 

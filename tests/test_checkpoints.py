@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
+from runs import fitted
 
 from clsd_tf.backbones import BACKBONES, register_backbone
 from clsd_tf.backbones.base import feature_inputs
@@ -17,8 +18,8 @@ from clsd_tf.commands.interruption import Sigterm, TrainingInterruptedError, han
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import build_model
-from clsd_tf.training.checkpoints import CheckpointAndStop, CheckpointError, Checkpoints, random_generators
-from clsd_tf.training.fit import fit
+from clsd_tf.training.checkpoints import CheckpointError, Checkpoints, random_generators
+from clsd_tf.training.save_and_stop import SaveAndStop
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -213,7 +214,7 @@ def test_random_layers_of_a_users_backbone_go_on_where_they_were(feed_dataset, t
 
 def keeper_with_model(config, inputs, work_dir, **arguments):
     arguments = {"first_counted_step": 0, "sigterm": Sigterm(), **arguments}
-    keeper = CheckpointAndStop(work_dir, config, steps_per_epoch=10, **arguments)
+    keeper = SaveAndStop(work_dir, config, steps_per_epoch=10, **arguments)
     model = build_model(config, inputs)
     keeper.resume(model)
     keeper.set_model(model)
@@ -323,7 +324,7 @@ def test_history_and_checkpoint_agree_wherever_a_kill_fell_between_them(clsd_run
         write_json(work_dir.history, [*clsd_run.history, {"epoch": 2}][:known_epochs])
     else:
         work_dir.history.unlink()
-    _, history = fit(feed_dataset, clsd_run.config, work_dir, title=None)
+    _, history = fitted(feed_dataset, clsd_run.config, work_dir, title=None)
     assert history == clsd_run.history == read_json(work_dir.history)
 
 
@@ -339,7 +340,7 @@ def test_checkpoints_come_when_asked_for_and_do_not_change_the_result(
 ):
     config = tiny("calibration.user_group=age_group", "checkpoints_to_keep=100", setting)
     work_dir = WorkDir(tmp_path / "run")
-    _, history = fit(feed_dataset, config, work_dir, title=None)
+    _, history = fitted(feed_dataset, config, work_dir, title=None)
     assert steps_on_disk(work_dir.checkpoints) == steps
     for step in steps:  # Where in the data it is: 13 steps are an epoch.
         saved = tf.train.load_checkpoint(str(work_dir.checkpoints / f"ckpt-{step}"))
@@ -393,7 +394,7 @@ def test_in_a_thread_a_fit_leaves_signals_alone_and_trains(feed_dataset, tiny, t
     found = []
     config = tiny("backbone=lr", "method=bce", "max_epochs=1")
     arguments = (feed_dataset, config, WorkDir(tmp_path / "run"))
-    thread = threading.Thread(target=lambda: found.append(fit(*arguments, title=None)))
+    thread = threading.Thread(target=lambda: found.append(fitted(*arguments, title=None)))
     thread.start()
     while thread.is_alive():
         assert signal.getsignal(signal.SIGTERM) is before

@@ -8,16 +8,16 @@ import pytest
 import tensorflow as tf
 
 from clsd_tf.layers.losses import bce_from_logits, weighted_mean
-from clsd_tf.methods.clsd import ClsdConfig
 from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence, mixed_confidence
+from clsd_tf.methods.clsd.config import ClsdConfig
 
-SHIPPED_FORMS = ("mean_one", "ratio", "additive", "standardised")
+NORMALIZED_FUNCTIONS = ("mean_one", "ratio", "additive", "standardized")
 RATES = np.array([0.3, 0.6, 0.8])
-MIXED = ClsdConfig(lambda_=0.5, mu=0.5, global_form="ratio", local_form="additive")
+MIXED = ClsdConfig(lambda_=0.5, mu=0.5, global_weighting="ratio", local_weighting="additive")
 
 
 def config_of(form, **changes):
-    return ClsdConfig(global_form=form, local_form=form, allow_raw=form == "raw", **changes)
+    return ClsdConfig(global_weighting=form, local_weighting=form, allow_raw=form == "raw", **changes)
 
 
 def fit_cells(rates, config, *, teacher=None, num_steps=1000):
@@ -55,7 +55,7 @@ def test_raw_confidence_collapses_a_click_rate_of_point_3_and_bends_the_others()
     assert pctr[1:] == pytest.approx((2 * RATES[1:] - 1) / RATES[1:], abs=1e-3)
 
 
-@pytest.mark.parametrize("form", SHIPPED_FORMS)
+@pytest.mark.parametrize("form", NORMALIZED_FUNCTIONS)
 def test_no_shipped_form_collapses_a_click_rate_of_point_3(form):
     assert fit_cells([0.3], config_of(form, lambda_=0.5, mu=0.5)) == pytest.approx([0.3], abs=1e-3)
 
@@ -67,7 +67,7 @@ def test_no_shipped_form_collapses_a_click_rate_of_point_3(form):
         (MIXED, 0.06),  # Measured: -.047.
         (config_of("additive", lambda_=0.0, mu=1.0), 0.04),  # Measured: -.030.
         (config_of("ratio", lambda_=1.0, mu=0.0, kappa=0.5), 0.04),  # Measured: -.027.
-        (config_of("standardised", lambda_=0.5, mu=0.5, kappa=0.3), 0.06),  # Measured: -.042.
+        (config_of("standardized", lambda_=0.5, mu=0.5, kappa=0.3), 0.06),  # Measured: -.042.
     ],
 )
 def test_a_model_that_teaches_itself_stays_near_the_click_rates(config, largest_gap):

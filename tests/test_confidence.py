@@ -7,10 +7,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.methods.clsd import ClsdConfig
 from clsd_tf.methods.clsd.confidence import ClickMeans, global_confidence, local_confidence, mixed_confidence
+from clsd_tf.methods.clsd.config import ClsdConfig
 
-SHIPPED_FORMS = ("mean_one", "ratio", "additive", "standardised")
+NORMALIZED_FUNCTIONS = ("mean_one", "ratio", "additive", "standardized")
 
 # Four rows; the third is no click, the fourth counts twice. Mean teacher score over clicks:
 # (.2 + .4 + 2 * .1) / 4 = .2; variance around it (0 + .04 + 2 * .01) / 4 = .015.
@@ -22,7 +22,7 @@ CORRECTION = tf.constant([0.4, 0.6, 0.0, 0.9])
 
 
 def config_of(form="mean_one", **changes):
-    return ClsdConfig(**{"global_form": form, "local_form": form, "allow_raw": form == "raw", **changes})
+    return ClsdConfig(**{"global_weighting": form, "local_weighting": form, "allow_raw": form == "raw", **changes})
 
 
 def global_of(teacher, click_weight, config):
@@ -48,9 +48,9 @@ def local_of(teacher, correction, click_weight, config):
         ("ratio", 0.5, np.array([1.0, 2**0.5, 4.5**0.5, 0.5**0.5]) / ((1 + 2**0.5 + 2 * 0.5**0.5) / 4)),
         ("additive", 1.0, [1.0, 1.2, 1.7, 0.9]),  # 1 + TEACHER - .2.
         ("additive", 2.0, [1.0, 1.4, 2.4, 0.8]),
-        ("standardised", 1.0, [1.0, 1 + 0.2 / 0.015**0.5, 3.0, 1 - 0.1 / 0.015**0.5]),
+        ("standardized", 1.0, [1.0, 1 + 0.2 / 0.015**0.5, 3.0, 1 - 0.1 / 0.015**0.5]),
         # (1, 4.27, ., -.63) are clipped to (1, 3, 3, .05), of mean 1.025; .05 / 1.025 is clipped once more.
-        ("standardised", 2.0, [1 / 1.025, 3 / 1.025, 3 / 1.025, 0.05]),
+        ("standardized", 2.0, [1 / 1.025, 3 / 1.025, 3 / 1.025, 0.05]),
         ("raw", 1.0, [0.2, 0.4, 0.9, 0.1]),
     ],
 )
@@ -71,7 +71,7 @@ def test_global_confidence_by_hand(form, kappa, expected):
         # The squares of these, (1/9, 1, .81, 1), of mean 7/9.
         ("ratio", 2.0, [1 / 7, 9 / 7, 0.81 * 9 / 7, 9 / 7]),
         # 1 + (-.4, 0, -.1, 0) / .2 = (-1, 1, .5, 1), clipped to (.05, 1, .5, 1), of mean .7625.
-        ("standardised", 1.0, [0.05 / 0.7625, 1 / 0.7625, 0.5 / 0.7625, 1 / 0.7625]),
+        ("standardized", 1.0, [0.05 / 0.7625, 1 / 0.7625, 0.5 / 0.7625, 1 / 0.7625]),
         ("raw", 1.0, [0.2, 0.4, 0.9, 0.1]),
     ],
 )
@@ -81,7 +81,7 @@ def test_local_confidence_by_hand(form, kappa, expected):
 
 
 def test_each_part_has_its_own_form():
-    config = ClsdConfig(global_form="mean_one", local_form="additive")
+    config = ClsdConfig(global_weighting="mean_one", local_weighting="additive")
     assert global_of(TEACHER, CLICK_WEIGHT, config).numpy() == pytest.approx([1.0, 2.0, 3.0, 0.5])
     assert local_of(TEACHER, CORRECTION, CLICK_WEIGHT, config).numpy()[0] == pytest.approx(0.6 / 0.9)
 
@@ -111,7 +111,7 @@ _ROWS = st.lists(
 )
 _CONFIGS = st.builds(
     config_of,
-    st.sampled_from(SHIPPED_FORMS),
+    st.sampled_from(NORMALIZED_FUNCTIONS),
     kappa=st.floats(1e-3, 100.0),
     min_confidence=st.floats(1e-3, 0.9),
     max_confidence=st.floats(1.1, 100.0),
@@ -149,14 +149,14 @@ def test_clicks_of_equal_scores_have_confidence_1(num_rows, score, correction, c
         assert confidence.numpy() == pytest.approx([1.0] * num_rows, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["mean_one", "ratio", "standardised"])
+@pytest.mark.parametrize("form", ["mean_one", "ratio", "standardized"])
 def test_halving_every_score_changes_no_relative_form(form):
     config = config_of(form, kappa=0.7)
     half = global_of(TEACHER / 2, CLICK_WEIGHT, config)
     assert half.numpy() == pytest.approx(global_of(TEACHER, CLICK_WEIGHT, config).numpy(), rel=1e-5)
 
 
-@pytest.mark.parametrize("form", SHIPPED_FORMS)
+@pytest.mark.parametrize("form", NORMALIZED_FUNCTIONS)
 @pytest.mark.parametrize("part", ["global", "local"])
 def test_mean_over_clicks_is_1_where_clipping_bites_rarely(form, part):
     # A teacher in four groups of click rates .05 to .5, with sample weights.
@@ -181,7 +181,7 @@ def test_lambda_and_mu_of_0_give_exactly_1(rows, config):
     assert mixed_confidence(labels, *parts, 0.0, 0.0).numpy().tolist() == [1.0] * len(rows)
 
 
-@pytest.mark.parametrize("form", [*SHIPPED_FORMS, "raw"])
+@pytest.mark.parametrize("form", [*NORMALIZED_FUNCTIONS, "raw"])
 def test_a_batch_without_clicks_has_finite_confidence_and_weights_of_1(form):
     teacher, nothing, config = tf.constant([0.2, 0.8]), tf.zeros([2]), config_of(form)
     parts = global_of(teacher, nothing, config), local_of(teacher, tf.zeros([2]), nothing, config)
@@ -190,7 +190,7 @@ def test_a_batch_without_clicks_has_finite_confidence_and_weights_of_1(form):
     assert mixed_confidence(nothing, *parts, 0.5, 0.5).numpy().tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("form", [*SHIPPED_FORMS, "raw"])
+@pytest.mark.parametrize("form", [*NORMALIZED_FUNCTIONS, "raw"])
 def test_no_gradient_flows_through_confidence(form):
     teacher, correction = tf.Variable(TEACHER), tf.Variable(CORRECTION)
     with tf.GradientTape() as tape:
@@ -235,7 +235,7 @@ def test_moving_means_are_reference_spread_and_normaliser(traced):
     # Clicks .2 and .4 have the mean .3 and deviations of -.1 and .1, which is 1 - 1 -> .05 and 1 + 1 = 2, mean 1.025.
     # With momentum .5 a click of .6 follows: mean (.3 + .6) / 2 = .45, variance (.01 + .0225) / 2 = .01625,
     # 1 + .15 / sqrt(.01625) = 2.17670, mean (1.025 + 2.17670) / 2 = 1.60085.
-    config, means = config_of("standardised"), ClickMeans(0.5)
+    config, means = config_of("standardized"), ClickMeans(0.5)
 
     def confidence(teacher, click_weight):
         return global_confidence(teacher, click_weight, config, means)
@@ -247,7 +247,7 @@ def test_moving_means_are_reference_spread_and_normaliser(traced):
     assert confidence(tf.constant([0.6]), tf.ones([1])).numpy() == pytest.approx([2.17670 / 1.60085], rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["mean_one", "standardised"])
+@pytest.mark.parametrize("form", ["mean_one", "standardized"])
 def test_global_and_local_confidence_keep_moving_means_of_their_own(form):
     config, together, of_global, of_local = config_of(form), ClickMeans(0.5), ClickMeans(0.5), ClickMeans(0.5)
     for scores in (TEACHER, TEACHER**2):
@@ -279,9 +279,15 @@ def test_config_takes_lambda_by_its_alias_and_writes_it_back():
         ({"max_confidence": 1.0}, "greater than 1"),
         ({"kappa": 0.0}, "greater than 0"),
         ({"kappa": float("inf")}, "finite"),
-        ({"normaliser_momentum": 1.0}, "less than 1"),
-        ({"teacher": "crossfit"}, "'self', 'ema', 'prequential' or 'cross_fit'"),
-        ({"global_form": "power"}, "'mean_one', 'ratio', 'additive', 'standardised' or 'raw'"),
+        ({"normalizer_momentum": 1.0}, "less than 1"),
+        (
+            {"teacher": "crossfit"},
+            r"Received: 'crossfit'. Allowed: self, ema, cross_fit, prequential, ",
+        ),
+        (
+            {"global_weighting": "power"},
+            r"Received: 'power'. Allowed: additive, mean_one, ratio, raw, standardized",
+        ),
         ({"ema_momentum": 1.0}, "less than 1"),
         ({"num_folds": 1}, "greater than or equal to 2"),
         ({"loss_warmup_steps": -1}, "greater than or equal to 0"),
@@ -294,10 +300,10 @@ def test_config_refuses(content, message):
         ClsdConfig.model_validate(content)
 
 
-@pytest.mark.parametrize("key", ["global_form", "local_form"])
+@pytest.mark.parametrize("key", ["global_weighting", "local_weighting"])
 def test_the_form_raw_is_refused_unless_it_is_allowed(key):
     rule = "raw drives every prediction to 0 where the click rate is below one half. Received: raw. "
-    allowed = "Allowed: mean_one, ratio, additive, standardised; or allow_raw=true"
+    allowed = "Allowed: mean_one, ratio, additive, standardized; or allow_raw=true"
     with pytest.raises(pydantic.ValidationError, match=rule + allowed):
         ClsdConfig.model_validate({key: "raw"})
     assert getattr(ClsdConfig.model_validate({key: "raw", "allow_raw": True}), key) == "raw"

@@ -44,7 +44,7 @@ def test_forms_by_hand():
     assert forms["local"] == pytest.approx([0.9, 1.1, 0.9, 1.1])
 
 
-def test_without_user_groups_there_is_no_local_form():
+def test_without_user_groups_there_is_no_local_weighting():
     assert list(confidence_forms(np.array([0.2, 0.4]), {})) == ["global"]
 
 

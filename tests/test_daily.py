@@ -30,7 +30,7 @@ from clsd_tf.training.run import train
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 ROOT = pathlib.Path(__file__).parent.parent
-_SETTINGS = ["method=bce", "backbone=fm", "embedding_dim=4", "batch_size=32", "max_epochs=1", "learning_rate=0.02"]
+_SETTINGS = ["method=bce", "backbone=fm", "embeddings.dim=4", "batch_size=32", "max_epochs=1", "learning_rate=0.02"]
 _CONFIG = load_config(None, _SETTINGS)
 
 

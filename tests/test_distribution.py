@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from clusters import started, wait_until
 from commands import start_command
+from runs import fitted
 
 from clsd_tf.commands.interruption import EXIT_CODE
 from clsd_tf.distributed.strategies import (
@@ -28,7 +29,6 @@ from clsd_tf.distributed.strategies import (
 from clsd_tf.storage.files import read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import load_model
-from clsd_tf.training.fit import fit
 from clsd_tf.training.run import train
 
 # TF_CONFIG.
@@ -98,10 +98,10 @@ def test_without_a_strategy_there_is_one_chief_with_all_rows(monkeypatch):
 
 
 def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_dataset, tiny, tmp_path):
-    config = tiny("embedding_l2=0.1", "embedding_l2_rows=touched")
+    config = tiny("embeddings.l2=0.1", "embeddings.l2_rows=touched")
     two_replicas = types.SimpleNamespace(num_replicas_in_sync=2)
     with pytest.raises(ValueError, match=r"Received: embedding_l2_rows=touched, 2 replicas. Use embedding_l2_rows=all"):
-        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, strategy=two_replicas)
+        fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, strategy=two_replicas)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,16 +5,18 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import pydantic
 import pytest
 import tensorflow as tf
 from backbone_inputs import FEATURES, INPUTS
 
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings, SharedRows
 
 
 @pytest.fixture
 def embeddings():
-    layer = FieldEmbeddings(INPUTS, 2)
+    layer = FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2))
     layer(FEATURES)
     random = np.random.default_rng(0)
     layer.set_weights([random.normal(size=weight.shape) for weight in layer.get_weights()])
@@ -86,9 +88,13 @@ def test_field_embeddings_survive_get_config_and_from_config(embeddings):
     np.testing.assert_array_equal(copy(FEATURES), embeddings(FEATURES))
 
 
-def test_embedding_dim_of_0_is_refused():
-    with pytest.raises(ValueError, match=r"embedding_dim must be at least 1. Received: 0"):
-        FieldEmbeddings(INPUTS, 0)
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("dim", 0), ("dim", 2.5), ("dim", True), ("l2", -1.0), ("init_scale", 0.0), ("unified_buckets", 0)],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(pydantic.ValidationError, match=setting):
+        EmbeddingConfig(**{setting: value})
 
 
 def _gathers(function, *arguments):
@@ -140,7 +146,7 @@ def test_a_row_of_zeros_stays_one(embeddings):
 
 
 def test_a_layer_of_numbers_cannot_be_quantised():
-    layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=()), 2)
+    layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=()), EmbeddingConfig(dim=2))
     layer(FEATURES)
     with pytest.raises(ValueError, match="Received: a layer with numbers only"):
         layer.quantise("int8")
@@ -156,7 +162,7 @@ def test_a_penalty_is_over_all_rows_or_over_those_of_the_batch_each_once():
     touched = [1, 2, 0, 7, 8, 12, 13, 11]
     assert set(features["recent_items"].numpy().flat) <= {0, 1}
     for l2_rows, rows in (("all", range(16)), ("touched", touched)):
-        layer = FieldEmbeddings(INPUTS, 2, 0.5, l2_rows=l2_rows)
+        layer = FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2, l2=0.5, l2_rows=l2_rows))
         layer(features)
         layer.set_weights([table, np.zeros([2, 2])])
         with tf.GradientTape() as tape:
@@ -171,7 +177,7 @@ def test_a_penalty_is_over_all_rows_or_over_those_of_the_batch_each_once():
 
 def test_a_penalty_on_touched_rows_keeps_the_gradient_sparse():
     for l2_rows, kind in (("all", tf.Tensor), ("touched", tf.IndexedSlices)):
-        layer = FieldEmbeddings(INPUTS, 2, 0.5, l2_rows=l2_rows)
+        layer = FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2, l2=0.5, l2_rows=l2_rows))
         layer(FEATURES)
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(layer(FEATURES)) + tf.add_n(layer.losses)
@@ -184,7 +190,7 @@ def test_initial_values_have_the_scale_that_was_asked_for():
     )
     for initializer, low, high in (("normal", 0.27, 0.33), ("uniform", 0.16, 0.19)):  # Std of uniform: .3 / sqrt(3).
         tf.keras.utils.set_random_seed(1)
-        layer = FieldEmbeddings(inputs, 3, initializer=initializer, init_scale=0.3)
+        layer = FieldEmbeddings(inputs, EmbeddingConfig(dim=3, initializer=initializer, init_scale=0.3))
         layer({"item": tf.constant([0], tf.int64)})
         assert low < layer.tables.numpy().std() < high
         assert (np.abs(layer.tables.numpy()).max() <= 0.3) == (initializer == "uniform")
@@ -198,7 +204,7 @@ def test_every_row_of_a_large_table_gets_an_initial_value_of_its_own():
     for scope in (contextlib.nullcontext, tf.distribute.OneDeviceStrategy("/cpu:0").scope):
         tf.keras.utils.set_random_seed(1)
         with scope():
-            layer = FieldEmbeddings(inputs, 4, init_scale=0.3)
+            layer = FieldEmbeddings(inputs, EmbeddingConfig(dim=4, init_scale=0.3))
             layer({"item": tf.constant([0], tf.int64)})
         tables.append(layer.tables.numpy())
     np.testing.assert_array_equal(*tables)  # The seed decides all of it, with a strategy and without.
@@ -210,13 +216,14 @@ def test_every_row_of_a_large_table_gets_an_initial_value_of_its_own():
 
 def test_row_ranges_say_where_each_vocabulary_lies(embeddings):
     assert embeddings.row_ranges == {"item": range(0, 7), "city": range(7, 11), "tags": range(11, 16)}
-    assert FieldEmbeddings(INPUTS, 2, unified_buckets=5).row_ranges == {"unified": range(5)}
+    assert FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2, unified_buckets=5)).row_ranges == {"unified": range(5)}
 
 
 def test_a_unified_table_spreads_all_values_and_histories_share_the_rows_of_their_items():
     entry = dataclasses.replace(INPUTS.categorical[0], vocabulary_size=20_000)
     other = dataclasses.replace(INPUTS.categorical[1], vocabulary_size=20_000)
-    layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=(entry, other), numeric=()), 1, unified_buckets=100)
+    inputs = dataclasses.replace(INPUTS, categorical=(entry, other), numeric=())
+    layer = FieldEmbeddings(inputs, EmbeddingConfig(dim=1, unified_buckets=100))
     ids = {name: tf.range(20_000, dtype=tf.int64) for name in ("item", "city")}
     layer(ids)
     layer.set_weights([np.arange(100.0)[:, None]])
@@ -228,7 +235,7 @@ def test_a_unified_table_spreads_all_values_and_histories_share_the_rows_of_thei
         assert ((counts - 200) ** 2 / 200).sum() < 161
     # The two vocabularies meet as often as chance has them meet.
     assert 100 < (rows[:, 0] == rows[:, 1]).sum() < 300
-    shared = FieldEmbeddings(INPUTS, 2, unified_buckets=1000)
+    shared = FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2, unified_buckets=1000))
     shared(FEATURES)
     np.testing.assert_array_equal(_history(shared, [4, 0, 0]), shared.lookup("item", tf.constant(4, tf.int64)))
 
@@ -238,7 +245,7 @@ def test_rows_of_a_unified_table_do_not_depend_on_the_sizes_of_vocabularies():
         INPUTS,
         categorical=tuple(dataclasses.replace(x, vocabulary_size=x.vocabulary_size + 9) for x in INPUTS.categorical),
     )
-    layers = [FieldEmbeddings(inputs, 2, unified_buckets=50) for inputs in (INPUTS, grown)]
+    layers = [FieldEmbeddings(inputs, EmbeddingConfig(dim=2, unified_buckets=50)) for inputs in (INPUTS, grown)]
     weights = None
     for layer in layers:
         layer(FEATURES)
@@ -248,7 +255,7 @@ def test_rows_of_a_unified_table_do_not_depend_on_the_sizes_of_vocabularies():
 
 
 def test_in_half_precision_the_tables_stay_float32_and_are_not_copied_to_be_looked_up():
-    layer = FieldEmbeddings(INPUTS, 2, dtype="mixed_bfloat16")
+    layer = FieldEmbeddings(INPUTS, EmbeddingConfig(dim=2), dtype="mixed_bfloat16")
     signature = {name: tf.TensorSpec([None, *ids.shape[1:]], ids.dtype) for name, ids in FEATURES.items()}
     graph = tf.function(layer).get_concrete_function(signature)
     assert layer(FEATURES).dtype == tf.bfloat16

@@ -8,7 +8,7 @@ import sys
 import pyarrow.csv
 from commands import run_command
 
-TINY = ["embedding_dim=4", "hidden_units=[16]", "max_epochs=2", "clsd.teacher=self", "clsd.loss_warmup_steps=20"]
+TINY = ["embeddings.dim=4", "hidden_units=[16]", "max_epochs=2", "method.teacher=self", "method.loss_warmup_steps=20"]
 
 
 # Without colours and line breaks that depend on the terminal.

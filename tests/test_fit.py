@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 import tensorflow as tf
+from runs import fitted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clsd_tf.data import input_pipeline
@@ -21,8 +22,9 @@ from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training import callbacks
 from clsd_tf.training.assembly import predict
 from clsd_tf.training.callbacks import TrainingDivergedError
+from clsd_tf.training.claim import claim
 from clsd_tf.training.config import parse_config
-from clsd_tf.training.fit import claim, fit, steps_per_epoch
+from clsd_tf.training.fit import steps_per_epoch
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -82,9 +84,9 @@ def test_tensorboard_events_hold_the_scalars_of_every_user_group(clsd_run, feed_
 
 def test_tensorboard_events_show_what_happens_within_an_epoch(feed_dataset, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks, "_SCALARS_EVERY_STEPS", 5)
-    fit(
+    fitted(
         feed_dataset,
-        tiny("max_epochs=1", "clsd.teacher=self", "clsd.loss_warmup_steps=1"),
+        tiny("max_epochs=1", "method.teacher=self", "method.loss_warmup_steps=1"),
         WorkDir(tmp_path),
         title=None,
     )
@@ -97,7 +99,7 @@ def test_tensorboard_events_show_what_happens_within_an_epoch(feed_dataset, tiny
 def overfitted(feed_dataset, tiny, tmp_path_factory):
     """A fit that learns much too fast: the model that it gave and its AUC on validation after each epoch."""
     config = tiny("method=bce", "learning_rate=0.05", "max_epochs=12", "patience_epochs=2")
-    model, history = fit(feed_dataset, config, WorkDir(tmp_path_factory.mktemp("runs") / "overfitted"), title=None)
+    model, history = fitted(feed_dataset, config, WorkDir(tmp_path_factory.mktemp("runs") / "overfitted"), title=None)
     return model, [entry["val_auc"] for entry in history]
 
 
@@ -116,7 +118,7 @@ def test_a_fit_stops_when_patience_runs_out(overfitted):
 
 def test_progress_is_one_line_an_epoch_under_the_title(feed_dataset, tiny, tmp_path, capsys):
     config = tiny("method=bce", "backbone=lr")
-    _, history = fit(feed_dataset, config, WorkDir(tmp_path / "run"), title="my run")
+    _, history = fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title="my run")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": loss")[0] for line in lines] == ["my run epoch 1", "my run epoch 2"]
     assert f"validation AUC {history[1]['val_auc']:.4f}" in lines[1]
@@ -128,7 +130,7 @@ def test_progress_is_one_line_an_epoch_under_the_title(feed_dataset, tiny, tmp_p
 def test_a_fit_that_is_done_trains_no_further(clsd_run, feed_dataset):
     checkpoints = sorted(clsd_run.work_dir.checkpoints.iterdir())
     before = [path.stat().st_mtime_ns for path in checkpoints]
-    model, history = fit(feed_dataset, clsd_run.config, clsd_run.work_dir, title=None)
+    model, history = fitted(feed_dataset, clsd_run.config, clsd_run.work_dir, title=None)
     assert history == clsd_run.history
     assert [path.stat().st_mtime_ns for path in checkpoints] == before
     assert validation_auc(model, feed_dataset) == max(entry["val_auc"] for entry in history)
@@ -147,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(feed_dataset
     weights = np.where(train_ids == fifth["row_id"][0].numpy(), np.inf, 1.0).astype(np.float32)
     work_dir = WorkDir(tmp_path / "run")
     with pytest.raises(TrainingDivergedError, match=r"the loss must be finite. Received: loss=(nan|inf) at step 5\."):
-        fit(feed_dataset, config, work_dir, title=None, row_weights=RowValues(train_ids, weights))
+        fitted(feed_dataset, config, work_dir, title=None, row_weights=RowValues(train_ids, weights))
     assert not list(work_dir.checkpoints.glob("*.index"))
 
 
@@ -167,36 +169,36 @@ def test_a_fit_that_fails_gives_the_cursor_back_to_the_terminal(feed_dataset, ti
     console = rich.console.Console(file=terminal, force_terminal=True, force_interactive=True)
     monkeypatch.setattr(callbacks, "console", console)
     with pytest.raises(TrainingDivergedError):
-        fit(feed_dataset, tiny("method=bce", "backbone=lr", "learning_rate=1e38"), WorkDir(tmp_path), title="my run")
+        fitted(feed_dataset, tiny("method=bce", "backbone=lr", "learning_rate=1e38"), WorkDir(tmp_path), title="my run")
     assert "my run epoch 1" in terminal.getvalue()
     assert re.findall(r"\x1b\[\?25[lh]", terminal.getvalue()) == ["\x1b[?25l", "\x1b[?25h"]  # Hidden, shown.
 
 
 def test_a_training_row_without_a_teacher_score_is_refused(feed_dataset, tiny, train_ids, tmp_path):
-    config = tiny("backbone=lr", "clsd.teacher=cross_fit", "max_epochs=1")
+    config = tiny("backbone=lr", "method.teacher=cross_fit", "max_epochs=1")
     scores = RowValues(train_ids[1:], np.full(len(train_ids) - 1, 0.5, np.float32))
     with pytest.raises(ArtifactError, match=r"scores every training row\. Received: 3,199 scores\. Allowed: 3,200"):
-        fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=lambda: scores)
+        fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=lambda: scores)
 
 
 def test_a_huge_learning_rate_stops_the_fit_with_advice(feed_dataset, tiny, tmp_path):
     with pytest.raises(TrainingDivergedError, match="Lower learning_rate"):
-        fit(feed_dataset, tiny("method=bce", "learning_rate=1e30"), WorkDir(tmp_path / "run"), title=None)
+        fitted(feed_dataset, tiny("method=bce", "learning_rate=1e30"), WorkDir(tmp_path / "run"), title=None)
 
 
 @pytest.mark.parametrize("steps", [26, 1000])  # 2 epochs of 13 steps.
 def test_a_loss_warmup_that_never_ends_is_refused(feed_dataset, tiny, tmp_path, steps):
     assert steps_per_epoch(feed_dataset, tiny()) == 13  # 3,200 rows in batches of 256.
     with pytest.raises(ValueError, match=rf"loss_warmup_steps .* Received: {steps}. Allowed: less than 26"):
-        fit(feed_dataset, tiny(f"clsd.loss_warmup_steps={steps}"), WorkDir(tmp_path / "run"), title=None)
+        fitted(feed_dataset, tiny(f"method.loss_warmup_steps={steps}"), WorkDir(tmp_path / "run"), title=None)
 
 
 def test_a_refused_config_does_not_claim_the_work_directory(feed_dataset, tiny, tmp_path):
     # The user corrects the value and runs the same command again.
-    for refused in ("clsd.loss_warmup_steps=1000", "backbone=deep_fm", "backbone_arguments={depth: 3}"):
+    for refused in ("method.loss_warmup_steps=1000", "backbone=deep_fm", "backbone_arguments={depth: 3}"):
         work_dir = WorkDir(tmp_path / "run")
         with pytest.raises(ValueError, match="Received"):
-            fit(feed_dataset, tiny(refused), work_dir, title=None)
+            fitted(feed_dataset, tiny(refused), work_dir, title=None)
         assert not work_dir.config.exists()
 
 

@@ -7,8 +7,10 @@ import pydantic
 import pytest
 import tensorflow as tf
 
-from clsd_tf.methods.clsd import AdGate, AdGateConfig, ClsdConfig, ClsdModel, ConfidenceGuardError
-from clsd_tf.methods.clsd.config import GuardConfig
+from clsd_tf.methods.clsd.ad_gate import AdGate
+from clsd_tf.methods.clsd.config import AdGateConfig, ClsdConfig, GuardConfig
+from clsd_tf.methods.clsd.guards import ConfidenceGuardError
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
@@ -45,12 +47,12 @@ def clicks(share, num_steps):
 
 
 def clsd(**changes):
-    mix = {"lambda_": 0.5, "mu": 0.5, "global_form": "ratio", "local_form": "additive"}
+    mix = {"lambda_": 0.5, "mu": 0.5, "global_weighting": "ratio", "local_weighting": "additive"}
     return ClsdConfig(**{"teacher": "self", "loss_warmup_steps": 5, **mix, **changes})
 
 
 def collapsing(**changes):
-    return clsd(lambda_=1.0, mu=0.0, global_form="raw", allow_raw=True, **changes)
+    return clsd(lambda_=1.0, mu=0.0, global_weighting="raw", allow_raw=True, **changes)
 
 
 def frozen_for(num_steps):
@@ -81,7 +83,7 @@ def test_a_collapse_of_predictions_ends_the_run(initial_pctr, click_rate, refere
     assert float(pctr) < 0.5 * float(reference)
     assert int(step) % 20 == 0  # Not only at the end of the epoch, at step 100.
     assert int(step) < 100
-    assert "lower clsd.kappa, clsd.lambda or clsd.mu, or use a cross_fit teacher" in message
+    assert "lower method.kappa, method.lambda or method.mu, or use a cross_fit teacher" in message
 
 
 def test_the_limit_of_mean_pctr_is_the_configs():
@@ -115,7 +117,7 @@ def test_guards_stand_only_where_confidence_weights_clicks(lambda_):
     # Clicks stop coming, and pctr falls with them: plain BCE may do so.
     labels = np.concatenate([clicks(0.5, 20), clicks(0.0, 100)])
     arguments = {"initial_pctr": 0.5, "optimizer": tf.keras.optimizers.SGD(2.0)}
-    config = clsd(lambda_=lambda_, mu=0.0, global_form="mean_one")
+    config = clsd(lambda_=lambda_, mu=0.0, global_weighting="mean_one")
     if lambda_:
         with pytest.raises(ConfidenceGuardError, match="mean pctr"):
             fit(config, labels, **arguments)
@@ -132,7 +134,7 @@ def test_confidence_that_collapses_onto_one_click_ends_the_run(least_share):
     config = ClsdConfig(
         loss_warmup_steps=0,
         teacher="cross_fit",
-        global_form="mean_one",
+        global_weighting="mean_one",
         lambda_=1.0,
         mu=0.0,
         min_confidence=0.001,
@@ -143,7 +145,7 @@ def test_confidence_that_collapses_onto_one_click_ends_the_run(least_share):
     labels = clicks(0.5, num_steps=3)
     if least_share > 0.127:
         message = r"few clicks\. Received: an effective sample size of 12\.7% of the clicks, at step 3\. Allowed: at "
-        with pytest.raises(ConfidenceGuardError, match=message + r"least 20%\. Lower clsd.kappa or clsd.max_conf"):
+        with pytest.raises(ConfidenceGuardError, match=message + r"least 20%\. Lower method.kappa or method.max_conf"):
             fit(config, labels, teacher_score=scores)
     else:
         share = fit(config, labels, teacher_score=scores)["effective_click_share"]
@@ -160,7 +162,7 @@ def test_an_ad_gate_far_from_1_minus_the_teacher_score_ends_the_run(largest_drif
     config = clsd(teacher="cross_fit", guards=GuardConfig(max_ad_gate_drift=largest_drift))
     if largest_drift < 0.65:
         message = r"stay near 1 - the mean teacher score\. Received: a distance of 0\.65, at step 1\. Allowed: 0\.6\."
-        with pytest.raises(ConfidenceGuardError, match=message + " Lower clsd.ad_gate.learning_rate"):
+        with pytest.raises(ConfidenceGuardError, match=message + " Lower method.ad_gate.learning_rate"):
             fit(config, labels, teacher_score=scores)
     else:
         assert np.isfinite(fit(config, labels, teacher_score=scores)["loss"]).all()

@@ -11,6 +11,7 @@ from clsd_tf.backbones import build_backbone
 from clsd_tf.backbones.base import feature_inputs
 from clsd_tf.data.input_pipeline import read_columns
 from clsd_tf.data.transform import FeatureTransform, HashLookup
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.spec.feature_types import Hashing
@@ -219,7 +220,7 @@ def embedded(combiner, item_ids, tag_ids):
         numeric=(),
         groups=(),
     )
-    layer = FieldEmbeddings(inputs, 1)
+    layer = FieldEmbeddings(inputs, EmbeddingConfig(dim=1))
     ids = {"item": item_ids, "tags": tag_ids, "plain": 1}
     features = {name: tf.constant([values], tf.int64) for name, values in ids.items()}
     layer(features)
@@ -277,7 +278,7 @@ def test_a_model_learns_a_click_that_depends_on_hashed_values(rule):
     features = transform(raw)
     labels = (items % 3 == 0).astype(np.float32)  # The missing item among the clicked ones.
     tf.keras.utils.set_random_seed(1)
-    model = build_backbone("din", spec.model_inputs({}), embedding_dim=8, hidden_units=(16,))
+    model = build_backbone("din", spec.model_inputs({}), embeddings=EmbeddingConfig(dim=8), hidden_units=(16,))
     model.compile(tf.keras.optimizers.Adam(0.02), tf.keras.losses.BinaryCrossentropy(from_logits=True))
     model.fit(features, labels, batch_size=256, epochs=8, verbose=0)
     scores = tf.sigmoid(model(features)).numpy()
@@ -287,7 +288,7 @@ def test_a_model_learns_a_click_that_depends_on_hashed_values(rule):
 @every_rule
 def test_the_whole_model_with_ad_gate_takes_hashed_values(rule):
     spec, transform = feed(rule)
-    config = load_config(None, ["clsd.teacher=self", "clsd.lambda=0.5", "clsd.mu=0.5", "hidden_units=[4]"])
+    config = load_config(None, ["method.teacher=self", "method.lambda=0.5", "method.mu=0.5", "hidden_units=[4]"])
     model = build_model(config, spec.model_inputs({}))
     raw = {name: tf.constant(["a", ""]) for name in ("item_id", "tags", "city")}
     raw["past_items"] = tf.constant([["a", "b"], ["", ""]])

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from benchmarks import input_rates
 from benchmarks.generated_dataset import generated_dataset
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.clsd.model import ClsdModel
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import fitted
 
 from benchmarks.generated_dataset import generated_dataset
 from clsd_tf.data import input_pipeline
 from clsd_tf.data.examples import parse_records
 from clsd_tf.data.input_pipeline import RowValues, Shard
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.fit import fit
 
 
 def row_ids(batched):
@@ -417,8 +417,10 @@ def test_no_dataset_that_fit_walks_is_tuned_at_run_time(feed_dataset, tiny, by_r
 
         monkeypatch.setattr(ClsdModel, name, noting)
     scores = RowValues(by_row.row_ids, np.full(len(by_row.row_ids), 0.5, np.float32))
-    config = tiny("backbone=lr", "clsd.teacher=cross_fit", "max_epochs=1")
-    fit(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, row_weights=by_row, teacher_scores=lambda: scores)
+    config = tiny("backbone=lr", "method.teacher=cross_fit", "max_epochs=1")
+    fitted(
+        feed_dataset, config, WorkDir(tmp_path / "run"), title=None, row_weights=by_row, teacher_scores=lambda: scores
+    )
     for found in walked.values():
         assert found
         assert [batches.options().autotune.enabled for batches in found] == [False] * len(found)

@@ -33,10 +33,10 @@ STEPS_PER_EPOCH = 100  # 3,200 rows.
 # All that lives between steps is in use: both optimizers, moving means over clicks, the moving average of the model,
 # the guards, dropout, patience.
 SETTINGS = [
-    "backbone=dnn", "embedding_dim=4", "hidden_units=[8]", "dropout=0.2", "batch_size=32", "max_epochs=2",
-    "patience_epochs=3", "checkpoint_every_steps=7", "clsd.loss_warmup_steps=50", "clsd.teacher=ema",
-    "clsd.ema_momentum=0.9", "clsd.normaliser_momentum=0.9", "clsd.global_form=standardised", "clsd.lambda=0.5",
-    "clsd.mu=0.5",
+    "backbone=dnn", "embeddings.dim=4", "hidden_units=[8]", "dropout=0.2", "batch_size=32", "max_epochs=2",
+    "patience_epochs=3", "checkpoint_every_steps=7", "method.loss_warmup_steps=50", "method.teacher=ema",
+    "method.ema_momentum=0.9", "method.normalizer_momentum=0.9", "method.global_weighting=standardized",
+    "method.lambda=0.5", "method.mu=0.5",
 ]  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_from_another_needs_it_no_longer_once_it_is_killed_in
 
 @pytest.mark.long
 def test_twenty_kills_at_random_moments_change_no_bit(command, feed_dataset, tmp_path):
-    settings = ["max_epochs=12", "patience_epochs=null", "clsd.loss_warmup_steps=500"]
+    settings = ["max_epochs=12", "patience_epochs=null", "method.loss_warmup_steps=500"]
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)
     killed = command(*settings)

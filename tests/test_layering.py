@@ -69,18 +69,24 @@ def test_packages_import_only_packages_below_them(name):
     assert [other for found, other in internal(MODULES[name]) if found not in below] == []
 
 
+def at_module_level(tree):
+    """Imports that run when the module is imported: neither those of functions nor those for type checks."""
+    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imported(ast.Module(nodes, []))
+
+
 def test_there_is_no_circle_of_modules():
     graph = {
         name: {
-            other if other in MODULES else other.rpartition(".")[0]
-            for other in imported(tree)
-            if other in MODULES or other.rpartition(".")[0] in MODULES
+            found
+            for other in at_module_level(tree)
+            for found in (other, other.rpartition(".")[0])
+            # A package's face is imported with each of its modules.
+            if found in MODULES and found != name and not name.startswith(f"{found}.")
         }
         for name, tree in MODULES.items()
     }
-    # An __init__ that only hands names on is imported with every module of its package.
-    left = {name: others - {name, *(package for package in graph if name.startswith(f"{package}."))}
-            for name, others in graph.items()}  # fmt: skip
+    left = dict(graph)
     while free := [name for name, others in left.items() if not others & left.keys()]:
         for name in free:
             del left[name]

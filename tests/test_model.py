@@ -10,7 +10,9 @@ from scipy.special import expit
 
 from clsd_tf.layers.calibration import Calibration, CalibrationLayer, PlattCurve
 from clsd_tf.layers.losses import label_smoothed_bce
-from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.ad_gate import AdGate
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
@@ -87,7 +89,7 @@ def assert_differ(received, expected):
 
 
 def clsd(**changes):
-    mix = {"lambda_": 0.5, "mu": 0.5, "global_form": "ratio", "local_form": "additive"}
+    mix = {"lambda_": 0.5, "mu": 0.5, "global_weighting": "ratio", "local_weighting": "additive"}
     return ClsdConfig(**{"teacher": "self", "loss_warmup_steps": 0, **mix, **changes})
 
 
@@ -177,7 +179,7 @@ def test_loss_warmup_ends_inside_a_loop_that_is_traced_once(data):
 
 @pytest.mark.parametrize("step", [0, WARMUP - 1, WARMUP])
 def test_click_confidence_is_1_before_loss_warmup_ends(step):
-    model = new_model(clsd(loss_warmup_steps=WARMUP, global_form="mean_one", lambda_=1.0, mu=0.0))
+    model = new_model(clsd(loss_warmup_steps=WARMUP, global_weighting="mean_one", lambda_=1.0, mu=0.0))
     scores = tf.constant([0.2, 0.6, 0.5])
     confidence = tf.function(model.click_confidence)(
         tf.constant([1.0, 1.0, 0.0]), scores, tf.zeros([3]), tf.ones([3]), tf.constant(step)

@@ -145,10 +145,10 @@ def test_input_files_lose_their_directories(feed_dataset, clsd_run, model, tmp_p
         [],
         ["method=bce", "backbone=lr", "learning_rate=1e-05", "patience_epochs=null"],
         [
-            "clsd.lambda=0.25",
-            "clsd.mu=0.5",
-            "clsd.ad_gate.features=[age_group, gender]",
-            "clsd.guards.min_pctr_ratio=0",
+            "method.lambda=0.25",
+            "method.mu=0.5",
+            "method.ad_gate.features=[age_group, gender]",
+            "method.guards.min_pctr_ratio=0",
         ],
         ["backbone=my.module:factory", 'backbone_arguments={units: [3, 4], name: "it\'s $HOME; a b"}'],
         ["calibration.method=isotonic", "calibration.user_group=age group"],
@@ -165,8 +165,8 @@ def test_the_command_trains_with_the_same_config(assignments):
 
 
 def test_only_what_differs_from_the_defaults_is_in_the_command():
-    config = load_config(None, ["clsd.mu=0.5"]).to_dict()
-    assert training_command(config).endswith("--work_dir=WORK_DIR --set clsd.mu=0.5")
+    config = load_config(None, ["method.mu=0.5"]).to_dict()
+    assert training_command(config).endswith("--work_dir=WORK_DIR --set method.mu=0.5")
 
 
 def changed(card, *assignments, **data):
@@ -182,12 +182,12 @@ def test_the_words_are_those_of_the_run(written):
     assert "Clicks by mistake count as clicks" in plain
     assert "whether clicks were satisfying is not measured" in plain
     assert "Click confidence is a model's own prediction" not in plain
-    confident = render_card(changed(card, "clsd.lambda=0.25", "clsd.mu=0.5"))
+    confident = render_card(changed(card, "method.lambda=0.25", "method.mu=0.5"))
     assert "0.25 from global confidence (ratio), 0.5 from local confidence (additive" in confident
     assert "0.25 as in ordinary training" in confident
     assert "Nobody has judged whether a click was meant" in confident
-    assert "Not for serving" in render_card(changed(card, "clsd.placebo=shuffled_confidence"))
-    assert "`ctr` is not the probability of a click" in render_card(changed(card, "clicks=intense"))
+    assert "Not for serving" in render_card(changed(card, "method.placebo=shuffled_confidence"))
+    assert "`ctr` is not the probability of a click" in render_card(changed(card, "method.clicks=intense"))
     without = render_card(card.model_copy(update={"groups": {}}))
     assert "differences between groups of users are not measured" in without
     for text in (plain, confident, without):

@@ -8,15 +8,17 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel, OverconfidentTeacherWarning
+from clsd_tf.methods.clsd.ad_gate import AdGate
+from clsd_tf.methods.clsd.config import ClsdConfig, OverconfidentTeacherWarning
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.methods.clsd.monitors import (
     MeansPerGroup,
     Range,
-    WeightedMeans,
     effective_click_share,
     power_sums,
     signed_maxima,
 )
+from clsd_tf.methods.monitors import WeightedMeans
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
@@ -131,7 +133,7 @@ FEATURES = {
     "teacher_score": [0.2, 0.6, 0.5, 0.9, 0.3, 0.5, 0.1],
 }
 LABELS = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-CLSD = ClsdConfig(loss_warmup_steps=0, global_form="mean_one", lambda_=1.0, mu=0.0)
+CLSD = ClsdConfig(loss_warmup_steps=0, global_weighting="mean_one", lambda_=1.0, mu=0.0)
 
 
 def test_history_is_a_mean_over_rows_or_clicks_of_the_epoch_by_hand():

@@ -5,11 +5,13 @@ import pytest
 import tensorflow as tf
 from scipy.special import expit
 
-from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.ad_gate import AdGate
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 # ``fit`` takes its steps as epochs here.
-pytestmark = pytest.mark.filterwarnings("ignore::clsd_tf.methods.clsd.OverconfidentTeacherWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::clsd_tf.methods.clsd.config.OverconfidentTeacherWarning")
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 NUM_ROWS = 32
@@ -37,7 +39,7 @@ def data():
 
 
 def config_of(teacher, **changes):
-    weighting = {"lambda_": 1.0, "mu": 0.0, "global_form": "mean_one"}
+    weighting = {"lambda_": 1.0, "mu": 0.0, "global_weighting": "mean_one"}
     return ClsdConfig(**{"teacher": teacher, "loss_warmup_steps": 0, **weighting, **changes})
 
 
@@ -185,7 +187,7 @@ def test_without_a_config_a_model_asks_for_nothing_that_is_not_there(data):
     assert np.isfinite(history["loss"]).all()
     assert not [name for name in history if "/" in name]
     assert model.config.mu == 0.0
-    assert model.weights_clicks
+    assert model.config.weights_clicks
     assert ClsdModel(Linear(), AdGate(INPUTS)).config.mu > 0
 
 
@@ -221,7 +223,7 @@ def test_a_restored_model_goes_on_as_if_nothing_had_happened(data, tmp_path):
     features, labels = data
 
     def model_of_all_parts():
-        config = config_of("ema", ema_momentum=0.5, normaliser_momentum=0.9, lambda_=0.5, mu=0.5)
+        config = config_of("ema", ema_momentum=0.5, normalizer_momentum=0.9, lambda_=0.5, mu=0.5)
         model = new_model(config, teacher_backbone=Linear(2.0), optimizer=tf.keras.optimizers.Adam(0.1))
         model.debug_outputs(features)  # Creates the weights.
         model.optimizer.build(model.backbone.trainable_variables)

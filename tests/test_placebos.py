@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.ad_gate import AdGate
 from clsd_tf.methods.clsd.confidence import shuffled_among_clicks
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 
 TIER = GroupInput("tier", ("unknown", "low", "high"))
@@ -39,7 +41,7 @@ def data():
 
 
 def new_model(placebo, *, gate_optimizer="sgd", run_eagerly=True, **changes):
-    forms = {"global_form": "mean_one", "local_form": "additive"}
+    forms = {"global_weighting": "mean_one", "local_weighting": "additive"}
     config = ClsdConfig(**{"placebo": placebo, "loss_warmup_steps": 0, **forms, **changes})
     tf.keras.utils.set_random_seed(3)
     model = ClsdModel(Linear(), AdGate(INPUTS), config)

@@ -7,8 +7,10 @@ from tensorflow_serving.apis import input_pb2
 
 from clsd_tf.backbones.base import feature_inputs
 from clsd_tf.data.transform import FeatureTransform
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
-from clsd_tf.methods.clsd import ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.training.assembly import load_model
 from export.servable.profile import ExportProfile
@@ -166,7 +168,7 @@ def test_columns_of_the_log_are_read_from_the_item_or_else_from_the_user(signatu
 def test_other_keras_models_rank_as_well(feed_dataset, parts):
     """A functional model takes no shared rows: its features are repeated, its ranking is the same."""
     features = feature_inputs(feed_dataset.inputs)
-    flat = tf.keras.layers.Flatten()(FieldEmbeddings(feed_dataset.inputs, 3)(features))
+    flat = tf.keras.layers.Flatten()(FieldEmbeddings(feed_dataset.inputs, EmbeddingConfig(dim=3))(features))
     backbone = tf.keras.Model(features, tf.keras.layers.Dense(1, kernel_initializer="ones")(flat))
     model = ClsdModel(backbone, None, ClsdConfig(teacher="self", **{"lambda": 0.0, "mu": 0.0}))
     own = serving_signatures(feed_dataset.spec, parts[1], model, ExportProfile())

@@ -8,16 +8,17 @@ import sys
 import numpy as np
 import pytest
 
-from clsd_tf.methods.clsd import ClsdConfig
+from clsd_tf.methods.clsd.config import ClsdConfig
 
 # Between them every mean over a batch: of forms, teachers and objectives, also where clicks have no score.
 SETTINGS = {
     "forms with a spread": {
-        "teacher": "self", "lambda": 0.4, "mu": 0.5, "global_form": "standardised", "local_form": "standardised",
+        "teacher": "self", "lambda": 0.4, "mu": 0.5, "global_weighting": "standardized",
+        "local_weighting": "standardized",
     },
     "moving means and a moving model": {
-        "teacher": "ema", "ema_momentum": 0.9, "normaliser_momentum": 0.8, "lambda": 0.5, "mu": 0.5,
-        "global_form": "mean_one",
+        "teacher": "ema", "ema_momentum": 0.9, "normalizer_momentum": 0.8, "lambda": 0.5, "mu": 0.5,
+        "global_weighting": "mean_one",
     },
     "literal gate, clicks without a score": {
         "teacher": "prequential", "lambda": 0.3, "mu": 0.6, "ad_gate": {"objective": "literal"},

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import scores_file
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
@@ -41,7 +42,6 @@ from clsd_tf.study.cells import (
 from clsd_tf.study.measures import OVERALL
 from clsd_tf.training.assembly import load_model, predict, predict_logits
 from clsd_tf.training.config import TrainConfig
-from clsd_tf.training.teachers import scores_file
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -246,7 +246,7 @@ def test_a_finished_cell_is_kept(finished, feed_dataset):
 def test_a_finished_cell_of_other_settings_is_refused(finished, feed_dataset, quick):
     # Somebody changed the study and kept its directory: the old numbers must not stand under the new settings.
     cell, study_dir = finished
-    changed = Cell(cell.data, cell.backbone, cell.method, cell.seed, quick("method=bce", "embedding_dim=5"))
+    changed = Cell(cell.data, cell.backbone, cell.method, cell.seed, quick("method=bce", "embeddings.dim=5"))
     with pytest.raises(ArtifactError, match="another config"):
         run(changed, feed_dataset, study_dir)
 
@@ -275,11 +275,11 @@ def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finis
 def test_a_teacher_is_prepared_for_all_cells_that_share_it(feed_dataset, quick, tmp_path):
     shutil.copytree(feed_dataset.path, tmp_path / "dataset", ignore=shutil.ignore_patterns("teacher_scores"))
     dataset = DatasetDir(tmp_path / "dataset")
-    config = quick("clsd.teacher=cross_fit")
+    config = quick("method.teacher=cross_fit")
     prepare_teacher(str(dataset.path), config)
-    for other in (config, quick("clsd.teacher=cross_fit", "clsd.placebo=shuffled_confidence", "clsd.mu=0.0")):
+    for other in (config, quick("method.teacher=cross_fit", "method.placebo=shuffled_confidence", "method.mu=0.0")):
         assert scores_file(dataset, other).exists()
-    assert not scores_file(dataset, quick("clsd.teacher=cross_fit", "seed=2")).exists()
+    assert not scores_file(dataset, quick("method.teacher=cross_fit", "seed=2")).exists()
 
 
 def test_cells_of_a_study_have_directories_of_their_own(tmp_path):
@@ -295,7 +295,7 @@ def test_cells_of_a_study_have_directories_of_their_own(tmp_path):
 @pytest.fixture(scope="module")
 def stopped(feed_dataset, quick, tmp_path_factory):
     """A cell that a guard stopped: AdGate starts about .5 away from 1 - teacher_score."""
-    cell = Cell("feed", "lr", "local", 1, quick("clsd.guards.max_ad_gate_drift=0.001"))
+    cell = Cell("feed", "lr", "local", 1, quick("method.guards.max_ad_gate_drift=0.001"))
     study_dir = tmp_path_factory.mktemp("stopped")
     run(cell, feed_dataset, study_dir)
     return cell, study_dir
@@ -331,7 +331,7 @@ def test_results_have_a_row_for_each_number(finished):
 def paired(feed_dataset, quick, tmp_path_factory):
     """Cells of two methods and two seeds on one dataset, and their study directory. Read-only."""
     study_dir = tmp_path_factory.mktemp("paired")
-    changes = {BASELINE: ["method=bce"], "global": ["clsd.lambda=1.0", "clsd.mu=0.0", "clsd.teacher=self"]}
+    changes = {BASELINE: ["method=bce"], "global": ["method.lambda=1.0", "method.mu=0.0", "method.teacher=self"]}
     cells = [
         Cell("feed", "lr", method, seed, quick(*settings, f"seed={seed}"))
         for method, settings in changes.items() for seed in (1, 2)

@@ -127,7 +127,7 @@ def test_the_baseline_is_there_once_even_if_it_is_listed(content):
         ({"methods": [{"name": "strong", "like": "golbal"}]}, "unknown method. Received: 'golbal'. Allowed: bce, "),
         ({"methods": [{"name": "strong"}, {"name": "strong"}]}, "names must be unique. Received: strong twice"),
         ({"shared": {"kappa": 2.0}}, "method bce is not valid:\n  kappa: unknown key"),
-        ({"shared": {"clsd": {"kappa": 0}}}, "clsd.kappa: Input should be greater than 0. Received: 0"),
+        ({"shared": {"clsd": {"kappa": 0}}}, "method.kappa: Input should be greater than 0. Received: 0"),
     ],
 )
 def test_a_bad_study_is_refused(content, changes, message):

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from runs import fitted, scores_file, teacher_scores
 
 from clsd_tf.commands.interruption import TrainingInterruptedError, handling_sigterm
 from clsd_tf.data import input_pipeline
@@ -20,8 +21,7 @@ from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import predict
-from clsd_tf.training.fit import fit
-from clsd_tf.training.teachers import scores_file, stored_scores, teacher_scores
+from clsd_tf.training.teachers.stored import stored_scores
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -33,18 +33,18 @@ NUM_FOLDS = 2
 def quick(tiny):
     """Assignments -> a config whose teacher is logistic regression in one epoch."""
     rates = ["learning_rate=0.05", "optimizer.embeddings.learning_rate=0.1"]
-    sizes = ["backbone=lr", "max_epochs=1", *rates, f"clsd.num_folds={NUM_FOLDS}"]
+    sizes = ["backbone=lr", "max_epochs=1", *rates, f"method.num_folds={NUM_FOLDS}"]
     return lambda *assignments: tiny(*sizes, *assignments)
 
 
 @pytest.fixture(scope="module")
 def cross_fit(quick):
-    return lambda *assignments: quick("clsd.teacher=cross_fit", *assignments)
+    return lambda *assignments: quick("method.teacher=cross_fit", *assignments)
 
 
 @pytest.fixture(scope="module")
 def prequential(quick):
-    return quick("clsd.teacher=prequential")
+    return quick("method.teacher=prequential")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def by_row(dataset, cross_fit):
 
 @pytest.fixture(scope="module")
 def by_user(dataset, cross_fit):
-    return teacher_scores(dataset, cross_fit("clsd.fold_by=user"), title=None)
+    return teacher_scores(dataset, cross_fit("method.fold_by=user"), title=None)
 
 
 def test_every_training_row_gets_a_score_that_predicts_its_label(by_row, by_user, rows):
@@ -115,7 +115,7 @@ def test_each_row_is_scored_by_a_model_that_never_saw_its_label(
     fold_by, request, flipped, rows, in_fold_0, cross_fit
 ):  # fmt: skip
     scores = request.getfixturevalue(f"by_{fold_by}")
-    of_flipped = teacher_scores(flipped, cross_fit(f"clsd.fold_by={fold_by}"), title=None)
+    of_flipped = teacher_scores(flipped, cross_fit(f"method.fold_by={fold_by}"), title=None)
     folds = fold_of(rows, fold_by)
     assert abs((folds == 0).mean() - 0.5) < 0.15
     # Fold 0 is scored by a model of fold 1, where no label differs: bit for bit the same, also where its own differ.
@@ -152,10 +152,10 @@ def test_an_event_that_the_log_repeats_is_scored_by_a_model_that_saw_neither_cop
 
 @pytest.mark.long
 def test_repeats_are_averaged(dataset, rows, cross_fit, by_row, tmp_path):
-    found = teacher_scores(dataset, cross_fit("clsd.num_repeats=2"), title=None)
+    found = teacher_scores(dataset, cross_fit("method.num_repeats=2"), title=None)
     # The second division into folds has the seed 1001; its first model is the third of all, with the seed 3001.
     held_out = fold_of(rows, "row", seed=1001) == 0
-    model, _ = fit(
+    model, _ = fitted(
         dataset,
         cross_fit("method=bce", "seed=3001"),
         WorkDir(tmp_path / "fold"),
@@ -176,7 +176,7 @@ def test_scores_are_taken_from_the_dataset_the_second_time(dataset, cross_fit, b
     assert {path.name for path in file.parent.iterdir()} == {"scores.npz", "teacher.json", ".lock"}  # No models.
     written = file.stat().st_mtime_ns
     (file.parent / "models").write_text("Here no model can be trained.", encoding="utf-8")
-    again = teacher_scores(dataset, cross_fit("clsd.kappa=2.0"), title=None)
+    again = teacher_scores(dataset, cross_fit("method.kappa=2.0"), title=None)
     np.testing.assert_array_equal(again.row_ids, by_row.row_ids)
     np.testing.assert_array_equal(again.values, by_row.values)
     assert file.stat().st_mtime_ns == written
@@ -192,9 +192,9 @@ def test_what_the_scores_depend_on_is_written_beside_them(dataset, cross_fit, by
 @pytest.mark.parametrize(
     "assignment",
     [
-        "seed=2", "backbone=fm", "embedding_dim=5", "hidden_units=[9]", "dropout=0.5", "batch_size=100",
-        "learning_rate=0.1", "max_epochs=3", "patience_epochs=5", "backbone_arguments={a: 1}", "clsd.num_folds=3",
-        "clsd.fold_by=user", "clsd.num_repeats=2", "clsd.teacher=prequential",
+        "seed=2", "backbone=fm", "embeddings.dim=5", "hidden_units=[9]", "dropout=0.5", "batch_size=100",
+        "learning_rate=0.1", "max_epochs=3", "patience_epochs=5", "backbone_arguments={a: 1}", "method.num_folds=3",
+        "method.fold_by=user", "method.num_repeats=2", "method.teacher=prequential",
     ],
 )  # fmt: skip
 def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, assignment):
@@ -204,10 +204,11 @@ def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, as
 @pytest.mark.parametrize(
     "assignment",
     [
-        "clsd.kappa=2.0", "clsd.lambda=0.1", "clsd.mu=0.1", "clsd.global_form=mean_one", "clsd.loss_warmup_steps=7",
-        "clsd.placebo=shuffled_confidence", "clsd.ad_gate.learning_rate=0.5", "clsd.guards.min_pctr_ratio=0.1",
+        "method.kappa=2.0", "method.lambda=0.1", "method.mu=0.1", "method.global_weighting=mean_one",
+        "method.loss_warmup_steps=7", "method.placebo=shuffled_confidence",
+        "method.ad_gate.learning_rate=0.5", "method.guards.min_pctr_ratio=0.1",
         "checkpoint_every_steps=5", "checkpoint_every_minutes=null", "checkpoints_to_keep=9", "max_cache_bytes=0",
-        "calibration.method=none", "loss=focal", "focal_gamma=2.0", "label_smoothing=0.2",
+        "calibration.method=none", "method.loss=focal", "method.focal_gamma=2.0", "method.label_smoothing=0.2",
     ],
 )  # fmt: skip
 def test_runs_that_differ_in_the_use_of_scores_alone_share_them(dataset, cross_fit, assignment):
@@ -215,7 +216,7 @@ def test_runs_that_differ_in_the_use_of_scores_alone_share_them(dataset, cross_f
 
 
 def test_folds_do_not_enter_where_there_are_none(dataset, quick, prequential):
-    assert scores_file(dataset, quick("clsd.teacher=prequential", "clsd.num_folds=7")) == scores_file(
+    assert scores_file(dataset, quick("method.teacher=prequential", "method.num_folds=7")) == scores_file(
         dataset, prequential
     )
 
@@ -284,7 +285,7 @@ def test_a_file_that_cannot_be_read_is_named(dataset, cross_fit, by_row, content
 
 
 def test_online_teachers_have_no_scores_to_store(dataset, quick):
-    for assignments in (["clsd.teacher=self"], ["clsd.teacher=ema"], ["method=bce", "clsd.teacher=cross_fit"]):
+    for assignments in (["method.teacher=self"], ["method.teacher=ema"], ["method=bce", "method.teacher=cross_fit"]):
         assert teacher_scores(dataset, quick(*assignments), title=None) is None
 
 

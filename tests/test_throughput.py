@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import rich.console
 import tensorflow as tf
+from runs import fitted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clsd_tf.commands.console import console
-from clsd_tf.methods.clsd import ClsdModel
 from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.methods.input_wait import InputWait
 from clsd_tf.storage.files import read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training import callbacks
-from clsd_tf.training.fit import fit
 from clsd_tf.training.throughput import Throughput
 
 BATCH, STEPS = 8, 6
@@ -204,7 +204,7 @@ def shown(feed_dataset, tiny, tmp_path_factory):
     """A fit of two epochs from files: its work directory and what it printed."""
     work_dir = WorkDir(tmp_path_factory.mktemp("runs") / "run")
     with console.capture() as captured:
-        fit(feed_dataset, tiny("method=bce", "backbone=lr", "max_cache_bytes=0"), work_dir, title="run")
+        fitted(feed_dataset, tiny("method=bce", "backbone=lr", "max_cache_bytes=0"), work_dir, title="run")
     return work_dir, captured.get()
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 
 from clsd_tf.data import input_pipeline
-from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.methods.clsd.guards import ConfidenceGuardError
 from clsd_tf.metrics import pointwise
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
@@ -17,7 +17,7 @@ from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import load_model, predict, predict_logits
 from clsd_tf.training.callbacks import TrainingDivergedError
 from clsd_tf.training.run import train
-from clsd_tf.training.teachers import stored_scores
+from clsd_tf.training.teachers.stored import stored_scores
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -29,7 +29,7 @@ def modification_times(directory):
 @pytest.fixture(scope="module")
 def bce_run(run_of, tiny):
     """Plain BCE; its loss warm-up, longer than the run, must not matter."""
-    return run_of(tiny("method=bce", "clsd.loss_warmup_steps=1000"), "bce")
+    return run_of(tiny("method=bce", "method.loss_warmup_steps=1000"), "bce")
 
 
 # From loss warm-up to the weighted loss.
@@ -48,7 +48,7 @@ def test_the_same_config_gives_the_same_run(clsd_run, feed_dataset, tmp_path):
 def test_clsd_starts_as_bce_and_departs_from_it_after_loss_warmup(clsd_run, bce_run, run_of, tiny):
     bce = bce_run.history
     assert clsd_run.history[0]["bce"] != bce[0]["bce"]  # 13 steps, of which 5 are warm-up.
-    clsd = run_of(tiny("clsd.loss_warmup_steps=13", "calibration.method=none"), "late").history  # All of epoch 1.
+    clsd = run_of(tiny("method.loss_warmup_steps=13", "calibration.method=none"), "late").history  # All of epoch 1.
     for name in ("loss", "bce", "mean_pctr", "val_log_loss"):
         assert clsd[0][name] == bce[0][name]
         assert clsd[1][name] != bce[1][name]
@@ -67,7 +67,7 @@ def test_a_run_trains_on_the_scores_of_its_teacher(feed_dataset, tiny, tmp_path)
     # moves slowly. Own predictions start at .5, where it would be .25.
     shutil.copytree(feed_dataset.path, tmp_path / "dataset")
     dataset, work_dir = DatasetDir(tmp_path / "dataset"), WorkDir(tmp_path / "run")
-    config = tiny("backbone=lr", "max_epochs=1", "clsd.teacher=cross_fit", "clsd.ad_gate.learning_rate=0.001")
+    config = tiny("backbone=lr", "max_epochs=1", "method.teacher=cross_fit", "method.ad_gate.learning_rate=0.001")
     history = train(dataset, config, work_dir, title=None)
     scores = stored_scores(work_dir, dataset)
     columns = input_pipeline.read_columns(dataset, "train", ["row_id", "label"])
@@ -96,7 +96,7 @@ def test_intense_clicks_alone_train_as_if_weak_clicks_had_no_weight(
     assert 100 < len(weak_clicks) < 1000
     weightless = with_changed_records(feed_dataset, tmp_path / "dataset", change)
     sizes = ["method=bce", "backbone=lr", "learning_rate=0.05", "calibration.method=none"]
-    oracle = train(feed_dataset, tiny("clicks=intense", *sizes), WorkDir(tmp_path / "oracle"), title=None)
+    oracle = train(feed_dataset, tiny("method.clicks=intense", *sizes), WorkDir(tmp_path / "oracle"), title=None)
     expected = train(weightless, tiny("clicks=all", *sizes), WorkDir(tmp_path / "expected"), title=None)
     every = train(feed_dataset, tiny("clicks=all", *sizes), WorkDir(tmp_path / "every"), title=None)
     assert oracle == expected
@@ -112,7 +112,7 @@ def test_intense_clicks_need_an_intensity_label(feed_dataset, tiny, tmp_path):
     layout.spec.write_text(spec.to_json(), encoding="utf-8")
     layout.mark_complete(spec)
     with pytest.raises(ValueError, match=r"needs a spec with an intensity_label\. Received: none\. Use clicks=all"):
-        train(DatasetDir(layout.root), tiny("clicks=intense"), WorkDir(tmp_path / "run"), title=None)
+        train(DatasetDir(layout.root), tiny("method.clicks=intense"), WorkDir(tmp_path / "run"), title=None)
 
 
 # Calibration.
@@ -189,7 +189,7 @@ def test_a_run_killed_before_its_calibration_ends_as_the_others(clsd_run, feed_d
 
 def test_a_run_that_a_guard_stops_is_stopped_at_the_same_step_however_often_it_is_started(feed_dataset, tiny, tmp_path):
     # AdGate starts at correction 0, about .5 away from 1 - teacher_score. Of 25 steps an epoch, the 20th is checked.
-    config = tiny("backbone=lr", "clsd.guards.max_ad_gate_drift=0.001", "batch_size=128", "checkpoint_every_steps=15")
+    config = tiny("backbone=lr", "method.guards.max_ad_gate_drift=0.001", "batch_size=128", "checkpoint_every_steps=15")
     work_dir = WorkDir(tmp_path / "run")
     for _ in range(3):  # More often than the run has epochs.
         with pytest.raises(ConfidenceGuardError, match=r"AdGate.* at step 20\. Allowed: 0\.001"):
@@ -207,13 +207,13 @@ def test_a_run_that_diverges_looks_unfinished(feed_dataset, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "assignment",
-    ["clsd.loss_warmup_steps=1000", "backbone_arguments={depth: 3}", "clsd.ad_gate.features=[item_category]"],
+    ["method.loss_warmup_steps=1000", "backbone_arguments={depth: 3}", "method.ad_gate.features=[item_category]"],
 )
 def test_a_refused_config_trains_no_teacher(feed_dataset, tiny, tmp_path, assignment):
     # On real data a teacher takes hours.
     shutil.copytree(feed_dataset.path, tmp_path / "dataset", ignore=shutil.ignore_patterns("teacher_scores"))
     dataset = DatasetDir(tmp_path / "dataset")
-    config = tiny("backbone=lr", "max_epochs=1", "clsd.teacher=cross_fit", assignment)
+    config = tiny("backbone=lr", "max_epochs=1", "method.teacher=cross_fit", assignment)
     with pytest.raises(ValueError, match="Received"):
         train(dataset, config, WorkDir(tmp_path / "run"), title=None)
     assert not list(dataset.teacher_scores.rglob("scores.npz"))

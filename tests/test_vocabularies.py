@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.data.transform import FeatureTransform, VocabularyLookup
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
 from clsd_tf.spec.feature_spec import Vocabulary, parse_spec
 from clsd_tf.spec.model_inputs import Statistics
@@ -333,7 +334,7 @@ def test_the_embeddings_of_one_day_are_the_first_rows_of_those_of_the_next(tmp_p
         (tmp_path / str(day) / "item.txt").write_text("".join(f"{value}\n" for value in values))
         statistics = Statistics({"item": len(values)}, {})
         features = FeatureTransform(spec, statistics, tmp_path / str(day))(raw)
-        layer = FieldEmbeddings(spec.model_inputs(statistics.vocabulary_lengths), 2)
+        layer = FieldEmbeddings(spec.model_inputs(statistics.vocabulary_lengths), EmbeddingConfig(dim=2))
         layer(features)
         assert layer.get_weights()[0].shape == (2 + len(values), 2)
         layer.set_weights([table[: 2 + len(values)]])

@@ -10,15 +10,15 @@ import tensorflow as tf
 from shop import vocabulary
 
 from clsd_tf.data import input_pipeline
-from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.methods.clsd.guards import ConfidenceGuardError
 from clsd_tf.optimizers.row_sparse import embedding_tables
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
 from clsd_tf.storage.files import ArtifactError, read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import build_model, load_model, predict_logits, restored_model
-from clsd_tf.training.checkpoints import best_weights
-from clsd_tf.training.fit import claim
+from clsd_tf.training.best_epoch import best_weights
+from clsd_tf.training.claim import claim
 from clsd_tf.training.lineage import TrainedOn
 from clsd_tf.training.run import train
 from clsd_tf.training.warm_start import warm_start
@@ -29,9 +29,9 @@ _SETTINGS = (
     "batch_size=32",
     "max_epochs=1",
     "patience_epochs=null",
-    "clsd.loss_warmup_steps=2",
-    "clsd.normaliser_momentum=0.9",
-    "clsd.ad_gate.features=[user_city, age_group]",
+    "method.loss_warmup_steps=2",
+    "method.normalizer_momentum=0.9",
+    "method.ad_gate.features=[user_city, age_group]",
 )
 
 
@@ -178,7 +178,7 @@ def test_rows_of_ftrl_go_on_from_the_served_weights_not_from_those_of_the_last_s
 
 def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_days, first_run, tiny, tmp_path):
     # 8 steps before and 8 of this run: loss warm-up ends within it, though it is longer than this run alone.
-    config = tiny(*_SETTINGS, "learning_rate=0.01", "clsd.loss_warmup_steps=12")
+    config = tiny(*_SETTINGS, "learning_rate=0.01", "method.loss_warmup_steps=12")
     history = train(shop_days[1], config, WorkDir(tmp_path / "run"), title=None, init_from=first_run)
     assert history[0]["competes"]
     assert history[0]["max_click_confidence"] > 1
@@ -187,10 +187,10 @@ def test_a_run_goes_on_with_its_own_settings_and_with_the_count_of_steps(shop_da
 
 
 def test_guards_and_ema_teacher_begin_with_what_a_run_that_weighted_no_clicks_has_become(shop_days, tiny, tmp_path):
-    settings = [*_SETTINGS[:-1], "clsd.mu=0", "clsd.teacher=ema"]
+    settings = [*_SETTINGS[:-1], "method.mu=0", "method.teacher=ema"]
     earlier = WorkDir(tmp_path / "earlier")
-    history = train(shop_days[0], tiny(*settings, "clsd.lambda=0"), earlier, title=None)
-    config = tiny(*settings, "clsd.lambda=0.5")
+    history = train(shop_days[0], tiny(*settings, "method.lambda=0"), earlier, title=None)
+    config = tiny(*settings, "method.lambda=0.5")
     model = build_model(config, shop_days[1].inputs)
     warm_start(model, config, shop_days[1], earlier)
     seen = {"mean_pctr": tf.constant(0.01), "click_rate": tf.constant(0.4), "click_share": tf.constant(1.0)}
@@ -237,14 +237,14 @@ def test_without_a_checkpoint_a_run_needs_the_earlier_one_again(shop_days, first
     ("change", "message"),
     [
         ("backbone=dnn", "backbone. Received: 'dnn'. Allowed: 'deepfm'"),
-        ("embedding_dim=5", "embedding_dim. Received: 5. Allowed: 4"),
+        ("embeddings.dim=5", "embedding_dim. Received: 5. Allowed: 4"),
         ("hidden_units=[9]", r"hidden_units. Received: \[9\]. Allowed: \[8\]"),
-        ("unified_buckets=50", "unified_buckets. Received: 50. Allowed: None"),
+        ("embeddings.unified_buckets=50", "unified_buckets. Received: 50. Allowed: None"),
         ("optimizer.embeddings.kind=ftrl", "kind. Received: 'ftrl'. Allowed: 'adagrad'"),
         ("method=bce", "method. Received: 'bce'. Allowed: 'clsd'"),
-        ("clsd.mu=0", "clsd.mu > 0. Received: False. Allowed: True"),
-        ("clsd.ad_gate.features=[age_group]", r"clsd.ad_gate.features. Received: \['age_group'\]"),
-        ("clsd.ad_gate.bound=0.2", "clsd.ad_gate.bound. Received: 0.2. Allowed: 0.3"),
+        ("method.mu=0", "method.mu > 0. Received: False. Allowed: True"),
+        ("method.ad_gate.features=[age_group]", r"method.ad_gate.features. Received: \['age_group'\]"),
+        ("method.ad_gate.bound=0.2", "method.ad_gate.bound. Received: 0.2. Allowed: 0.3"),
     ],
 )
 def test_a_model_that_is_built_differently_is_refused(shop_days, first_run, tiny, tmp_path, change, message):

@@ -21,13 +21,15 @@ import tensorflow as tf
 
 from clsd_tf.commands.interruption import Sigterm, TrainingInterruptedError
 from clsd_tf.distributed.strategies import create_strategy, distributed, scope
-from clsd_tf.methods.clsd import AdGate, ClsdConfig, ClsdModel
+from clsd_tf.methods.clsd.ad_gate import AdGate
+from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.optimizers.config import OptimizerConfig
 from clsd_tf.optimizers.row_sparse import build_optimizer
 from clsd_tf.spec.model_inputs import GroupInput, ModelInputs
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.checkpoints import CheckpointAndStop
 from clsd_tf.training.config import load_config
+from clsd_tf.training.save_and_stop import SaveAndStop
 
 INPUTS = ModelInputs(categorical=(), numeric=("x",), groups=(GroupInput("tier", ("unknown", "low", "high")),))
 BATCH, ROWS, EPOCHS = 16, 65, 2  # The last batch has one row: none for the first replica.
@@ -116,11 +118,10 @@ def stopped(strategy, steps_per_epoch):
             logs["val_auc"] = 0.5
 
     with tempfile.TemporaryDirectory() as directory:
-        keeper = CheckpointAndStop(
+        keeper = SaveAndStop(
             WorkDir(pathlib.Path(directory)),
             load_config(None, ["patience_epochs=null"]),
             steps_per_epoch=steps_per_epoch,
-            first_counted_step=0,
             sigterm=sigterm,
         )
         with scope(strategy):

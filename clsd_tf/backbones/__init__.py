@@ -12,9 +12,9 @@ Everything else, from training to export, then treats it like the backbones of t
 
 
     @register_backbone("two_layers")
-    def two_layers(inputs, *, embedding_dim, hidden_units, dropout, activation="gelu"):
+    def two_layers(inputs, *, embeddings, hidden_units, dropout, activation="gelu"):
         features = feature_inputs(inputs)
-        hidden = tf.keras.layers.Flatten()(FieldEmbeddings(inputs, embedding_dim)(features))
+        hidden = tf.keras.layers.Flatten()(FieldEmbeddings(inputs, embeddings)(features))
         for units in hidden_units:
             hidden = tf.keras.layers.Dense(units, activation)(hidden)
             hidden = tf.keras.layers.Dropout(dropout)(hidden)
@@ -101,7 +101,7 @@ def build_backbone(name: str, inputs: ModelInputs, **arguments: Any) -> tf.keras
     Args:
       name: a name in ``BACKBONES``.
       inputs: what the transform gives.
-      arguments: ``embedding_dim``, ``hidden_units``, ``dropout`` and the backbone's own arguments.
+      arguments: ``embeddings``, ``hidden_units``, ``dropout`` and the backbone's own arguments.
 
     Raises:
       ValueError: an unknown name or argument, the message lists the known ones; or a value that the backbone refuses.

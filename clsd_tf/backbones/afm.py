@@ -56,7 +56,7 @@ class Afm(Backbone):
         super().__init__(inputs, **kwargs)
         require_positive_integers(attention_units=attention_units)
         self._config["attention_units"] = attention_units
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim + 1)
         self._dropout = tf.keras.layers.Dropout(self._config["dropout"])
         self._pooling = AttentionPooling(attention_units, name="attention_pooling")
         self._logits = logit_layer()

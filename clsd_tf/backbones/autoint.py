@@ -71,7 +71,7 @@ class AutoInt(Backbone):
         own = {"num_attention_layers": num_attention_layers, "num_heads": num_heads, "head_dim": head_dim}
         require_positive_integers(**own)
         self._config.update(own)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim)
         self._interacting = [
             InteractingLayer(num_heads, head_dim, name=f"interacting_{index}") for index in range(num_attention_layers)
         ]

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.layers.embeddings import FieldEmbeddings, Initializer, L2Rows, SharedRows
+from clsd_tf.layers.embedding_config import EmbeddingConfig
+from clsd_tf.layers.embeddings import FieldEmbeddings, SharedRows
 from clsd_tf.spec.model_inputs import ModelInputs
 
 Features = Mapping[str, tf.Tensor | SharedRows]
@@ -26,9 +27,7 @@ class Backbone(tf.keras.Model):
 
     Args:
       inputs: what the transform gives.
-      embedding_dim: size of each field's embedding, >= 1.
-      embedding_l2: weight of the penalty on the tables' squares, part of ``losses``, >= 0.
-      embedding_l2_rows, embedding_initializer, embedding_init_scale, unified_buckets: as ``FieldEmbeddings`` has them.
+      embeddings: of each field; the penalty on the tables' squares is part of ``losses``.
       hidden_units: units of the hidden layers; empty for none.
       dropout: rate after each hidden layer, in [0, 1).
 
@@ -42,18 +41,12 @@ class Backbone(tf.keras.Model):
         self,
         inputs: ModelInputs,
         *,
-        embedding_dim: int = 10,
-        embedding_l2: float = 0.0,
-        embedding_l2_rows: L2Rows = "all",
-        embedding_initializer: Initializer = "normal",
-        embedding_init_scale: float = 0.01,
-        unified_buckets: int | None = None,
+        embeddings: EmbeddingConfig = EmbeddingConfig(),  # noqa: B008 - it is frozen.
         hidden_units: Sequence[int] = (128, 64),
         dropout: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        require_positive_integers(embedding_dim=embedding_dim)
         require_unit_sizes("hidden_units", hidden_units)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1). Received: {dropout}")
@@ -62,37 +55,30 @@ class Backbone(tf.keras.Model):
                 f"{type(self).__name__} needs {self.min_num_fields} or more inputs. "
                 f"Received: {', '.join(field_names(inputs)) or 'none'}. Declare more features or take another backbone"
             )
+        self.embeddings = embeddings
         self._config = {
             "inputs": inputs.to_dict(),
-            "embedding_dim": embedding_dim,
-            "embedding_l2": embedding_l2,
-            "embedding_l2_rows": embedding_l2_rows,
-            "embedding_initializer": embedding_initializer,
-            "embedding_init_scale": embedding_init_scale,
-            "unified_buckets": unified_buckets,
+            "embeddings": embeddings.model_dump(),
             "hidden_units": list(hidden_units),
             "dropout": dropout,
         }
 
     def field_embeddings(self, inputs: ModelInputs, num_columns: int) -> FieldEmbeddings:
         """Embeddings of ``inputs`` with ``num_columns`` numbers each, by this backbone's settings."""
-        config = self._config
-        return FieldEmbeddings(
-            inputs,
-            num_columns,
-            config["embedding_l2"],
-            l2_rows=config["embedding_l2_rows"],
-            initializer=config["embedding_initializer"],
-            init_scale=config["embedding_init_scale"],
-            unified_buckets=config["unified_buckets"],
-        )
+        return FieldEmbeddings(inputs, self.embeddings.model_copy(update={"dim": num_columns}))
 
     def get_config(self) -> dict[str, Any]:
         return dict(self._config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Backbone:
-        return cls(**{**config, "inputs": ModelInputs.from_dict(config["inputs"])})
+        return cls(
+            **{
+                **config,
+                "inputs": ModelInputs.from_dict(config["inputs"]),
+                "embeddings": EmbeddingConfig(**config["embeddings"]),
+            }
+        )
 
     @classmethod
     def argument_names(cls) -> set[str]:

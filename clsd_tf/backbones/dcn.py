@@ -20,7 +20,7 @@ class CrossAndDeep(Backbone):
 
     def __init__(self, inputs: ModelInputs, crosses: Sequence[tf.keras.layers.Layer], **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim)
         self._crosses = list(crosses)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()

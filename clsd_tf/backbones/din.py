@@ -108,9 +108,7 @@ class Din(Backbone):
         self._vocabulary_of = {entry.name: entry.vocabulary for entry in inputs.categorical}
         others = tuple(entry for entry in inputs.categorical if entry.name not in self._target_of)
         self._position = {entry.name: index for index, entry in enumerate(others)}
-        self._embeddings = self.field_embeddings(
-            dataclasses.replace(inputs, categorical=others), self._config["embedding_dim"]
-        )
+        self._embeddings = self.field_embeddings(dataclasses.replace(inputs, categorical=others), self.embeddings.dim)
         self._attentions = {
             name: TargetAttention(attention_units, name=f"attention_{name}") for name in self._target_of
         }

@@ -18,7 +18,7 @@ class Dnn(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 

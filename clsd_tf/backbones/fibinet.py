@@ -83,7 +83,7 @@ class FiBiNet(Backbone):
         super().__init__(inputs, **kwargs)
         require_positive_integers(reduction_ratio=reduction_ratio)
         self._config["reduction_ratio"] = reduction_ratio
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim + 1)
         self._senet = Senet(reduction_ratio, name="senet")
         self._of_embeddings = BilinearInteraction(name="bilinear_of_embeddings")
         self._of_senet = BilinearInteraction(name="bilinear_of_senet")

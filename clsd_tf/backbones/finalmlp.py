@@ -104,7 +104,7 @@ class FinalMlp(Backbone):
                 f"Received: num_heads={num_heads}, hidden_units={hidden_units}. num_heads=1 always does"
             )
         self._config.update(num_heads=num_heads, gate_units=gate_units)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim)
         contexts = _gate_contexts(inputs)
         self._gates = [FeatureGate(context, gate_units, name=f"gate_{i}") for i, context in enumerate(contexts)]
         self._streams = [mlp(hidden_units, dropout, name=f"mlp_{i}") for i in range(2)]

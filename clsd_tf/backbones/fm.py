@@ -35,7 +35,7 @@ class Fm(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim + 1)
         self._bias = LogitBias()
 
     def call(self, features: Features, training: bool = False) -> tf.Tensor:

@@ -13,7 +13,7 @@ from clsd_tf.spec.model_inputs import ModelInputs
 class Lr(Backbone):
     """logits = sum over fields of weight[id] + b.
 
-    ``embedding_dim``, ``hidden_units`` and ``dropout`` are taken, so that every backbone can be built alike, and have
+    ``embeddings``, ``hidden_units`` and ``dropout`` are taken, so that every backbone can be built alike, and have
     nothing to act on.
 
     Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", section 3.

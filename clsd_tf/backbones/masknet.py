@@ -63,7 +63,7 @@ class MaskNet(Backbone):
       reduction_ratio: size of a mask's hidden layer as a multiple of the mask's, >= 1.
 
     Raises:
-      ValueError: also for embedding_dim = 1, since the norm of a single number is always 0.
+      ValueError: also for embeddings.dim = 1, since the norm of a single number is always 0.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class MaskNet(Backbone):
         require_choice("structure", structure, ("parallel", "serial"))
         sizes = {"num_blocks": num_blocks, "block_units": block_units, "reduction_ratio": reduction_ratio}
         require_positive_integers(**sizes)
-        if self._config["embedding_dim"] < 2:
-            raise ValueError("MaskNet normalises each embedding: embedding_dim must be at least 2. Received: 1")
+        if self.embeddings.dim < 2:
+            raise ValueError("MaskNet normalizes each embedding: embeddings.dim must be at least 2. Received: 1")
         self._config.update(structure=structure, **sizes)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"])
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim)
         self._normalise = tf.keras.layers.LayerNormalization(name="normalise")
         self._blocks = [MaskBlock(block_units, reduction_ratio, name=f"block_{index}") for index in range(num_blocks)]
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])

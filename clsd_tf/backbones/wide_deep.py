@@ -21,7 +21,7 @@ class WideDeep(Backbone):
 
     def __init__(self, inputs: ModelInputs, **kwargs: Any):
         super().__init__(inputs, **kwargs)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim + 1)
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()
 

@@ -63,7 +63,7 @@ class XDeepFm(Backbone):
         super().__init__(inputs, **kwargs)
         require_unit_sizes("cin_units", cin_units, min_layers=1)
         self._config["cin_units"] = list(cin_units)
-        self._embeddings = self.field_embeddings(inputs, self._config["embedding_dim"] + 1)
+        self._embeddings = self.field_embeddings(inputs, self.embeddings.dim + 1)
         self._cin = CompressedInteractions(cin_units, name="cin")
         self._mlp = mlp(self._config["hidden_units"], self._config["dropout"])
         self._logits = logit_layer()

@@ -17,7 +17,6 @@ import tensorflow as tf
 from clsd_tf.data.examples import parse_records, parsed_bytes_per_row, record_tensors, unpacked
 from clsd_tf.storage.dataset_dir import DatasetDir
 
-MAX_CACHE_BYTES = 2**28
 # Mixes as well as a shuffle buffer of 200,000 rows does: a row moves by 2^19 / sqrt(6) = 214,000 places (standard
 # deviation). Some five windows of serialized rows are held at a time, and each row takes 40 bytes beyond its own: with
 # windows of 80 MiB that is some 500 MiB, however large rows are. Windows of rows beyond 160 bytes mix less.
@@ -107,7 +106,7 @@ def training_epochs(
     num_epochs: int,
     first_step: int = 0,
     shard: Shard = Shard(0, 1),
-    max_cache_bytes: int = MAX_CACHE_BYTES,
+    max_cache_bytes: int = 0,
 ) -> tf.data.Dataset:
     """Epochs ``first_epoch`` to ``num_epochs`` of the training split, one after the other.
 
@@ -263,12 +262,12 @@ def _sizes(num_rows: int, size: int) -> list[int]:
     return [size] * full + [rest] * bool(rest)
 
 
-def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues) -> tf.data.Dataset:
-    """Adds ``teacher_score`` [batch] to the features."""
+def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues, feature: str = "teacher_score") -> tf.data.Dataset:
+    """Adds the scores of the batch's rows to the features, under the name ``feature``, float32 [batch]."""
     table = scores.lookup_table()
 
     def add(features, labels, sample_weight):
-        return {**features, "teacher_score": table.lookup(features["row_id"])}, labels, sample_weight
+        return {**features, feature: table.lookup(features["row_id"])}, labels, sample_weight
 
     return _prepared(batched.map(add))
 

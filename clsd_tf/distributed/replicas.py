@@ -52,7 +52,7 @@ def in_own_row(values: tf.Tensor) -> tf.Tensor:
     return tf.where(is_own, values[tf.newaxis], 0.0)  # Not a product: values may be infinite.
 
 
-class Requests:
+class SharedRequests:
     """What any process asks for, known to all of them after the same step: in lockstep they must act together.
 
     Not part of checkpoints: a run that was stopped would stop again.

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import expit
 
 from clsd_tf.data import input_pipeline
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics import pointwise
 from clsd_tf.spec.model_inputs import GroupInput
 from clsd_tf.statistics.small_groups import merge_small_groups
@@ -31,7 +31,7 @@ HEADLINES = (
 )
 
 
-def evaluate(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, Any]:
+def evaluate(model: MethodModel, dataset: DatasetDir, split: str) -> dict[str, Any]:
     """Scores a split and measures it, with the model's calibration where it has one.
 
     Args:
@@ -64,7 +64,7 @@ def measure_with_groups(columns: dict[str, np.ndarray | None], groups: Sequence[
     }
 
 
-def scored_rows(model: ClsdModel, dataset: DatasetDir, split: str) -> dict[str, np.ndarray | None]:
+def scored_rows(model: MethodModel, dataset: DatasetDir, split: str) -> dict[str, np.ndarray | None]:
     """What ``measure`` needs of a split's rows of weight above 0, ``uncalibrated`` pctr and the ids of user groups.
 
     Raises:

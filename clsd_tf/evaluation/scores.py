@@ -10,7 +10,7 @@ from clsd_tf.data.input_pipeline import read_columns
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import load_model, predict_logits
-from clsd_tf.training.teachers import stored_scores
+from clsd_tf.training.teachers.stored import stored_scores
 
 TEACHER = "stored scores of the teacher, which was not trained on the rows"
 MODEL = "predictions of the run's own model, before calibration"

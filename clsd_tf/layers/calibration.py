@@ -11,35 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pydantic
 import tensorflow as tf
 from scipy.optimize import brentq
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
+from clsd_tf.layers.calibration_config import CalibrationConfig
 from clsd_tf.spec.model_inputs import GroupInput
-from clsd_tf.spec.validation import StrictModel
 
 Array = np.ndarray
 
 _MIN_SPREAD = 1e-3  # Of slope * logits, as a standard deviation: below it float32 predictions fall together.
 _MIN_PCTR = 1e-6  # An isotonic block without clicks has pctr 0, whose log loss is infinite.
-
-
-class CalibrationConfig(StrictModel):
-    """How pctr is calibrated.
-
-    Attributes:
-      method: ``none``: pctr = sigmoid(logits). ``platt``: two numbers, enough for a shift and a stretch. ``isotonic``:
-        any non-decreasing curve; it needs thousands of clicks and ties predictions that it cannot order.
-      user_group: name of a user group to calibrate each group by its own curve; None: one curve for all rows.
-      shrinkage_rows: effective rows at which a group's own curve counts half, >= 0; 0 trusts every group fully.
-    """
-
-    method: Literal["none", "platt", "isotonic"] = "platt"
-    user_group: str | None = None
-    shrinkage_rows: float = pydantic.Field(1000.0, ge=0)
 
 
 @dataclasses.dataclass(frozen=True)

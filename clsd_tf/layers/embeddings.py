@@ -10,11 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
+from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.spec.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
 
 Quantisation = Literal["float16", "int8"]
-L2Rows = Literal["all", "touched"]
-Initializer = Literal["normal", "uniform"]
 
 # Rows that are drawn at a time when a table gets its initial values.
 _BLOCK_ROWS = 1 << 16
@@ -55,18 +54,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     Args:
       inputs: the model inputs.
-      embedding_dim: size of each embedding, >= 1.
-      l2: weight of the penalty that is added to the layer's losses, >= 0.
-      l2_rows: what the penalty is of. ``all``: l2 * sum(table^2), which gives every row a gradient in every step, so
-        that a step takes as long as the table is large. ``touched``: l2 * the sum over the rows that a batch looks
-        up, each once in each lookup (DIN looks its histories up apart). That is another objective: a row's decay then
-        depends on how often it occurs.
-      initializer: of the tables: ``normal`` with standard deviation ``init_scale``, or ``uniform`` in
-        [-init_scale, init_scale].
-      init_scale: > 0.
-      unified_buckets: all vocabularies then share one table of that many rows: a value's row is a hash of its
-        vocabulary and id. Memory no longer depends on vocabularies, and values collide. Source: Coleman et al. (2023),
-        "Unified Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems", section 3.
+      config: size, initial values and penalty of the tables. The penalty is added to the layer's losses: of ``all``
+        rows it is l2 * sum(table^2), which gives every row a gradient in every step; of ``touched`` ones l2 * the sum
+        over the rows that a batch looks up, each once in each lookup (DIN looks its histories up apart).
 
     Returns:
       ``call`` maps the feature dict to [batch, num_fields, embedding_dim] in the layer's compute dtype (float32 by
@@ -76,37 +66,20 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     def __init__(
         self,
         inputs: ModelInputs,
-        embedding_dim: int,
-        l2: float = 0.0,
-        *,
-        l2_rows: L2Rows = "all",
-        initializer: Initializer = "normal",
-        init_scale: float = 0.01,
-        unified_buckets: int | None = None,
+        config: EmbeddingConfig,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if embedding_dim < 1:
-            raise ValueError(f"embedding_dim must be at least 1. Received: {embedding_dim}")
-        if l2 < 0:
-            raise ValueError(f"l2 must be at least 0. Received: {l2}")
-        if unified_buckets is not None and unified_buckets < 1:
-            raise ValueError(f"unified_buckets must be at least 1. Received: {unified_buckets}")
         self._inputs = inputs
-        self._embedding_dim = embedding_dim
-        self._l2 = l2
-        self._l2_rows = l2_rows
-        self._initializer = initializer
-        self._init_scale = init_scale
-        self._unified_buckets = unified_buckets
-        self._row_bounds = _row_bounds(inputs, unified_buckets)
+        self._config = config
+        self._row_bounds = _row_bounds(inputs, config.unified_buckets)
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
         self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
             num_rows = max(stop for _, stop in self._row_bounds.values())
-            self._tables = self._add_vectors("tables", num_rows, penalised=self._l2_rows == "all")
+            self._tables = self._add_vectors("tables", num_rows, penalised=self._config.l2_rows == "all")
         if self._inputs.numeric:
             self._numeric_vectors = self._add_vectors("numeric_vectors", len(self._inputs.numeric), penalised=True)
         super().build(input_shape)
@@ -117,9 +90,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         # In half precision, a variable that casts itself is copied whole before each lookup.
         vectors = self.add_weight(
             name=name,
-            shape=[count, self._embedding_dim],
+            shape=[count, self._config.dim],
             initializer="zeros" if fill else lambda shape, dtype=None: tf.concat([*self._drawn(shape, dtype)], axis=0),
-            regularizer=tf.keras.regularizers.L2(self._l2) if self._l2 and penalised else None,
+            regularizer=tf.keras.regularizers.L2(self._config.l2) if self._config.l2 and penalised else None,
             experimental_autocast=False,
         )
         if fill:
@@ -134,8 +107,8 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         """Initial values in blocks of rows: all at once they take three times their memory, which TensorFlow keeps."""
         count, dim = shape
         for start in range(0, count, _BLOCK_ROWS):
-            scale = self._init_scale
-            if self._initializer == "normal":  # One for each block: used again, it would repeat itself.
+            scale = self._config.init_scale
+            if self._config.initializer == "normal":  # One for each block: used again, it would repeat itself.
                 initializer = tf.keras.initializers.RandomNormal(stddev=scale)
             else:
                 initializer = tf.keras.initializers.RandomUniform(-scale, scale)
@@ -185,17 +158,17 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     def _first_row(self, vocabulary: str) -> int:
         """What is added to the ids of a vocabulary before they are looked up."""
-        return self._row_bounds[vocabulary][0] if self._unified_buckets is None else _salt(vocabulary)
+        return self._row_bounds[vocabulary][0] if self._config.unified_buckets is None else _salt(vocabulary)
 
     def _rows(self, ids: tf.Tensor) -> tf.Tensor:
         """Rows of the tables: ids counted from ``_first_row``, of any shape -> [*ids.shape, embedding_dim]."""
-        if self._unified_buckets is not None:
-            ids = tf.math.floormod(_mixed(ids), self._unified_buckets)
+        if self._config.unified_buckets is not None:
+            ids = tf.math.floormod(_mixed(ids), self._config.unified_buckets)
         if self._quantised is None:
-            if self._l2 and self._l2_rows == "touched":
+            if self._config.l2 and self._config.l2_rows == "touched":
                 touched, _ = tf.unique(tf.reshape(ids, [-1]))
                 rows = tf.nn.embedding_lookup(self._tables, touched)
-                self.add_loss(self._l2 * tf.reduce_sum(tf.square(rows)))
+                self.add_loss(self._config.l2 * tf.reduce_sum(tf.square(rows)))
             return tf.cast(tf.nn.embedding_lookup(self._tables, ids), self.compute_dtype)
         table, scales = self._quantised
         rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
@@ -285,20 +258,12 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "inputs": self._inputs.to_dict(),
-            "embedding_dim": self._embedding_dim,
-            "l2": self._l2,
-            "l2_rows": self._l2_rows,
-            "initializer": self._initializer,
-            "init_scale": self._init_scale,
-            "unified_buckets": self._unified_buckets,
-        }
+        return {**super().get_config(), "inputs": self._inputs.to_dict(), "config": self._config.model_dump()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FieldEmbeddings:
-        return cls(**{**config, "inputs": ModelInputs.from_dict(config["inputs"])})
+        inputs, settings = ModelInputs.from_dict(config["inputs"]), EmbeddingConfig(**config["config"])
+        return cls(**{**config, "inputs": inputs, "config": settings})
 
 
 def _row_bounds(inputs: ModelInputs, unified_buckets: int | None) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import tensorflow as tf
 
 
@@ -66,3 +69,18 @@ def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor, total_weight: tf.
     if total_weight is None:
         total_weight = tf.reduce_sum(sample_weight)
     return tf.math.divide_no_nan(tf.reduce_sum(sample_weight * values), total_weight)
+
+
+def loss_function(name: str, *, smoothing: float, gamma: float) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Loss by name: (labels, logits), each [batch] -> [batch].
+
+    Args:
+      name: ``bce``, ``label_smoothing`` or ``focal``.
+      smoothing: of ``label_smoothed_bce``.
+      gamma: of ``focal_loss``.
+    """
+    return {
+        "bce": bce_from_logits,
+        "label_smoothing": functools.partial(label_smoothed_bce, smoothing=smoothing),
+        "focal": functools.partial(focal_loss, gamma=gamma),
+    }[name]

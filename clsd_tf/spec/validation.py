@@ -50,11 +50,20 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
     return content
 
 
-def explain_validation_error(error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str) -> str:
-    """One line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed."""
+def explain_validation_error(
+    error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str, at: tuple[str, ...] = ()
+) -> str:
+    """Formats a line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed.
+
+    Args:
+      error: of ``model``.
+      model: what was checked.
+      source: the file or flag that it came from.
+      at: where ``model`` stands in the source: the beginning of each path.
+    """
     lines = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        path = ".".join(str(part) for part in (*at, *problem["loc"])) or "(top level)"
         if problem["type"] == "extra_forbidden":
             allowed = ", ".join(_allowed_keys(model, problem["loc"][:-1]))
             lines.append(f"{path}: unknown key. Received: {problem['loc'][-1]!r}. Allowed: {allowed}")

@@ -96,6 +96,14 @@ def _sync(directory: pathlib.Path) -> None:
                 os.fsync(file.fileno())
 
 
+def remove(path: pathlib.Path) -> None:
+    """Removes a file, or a directory with all that it holds."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON as ``write_text`` does."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")

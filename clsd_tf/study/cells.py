@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from clsd_tf.commands.interruption import EXIT_CODE, TrainingInterruptedError
 from clsd_tf.data import input_pipeline
-from clsd_tf.methods.clsd import ConfidenceGuardError
+from clsd_tf.methods import DEFAULT_METHOD, METHODS, method_of
+from clsd_tf.methods.method import MethodGuardError
 from clsd_tf.metrics.user_errors import difference_errors
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
@@ -29,29 +30,18 @@ from clsd_tf.training.assembly import load_model, make_deterministic
 from clsd_tf.training.callbacks import TrainingDivergedError
 from clsd_tf.training.config import TrainConfig, parse_config
 from clsd_tf.training.run import train
-from clsd_tf.training.teachers import teacher_scores
+from clsd_tf.training.teachers.stored import scores_of
 
 BASELINE = "bce"
-# Method -> what it changes in the config that all methods share.
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    BASELINE: {"method": "bce", "loss": "bce", "clicks": "all"},
-    "clsd": {"method": "clsd"},
-    "global": {"method": "clsd", "clsd": {"lambda": 1.0, "mu": 0.0}},
-    "local": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0}},
-    "both": {"method": "clsd", "clsd": {"lambda": 0.5, "mu": 0.5}},
-    "literal_gate": {"method": "clsd", "clsd": {"lambda": 0.0, "mu": 1.0, "ad_gate": {"objective": "literal"}}},
-    "raw": {
-        "method": "clsd",
-        "clsd": {"lambda": 1.0, "mu": 0.0, "global_form": "raw", "allow_raw": True, "teacher": "self"},
-    },
-    "label_smoothing": {"method": "bce", "loss": "label_smoothing"},
-    "focal": {"method": "bce", "loss": "focal"},
-    "oracle": {"method": "bce", "clicks": "intense"},
-}
+
+
+def known_rows() -> dict[str, Mapping[str, Any]]:
+    """Rows that the registered methods bring to studies: name -> what it changes in the config that all rows share."""
+    return {row: changes for method in METHODS.values() for row, changes in method.study_rows.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Row:
     """A row of a study's tables: a name and what it changes in the shared config."""
 
     name: str
@@ -92,30 +82,42 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def cell_config(shared: Mapping[str, Any], method: Method, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
-    """The shared settings, then the backbone's, then the method's.
+def merged_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``merged``, for training settings: those of a method hold for that method alone.
+
+    Args:
+      base: settings that rows share; what stands under ``method`` is for rows of the method that it names, by default
+        ``clsd``.
+      changes: of a row; where they name another method, nothing under ``base["method"]`` is for it.
+    """
+    shared, own = base.get("method", {}), changes.get("method", {})
+    is_other = "name" in own and own["name"] != shared.get("name", DEFAULT_METHOD)
+    return merged({**base, "method": {}} if is_other else base, changes)
+
+
+def cell_config(shared: Mapping[str, Any], row: Row, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
+    """Merges the shared settings, the backbone's, and the row's.
 
     Raises:
       SpecError: unknown key or value out of range.
     """
-    return parse_config(merged(merged(shared, backbone), {**method.changes, "seed": seed}), f"method {method.name}")
+    settings = merged_settings(merged_settings(shared, backbone), {**row.changes, "seed": seed})
+    return parse_config(settings, f"method {row.name}")
 
 
-def with_placebos(methods: Sequence[Method], shared: Mapping[str, Any]) -> list[Method]:
-    """The methods, and behind them the placebos of the first that weights clicks and the first that has AdGate.
+def with_placebos(rows: Sequence[Row], shared: Mapping[str, Any]) -> list[Row]:
+    """The rows, and behind them each placebo of their methods, of the first row that has it.
 
-    A table without a placebo cannot tell what confidence does from what any weighting of that spread does.
+    A table without a placebo cannot tell what a treatment does from what any change of that kind does.
     """
-    configs = {method.name: cell_config(shared, method, {}, 0) for method in methods}
-    weighting = [method for method in methods if configs[method.name].method == "clsd"]
-    gated = [method for method in weighting if configs[method.name].clsd.mu > 0]
-    placebos = []
-    for placebo, treated in (("shuffled_confidence", weighting), ("permuted_groups", gated)):
-        if treated:
-            changes = merged(treated[0].changes, {"clsd": {"placebo": placebo}})
-            placebos.append(Method(f"{treated[0].name}_{placebo}", changes))
-    known = {method.name for method in methods}
-    return [*methods, *(placebo for placebo in placebos if placebo.name not in known)]
+    placebos: dict[str, Row] = {}
+    for row in rows:
+        config = cell_config(shared, row, {}, 0)
+        for name, changes in method_of(config.method).placebos(config.method).items():
+            control = Row(f"{row.name}_{name}", merged(row.changes, {"method": changes}))
+            placebos.setdefault(name, control)
+    known = {row.name for row in rows}
+    return [*rows, *(placebo for placebo in placebos.values() if placebo.name not in known)]
 
 
 def start_worker() -> None:
@@ -150,7 +152,9 @@ def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
     A teacher that diverges stores none; its cells will find that out, too, and say so.
     """
     with contextlib.suppress(TrainingDivergedError):
-        teacher_scores(DatasetDir(dataset_path), config, title=None)
+        dataset = DatasetDir(dataset_path)
+        for run in config.teacher_runs:
+            scores_of(dataset, config, run, title=None)
     tf.keras.backend.clear_session()
 
 
@@ -177,7 +181,7 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
         rows = scored_rows(load_model(work_dir, dataset), dataset, split, truth)
         np.savez(cell.predictions(study_dir), row_id=rows["row_id"], pctr=rows["pctr"])
         result["rows"] = list(measure(rows, dataset.inputs.groups))
-    except (TrainingDivergedError, ConfidenceGuardError) as error:
+    except (TrainingDivergedError, MethodGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
     result["seconds"] = round(time.monotonic() - start, 1)
     write_json(cell.result(study_dir), result)
@@ -200,7 +204,7 @@ def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: s
         cell.work_dir(study_dir).require_same_dataset(_open_dataset(dataset_path))
     found = read_json(cell.result(study_dir))
     expected = {**cell.config.result_settings, "split": split}
-    there = {**found["config"], "split": found["split"]}
+    there = {**parse_config(found["config"], str(cell.result(study_dir))).result_settings, "split": found["split"]}
     changed = {key: value for key, value in expected.items() if there.get(key) != value}
     if changed:
         raise ArtifactError(

@@ -9,8 +9,8 @@ import pyarrow.parquet
 from scipy.special import expit
 
 from clsd_tf.data import input_pipeline
-from clsd_tf.methods.clsd import ClsdModel
 from clsd_tf.methods.clsd.confidence_report import click_noise_floor
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics import pointwise
 from clsd_tf.spec.model_inputs import GroupInput
 from clsd_tf.statistics.small_groups import merge_small_groups
@@ -24,7 +24,7 @@ _HEADLINES = ("auc", "gauc", "log_loss", "pcoc", "ece", "intensity_auc", "intens
 _UNCALIBRATED = ("log_loss", "pcoc", "ece")
 
 
-def scored_rows(model: ClsdModel, dataset: DatasetDir, split: str, truth: str | None) -> dict[str, np.ndarray]:
+def scored_rows(model: MethodModel, dataset: DatasetDir, split: str, truth: str | None) -> dict[str, np.ndarray]:
     """Columns of the rows of a split that have weight, with ``pctr``, ``uncalibrated`` and the planted ``genuine``."""
     record = ["label", "intensity_label", "sample_weight", "user_hash", "row_id"]
     columns = input_pipeline.read_columns(dataset, split, [*record, *(group.name for group in dataset.inputs.groups)])

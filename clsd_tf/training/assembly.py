@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -12,20 +11,18 @@ import tensorflow as tf
 from clsd_tf.backbones import build_backbone
 from clsd_tf.data import input_pipeline
 from clsd_tf.layers.calibration import Calibration, CalibrationLayer
-from clsd_tf.layers.losses import bce_from_logits, focal_loss, label_smoothed_bce
-from clsd_tf.methods.clsd import AdGate, ClsdModel
+from clsd_tf.methods import method_of
+from clsd_tf.methods.method import ModelParts
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.optimizers.row_sparse import build_optimizer
 from clsd_tf.spec.model_inputs import ModelInputs
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.checkpoints import read_best_weights
+from clsd_tf.training.best_epoch import read_best_weights
 from clsd_tf.training.config import TrainConfig, parse_config
 
 EVALUATION_BATCH_SIZE = 4096
-_EMBEDDING_SETTINGS = (
-    "embedding_l2", "embedding_l2_rows", "embedding_initializer", "embedding_init_scale", "unified_buckets",
-)  # fmt: skip
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # Keras' names.
 
 
@@ -34,31 +31,32 @@ def make_deterministic() -> None:
     tf.config.experimental.enable_op_determinism()
 
 
-def build_model(config: TrainConfig, inputs: ModelInputs) -> ClsdModel:
-    """A compiled model with all its variables; the same seed gives the same initial weights for every method."""
+def build_model(config: TrainConfig, inputs: ModelInputs) -> MethodModel:
+    """Builds a compiled model with all its variables.
+
+    The same seed gives the same initial weights for every method.
+
+    Args:
+      config: of the run.
+      inputs: what the transform gives.
+
+    Raises:
+      ValueError: the backbone or the method refuses a setting.
+    """
     # A generator per random layer, which checkpoints can hold: before any layer is made.
     tf.keras.backend.experimental.enable_tf_random_generator()
     tf.keras.utils.set_random_seed(config.seed)
-    clsd, features = config.effective_clsd, _example_features(inputs)
-    with _precision(config.precision):
-        backbone = _build_backbone(config, inputs)
-        teacher_backbone = _build_backbone(config, inputs) if clsd.teacher == "ema" else None
-        for model in (backbone, teacher_backbone):
-            if model is not None:
-                model(features)  # Within: layers may make others when they are first called.
-    model = ClsdModel(
-        backbone,
-        AdGate(inputs, clsd.ad_gate) if clsd.mu > 0 else None,
-        clsd,
-        loss_function=_loss_function(config),
-        teacher_backbone=teacher_backbone,
-    )
-    model.debug_outputs(features)
-    # A checkpoint can only be restored into slots that exist.
-    model.compile(build_optimizer(config.optimizer, config.learning_rate, backbone))
-    model.optimizer.build(backbone.trainable_variables)
-    if model.ad_gate is not None:
-        model.ad_gate_optimizer.build(model.ad_gate.trainable_variables)
+    example = _example_features(config, inputs)
+
+    def new_backbone() -> tf.keras.Model:
+        with _precision(config.precision):
+            backbone = _build_backbone(config, inputs)
+            backbone(example)  # Within: layers may make others when they are first called.
+        return backbone
+
+    model = method_of(config.method).build(config.method, ModelParts(inputs, new_backbone, example))
+    model.compile(build_optimizer(config.optimizer, config.learning_rate, model.parts["backbone"]))
+    model.build_optimizers()
     return model
 
 
@@ -74,39 +72,26 @@ def _precision(precision: str) -> Iterator[None]:
 
 
 def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
-    # A user's own factory need not know of these settings until they are asked for.
-    defaults = TrainConfig.model_fields
-    asked_for = {name: getattr(config, name) for name in _EMBEDDING_SETTINGS}
-    asked_for = {name: value for name, value in asked_for.items() if value != defaults[name].default}
     return build_backbone(
         config.backbone,
         inputs,
-        embedding_dim=config.embedding_dim,
+        embeddings=config.embeddings,
         hidden_units=config.hidden_units,
         dropout=config.dropout,
-        **asked_for,
         **config.backbone_arguments,
     )
 
 
-def _loss_function(config: TrainConfig) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    if config.loss == "label_smoothing":
-        return functools.partial(label_smoothed_bce, smoothing=config.label_smoothing)
-    if config.loss == "focal":
-        return functools.partial(focal_loss, gamma=config.focal_gamma)
-    return bce_from_logits
-
-
-def _example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
+def _example_features(config: TrainConfig, inputs: ModelInputs) -> dict[str, tf.Tensor]:
     """One row of zeros: a model that has seen it has all its variables."""
-    features: dict[str, tf.Tensor] = {"teacher_score": tf.zeros([1])}
+    features = {run.feature: tf.zeros([1]) for run in config.teacher_runs}
     for entry in inputs.categorical:
         features[entry.name] = tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
     features |= {name: tf.zeros([1]) for name in inputs.numeric}
     return features | {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
 
 
-def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
+def load_model(work_dir: WorkDir, dataset: DatasetDir) -> MethodModel:
     """The model of a finished run with its best weights and its calibration.
 
     Raises:
@@ -116,7 +101,7 @@ def load_model(work_dir: WorkDir, dataset: DatasetDir) -> ClsdModel:
     return restored_model(work_dir, dataset.inputs)
 
 
-def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> ClsdModel:
+def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> MethodModel:
     """As ``load_model``, for a run that has finished, given the inputs that it was trained on."""
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
     model = build_model(config, inputs)
@@ -128,13 +113,13 @@ def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> ClsdModel:
     return model
 
 
-def predict(model: ClsdModel, dataset: DatasetDir, split: str) -> np.ndarray:
+def predict(model: MethodModel, dataset: DatasetDir, split: str) -> np.ndarray:
     """pctr of every row of a split, in file order, float32 [num_rows]."""
     batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
     return model.predict(batches, verbose=0)
 
 
-def predict_logits(model: ClsdModel, dataset: DatasetDir, split: str) -> np.ndarray:
+def predict_logits(model: MethodModel, dataset: DatasetDir, split: str) -> np.ndarray:
     """Logits of every row of a split before calibration, in file order, float32 [num_rows]."""
     batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
     # Not traced: for a pass over large batches, tracing would take longer than it saves.

@@ -1,9 +1,10 @@
-"""Keras callbacks of the training job: validation AUC, NaN stop, TensorBoard, progress."""
+"""Keras callbacks of the training job: validation, NaN stop, TensorBoard, progress."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import tensorflow as tf
 
 from clsd_tf.commands.console import console
 from clsd_tf.distributed.strategies import chiefs_value, is_multi_worker, is_parameter_server
-from clsd_tf.metrics import pointwise
+from clsd_tf.methods.method import Objective
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.throughput import Throughput
 
@@ -45,39 +46,38 @@ class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
             )
 
 
-class ValidationAuc(tf.keras.callbacks.Callback):
-    """Adds the exact validation AUC and log loss to the logs of each epoch, for the callbacks behind it.
+class ValidationMetrics(tf.keras.callbacks.Callback):
+    """Adds what a method measures of the validation split to the logs of each epoch, for the callbacks behind it.
 
     Args:
       batches: (features, labels, sample_weight), in a fixed order.
-      labels: their labels, [num_rows].
-      sample_weight: their weights, [num_rows].
+      fields: record fields of the same rows, each [num_rows].
+      measure: (fields, scores [num_rows]) -> name -> value; the logs get them as ``val_<name>``.
       strategy: of several workers, each predicts all rows, and the chief's values are those of all.
     """
 
     def __init__(
         self,
         batches: tf.data.Dataset,
-        labels: np.ndarray,
-        sample_weight: np.ndarray,
+        fields: Mapping[str, np.ndarray],
+        measure: Callable[[Mapping[str, np.ndarray], np.ndarray], Mapping[str, float | None]],
         strategy: tf.distribute.Strategy | None = None,
     ):
         super().__init__()
         self._strategy = strategy
         self._batches = batches
-        self._labels = labels
-        self._sample_weight = sample_weight
+        self._fields = fields
+        self._measure = measure
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        pctr = self._predict()
-        for name, metric in (("val_auc", pointwise.auc), ("val_log_loss", pointwise.log_loss)):
-            logs[name] = chiefs_value(self._strategy, metric(self._labels, pctr, self._sample_weight))
+        for name, value in self._measure(self._fields, self._predict()).items():
+            logs[f"val_{name}"] = chiefs_value(self._strategy, value)
 
     def _predict(self) -> np.ndarray:
         if not (is_multi_worker(self._strategy) or is_parameter_server(self._strategy)):
             return self.model.predict(self._batches, verbose=0)
-        pctr = tf.function(self.model, reduce_retracing=True)  # Keras would divide the rows among workers.
-        return np.concatenate([pctr(features).numpy() for features, _, _ in self._batches])
+        scores = tf.function(self.model, reduce_retracing=True)  # Keras would divide the rows among workers.
+        return np.concatenate([scores(features).numpy() for features, _, _ in self._batches])
 
 
 class Scalars(tf.keras.callbacks.Callback):
@@ -125,15 +125,17 @@ class ProgressBar(tf.keras.callbacks.Callback):
 
     Args:
       title: what is being trained.
+      objective: which of the logs each epoch's line shows.
       steps_per_epoch: optimizer steps of an epoch.
       batch_size: examples per step.
     """
 
     _supports_tf_logs = True
 
-    def __init__(self, title: str, *, steps_per_epoch: int, batch_size: int):
+    def __init__(self, title: str, objective: Objective, *, steps_per_epoch: int, batch_size: int):
         super().__init__()
         self._title = title
+        self._objective = objective
         self._steps = steps_per_epoch
         self._throughput = Throughput(batch_size)
         self._next_update = 0.0
@@ -173,7 +175,8 @@ class ProgressBar(tf.keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._bar.stop()
         console.print(
-            f"{self._title} epoch {epoch + 1}: loss {logs['loss']:.4f}, validation AUC {logs['val_auc']:.4f}, "
+            f"{self._title} epoch {epoch + 1}: loss {logs['loss']:.4f}, "
+            f"validation {self._objective.title} {logs[self._objective.log_name]:.4f}, "
             f"{self._described()}",
             soft_wrap=True,
         )

@@ -1,15 +1,11 @@
-"""The state of a run on disk: saved as often as asked, found again after a kill, exact to the bit."""
+"""Checkpoints: the state of a run on disk, saved as often as asked, found again after a kill, exact to the bit."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import math
 import pathlib
-import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,14 +13,9 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from clsd_tf.commands.console import warn
-from clsd_tf.commands.interruption import Sigterm, TrainingInterruptedError
-from clsd_tf.methods.clsd import ClsdModel
-from clsd_tf.storage.files import ArtifactError, read_json, write_json
-from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.config import TrainConfig
+from clsd_tf.storage.files import ArtifactError, remove
 
 _PREFIX = "ckpt"
-_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # What TensorFlow raises for files that are missing, cut off or changed, and for values of another shape.
 _UNREADABLE = (tf.errors.OpError, IndexError, ValueError, DecodeError)
 
@@ -121,7 +112,7 @@ class Checkpoints:
         known = {pathlib.Path(path).name for path in self._newest_first()}
         for path in self._directory.glob(f"{_PREFIX}-*"):
             if path.is_dir() or path.name.split(".")[0] not in known:
-                _remove(path)
+                remove(path)
 
 
 class RunState(tf.train.experimental.PythonState):
@@ -131,7 +122,7 @@ class RunState(tf.train.experimental.PythonState):
       epoch: the running one, from 0.
       steps_done: optimizer steps of it.
       best_epoch: the best so far; -1 as long as none competed.
-      best_auc: its validation AUC; -1 as long as none competed.
+      best_value: its value of the objective; None as long as none competed.
       epochs_without_gain: since the best one.
       history: of the finished epochs.
     """
@@ -140,179 +131,17 @@ class RunState(tf.train.experimental.PythonState):
         self.epoch = 0
         self.steps_done = 0
         self.best_epoch = -1
-        self.best_auc = -1.0
+        self.best_value: float | None = None
         self.epochs_without_gain = 0
         self.history: list[dict[str, Any]] = []
 
     def serialize(self) -> str:
-        names = ("epoch", "steps_done", "best_epoch", "best_auc", "epochs_without_gain", "history")
+        names = ("epoch", "steps_done", "best_epoch", "best_value", "epochs_without_gain", "history")
         return json.dumps({name: getattr(self, name) for name in names})
 
     def deserialize(self, string_value: bytes) -> None:
         for name, value in json.loads(string_value).items():
-            setattr(self, name, value)
-
-
-class CheckpointAndStop(tf.keras.callbacks.Callback):
-    """Checkpoints a run, keeps the best weights by ``val_auc``, and stops when they get no better or on SIGTERM.
-
-    Epochs that end within loss warm-up do not compete: their weights are those of plain BCE. Without patience, the last
-    epoch counts as the best, and nothing stops.
-
-    SIGTERM ends the run after the step that is running, or, where that was an epoch's last, after its validation.
-
-    Args:
-      work_dir: where checkpoints, history and best weights go.
-      config: how often, how many, and how patient.
-      steps_per_epoch: optimizer steps of an epoch.
-      first_counted_step: optimizer steps before an epoch may count as best.
-      sigterm: whether to stop.
-      is_chief: as for ``Checkpoints``; only the chief writes history and best weights.
-    """
-
-    _supports_tf_logs = True  # Nothing is copied to Python at each step.
-
-    def __init__(
-        self,
-        work_dir: WorkDir,
-        config: TrainConfig,
-        *,
-        steps_per_epoch: int,
-        first_counted_step: int,
-        sigterm: Sigterm,
-        is_chief: bool = True,
-    ):
-        super().__init__()
-        self._work_dir = work_dir
-        self._config = config
-        self._steps_per_epoch = steps_per_epoch
-        self._first_counted_step = first_counted_step
-        self._sigterm = sigterm
-        self._is_chief = is_chief
-        self._interrupted_epoch: list[tuple[tf.Variable, Any]] = []
-        self._stop_is_granted = False
-        self.state = RunState()
-
-    def resume(self, model: ClsdModel) -> None:
-        """Restores the newest checkpoint into ``model`` and ``state``, if there is one."""
-        self._checkpoints = Checkpoints(
-            self._work_dir.checkpoints,
-            to_keep=self._config.checkpoints_to_keep,
-            is_chief=self._is_chief,
-            model=model,
-            random_generators=random_generators(model),
-            run=self.state,
-        )
-        if self._checkpoints.restore():
-            self._write_history()  # A kill may have come between the checkpoint and the file.
-            if self.state.steps_done:
-                self._interrupted_epoch = [(variable, variable.numpy()) for variable in model.epoch_variables]
-        self._remove_weights()
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether patience has run out."""
-        patience = self._config.patience_epochs
-        return patience is not None and self.state.epochs_without_gain >= patience
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._saved_at = time.monotonic()
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._steps_before_epoch = int(self.model.optimizer.iterations.numpy()) - self.state.steps_done
-        # Keras has just reset the metrics.
-        for variable, value in self._interrupted_epoch:
-            variable.assign(value)
-        self._interrupted_epoch = []
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        step = int(self.model.optimizer.iterations.numpy())
-        self.state.steps_done = step - self._steps_before_epoch
-        save, stop = self.model.requests.granted(self._is_due(step), self._sigterm.received)
-        self._stop_is_granted = stop
-        # The end of the epoch saves by itself.
-        if self.state.steps_done < self._steps_per_epoch and (save or stop):
-            self._save(step, stop)
-
-    def _is_due(self, step: int) -> bool:
-        every_steps, every_minutes = self._config.checkpoint_every_steps, self._config.checkpoint_every_minutes
-        if every_steps is not None and step % every_steps == 0:
-            return True
-        return every_minutes is not None and time.monotonic() - self._saved_at >= 60 * every_minutes
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        step = int(self.model.optimizer.iterations.numpy())
-        competes = step > self._first_counted_step
-        if competes:
-            self._compete(epoch, logs["val_auc"])
-        numbers = {name: _json_number(value) for name, value in logs.items()}
-        self.state.history.append({"epoch": epoch, "competes": competes, **numbers})
-        self.state.epoch, self.state.steps_done = epoch + 1, 0
-        # Several processes cannot agree here on a new request: in the next epoch's first step.
-        is_asked = self._sigterm.received and not self.model.requests.are_shared
-        self._save(step, self._stop_is_granted or is_asked)
-        if self.is_exhausted:
-            self.model.stop_training = True
-
-    def _save(self, step: int, stop: bool) -> None:
-        self._checkpoints.save(step)
-        self._saved_at = time.monotonic()
-        if not self.state.steps_done:
-            self._write_history()
-            self._remove_weights()
-        if stop:
-            raise TrainingInterruptedError(
-                f"stopped by SIGTERM and saved: epoch {self.state.epoch + 1}, {self.state.steps_done:,} of "
-                f"{self._steps_per_epoch:,} steps done, in {self._work_dir.path}. Start the same command again to go on"
-            )
-
-    def _write_history(self) -> None:
-        path, history = self._work_dir.history, self.state.history
-        if self._is_chief and not (path.exists() and read_json(path) == history):
-            write_json(path, history)
-
-    def _remove_weights(self) -> None:
-        """Removes weights of epochs that no checkpoint calls the best: replaced since, or of a killed run."""
-        if not self._is_chief:
-            return
-        files, best = self._work_dir.weights_files, self.state.best_epoch
-        # Where the newest checkpoint cannot be read, one before it needs those that were the best then.
-        kept = sorted(epoch for epoch in files if epoch <= best)[-self._config.checkpoints_to_keep :]
-        for epoch in files.keys() - set(kept):
-            for path in files[epoch]:
-                _remove(path)
-
-    def _compete(self, epoch: int, val_auc: float | None) -> None:
-        if val_auc is None:
-            raise ValueError(
-                "the validation split needs clicks and non-clicks of positive sample weight. Received: no AUC. "
-                "Change the spec's split or weights"
-            )
-        if self._config.patience_epochs is None or val_auc > self.state.best_auc:
-            self.state.best_epoch, self.state.best_auc, self.state.epochs_without_gain = epoch, float(val_auc), 0
-            # Beside those that the newest checkpoint names: a killed epoch is repeated, and may then not be the best.
-            if self._is_chief:
-                best_weights(self.model).write(str(self._work_dir.weights_of(epoch)))
-        else:
-            self.state.epochs_without_gain += 1
-
-
-def best_weights(model: ClsdModel) -> tf.train.Checkpoint:
-    """What is kept of the best epoch: backbone and AdGate, without optimizers."""
-    parts = {"backbone": model.backbone}
-    if model.ad_gate is not None:
-        parts["ad_gate"] = model.ad_gate
-    return tf.train.Checkpoint(**parts)
-
-
-def read_best_weights(model: ClsdModel, work_dir: WorkDir) -> None:
-    """Gives a model the best weights of a run.
-
-    Raises:
-      ArtifactError: they are missing or damaged, or those of another model.
-    """
-    with explaining_damage(str(work_dir.best_weights)):
-        best_weights(model).read(str(work_dir.best_weights)).assert_consumed()
+            setattr(self, "best_value" if name == "best_auc" else name, value)  # As version 0.1 called it.
 
 
 @contextlib.contextmanager
@@ -329,23 +158,6 @@ def explaining_damage(path: str) -> Iterator[None]:
         ) from error
 
 
-def work_fingerprint(work_dir: WorkDir, config: TrainConfig) -> str:
-    """16 hex digits over what a run has become: settings, what it was trained on, lineage, best weights, calibration.
-
-    The same for runs that gave the same, however often they were killed, saved, and in what process: names of variables
-    count what a process has made before, the paths that lead to them in the model do not.
-    """
-    digest = hashlib.sha256(json.dumps(config.result_settings, sort_keys=True).encode())
-    for path in (work_dir.trained_on, work_dir.lineage, work_dir.calibration):
-        if path.exists():
-            digest.update(path.name.encode() + path.read_bytes())
-    weights = tf.train.load_checkpoint(str(work_dir.best_weights))
-    for name in sorted(weights.get_variable_to_shape_map()):
-        if name != _OBJECT_GRAPH:
-            digest.update(name.encode() + weights.get_tensor(name).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
     """Those of Dropout and other random Keras layers, which Keras leaves out of its checkpoints.
 
@@ -356,19 +168,6 @@ def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
         layer._random_generator._maybe_init()  # Keras waits for the first call, which may be in training only.
     found = [layer._random_generator._generator for layer in layers]
     return [generator for generator in found if generator is not None]
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _json_number(value: Any) -> float | None:
-    """NaN has no place in JSON: a group without a click has no mean."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _first_line(error: BaseException) -> str:

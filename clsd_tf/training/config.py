@@ -1,20 +1,21 @@
-"""The configuration of a training run: read, checked, and kept as it was resolved."""
+"""The configuration of a training run: read, checked, and kept as it was resolved. No TensorFlow."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
 
-from clsd_tf.data.input_pipeline import MAX_CACHE_BYTES
-from clsd_tf.layers.calibration import CalibrationConfig
-from clsd_tf.layers.embeddings import Initializer, L2Rows
-from clsd_tf.methods.clsd.config import ONLINE_TEACHERS, ClsdConfig
+from clsd_tf.layers.calibration_config import CalibrationConfig
+from clsd_tf.layers.embedding_config import EmbeddingConfig
+from clsd_tf.methods import DEFAULT_METHOD, METHODS, method_of
+from clsd_tf.methods.method import MethodConfig, TeacherRun
 from clsd_tf.optimizers.config import OptimizerConfig
 from clsd_tf.spec.validation import SpecError, StrictModel, explain_validation_error, parse_yaml, parse_yaml_mapping
+from clsd_tf.training.config_of_0_1 import converted
 
 _WITHOUT_INFLUENCE = (
     "checkpoint_every_steps",
@@ -28,21 +29,11 @@ class TrainConfig(StrictModel):
     """A training run, complete: written to the work directory as it was resolved.
 
     Attributes:
-      method: ``clsd`` weights clicks as ``clsd`` says; ``bce`` counts every click the same.
-      loss: of each row. ``bce``, or two of its variants that studies compare with.
-      label_smoothing: of ``loss: label_smoothing``, in [0, 1).
-      focal_gamma: of ``loss: focal``, >= 0.
-      clicks: ``all``, or only ``intense`` ones: clicks without the intensity label are left out. Not for production,
-        it is the oracle of a study.
+      method: its ``name`` (``clsd`` weights clicks by confidence, ``bce`` counts every click the same) and its own
+        settings; a name alone takes the method's defaults.
       backbone: a name in ``clsd_tf.backbones.BACKBONES``.
       backbone_arguments: the backbone's own arguments, by name.
-      embedding_dim: size of each field's embedding.
-      embedding_l2: the loss gets embedding_l2 * the sum of squares of embedding tables, >= 0.
-      embedding_l2_rows: ``all`` rows, which makes every step as slow as the tables are large; or those ``touched`` by
-        the batch, each once: another objective, under which frequent rows decay more.
-      embedding_initializer: of the tables, ``normal`` or ``uniform``.
-      embedding_init_scale: standard deviation, or largest absolute value, > 0.
-      unified_buckets: all vocabularies share one hashed table of that many rows; null: a row for each value.
+      embeddings: size, initial values and penalty of embedding tables.
       hidden_units: units of the backbone's hidden layers.
       dropout: rate after each hidden layer, in [0, 1).
       batch_size: examples per optimizer step.
@@ -51,8 +42,9 @@ class TrainConfig(StrictModel):
       precision: what the backbone's layers compute in, in training and serving. ``bfloat16`` is faster where the CPU
         has instructions for it. Variables, optimizer state, logits and loss stay float32.
       max_epochs: passes over the training split at most.
-      patience_epochs: stop after this many epochs without a better validation AUC, and keep the best epoch's weights;
-        null trains max_epochs whatever the validation says and keeps the last.
+      patience_epochs: stop after this many epochs without a better value of the method's objective (validation AUC for
+        methods of rows), and keep the best epoch's weights; null trains max_epochs whatever the validation says and
+        keeps the last.
       seed: of initial weights, row order and folds.
       checkpoint_every_steps: optimizer steps between two checkpoints; null for none but the others.
       checkpoint_every_minutes: minutes between two checkpoints, > 0; null for none but the others. Each epoch ends with
@@ -60,23 +52,13 @@ class TrainConfig(StrictModel):
       checkpoints_to_keep: how many of the newest checkpoints stay, >= 1.
       max_cache_bytes: a training split of at most this size, 8 bytes an id and 4 a number, is parsed once and held in
         memory; 0 reads its files in each epoch. Results are the same.
-      clsd: how clicks are weighted.
       calibration: fitted on the validation split after training; part of the model from then on.
     """
 
-    method: Literal["bce", "clsd"] = "clsd"
-    loss: Literal["bce", "label_smoothing", "focal"] = "bce"
-    label_smoothing: float = pydantic.Field(0.1, ge=0, lt=1)
-    focal_gamma: float = pydantic.Field(1.0, ge=0)
-    clicks: Literal["all", "intense"] = "all"
+    method: pydantic.SerializeAsAny[MethodConfig] = pydantic.Field(default_factory=lambda: parse_method(DEFAULT_METHOD))
     backbone: str = "deepfm"
     backbone_arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
-    embedding_dim: int = pydantic.Field(10, ge=1)
-    embedding_l2: float = pydantic.Field(0.0, ge=0)
-    embedding_l2_rows: L2Rows = "all"
-    embedding_initializer: Initializer = "normal"
-    embedding_init_scale: float = pydantic.Field(0.01, gt=0)
-    unified_buckets: int | None = pydantic.Field(None, ge=1)
+    embeddings: EmbeddingConfig = EmbeddingConfig()
     hidden_units: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (128, 64)
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     batch_size: int = pydantic.Field(512, ge=1)
@@ -89,11 +71,16 @@ class TrainConfig(StrictModel):
     checkpoint_every_steps: int | None = pydantic.Field(None, ge=1)
     checkpoint_every_minutes: float | None = pydantic.Field(10.0, gt=0)
     checkpoints_to_keep: int = pydantic.Field(2, ge=1)
-    max_cache_bytes: int = pydantic.Field(MAX_CACHE_BYTES, ge=0)
-    clsd: ClsdConfig = ClsdConfig()
+    max_cache_bytes: int = pydantic.Field(2**28, ge=0)
     calibration: CalibrationConfig = CalibrationConfig()
 
+    @pydantic.field_validator("method", mode="before")
+    @classmethod
+    def _settings_of_the_named_method(cls, method: Any) -> MethodConfig:
+        return method if isinstance(method, MethodConfig) else parse_method(method)
+
     def to_dict(self) -> dict[str, Any]:
+        """Every setting, ready for JSON."""
         return self.model_dump(mode="json", by_alias=True)
 
     @property
@@ -102,20 +89,40 @@ class TrainConfig(StrictModel):
         return {name: value for name, value in self.to_dict().items() if name not in _WITHOUT_INFLUENCE}
 
     @property
-    def effective_clsd(self) -> ClsdConfig:
-        """``clsd``, or nothing of it where the method is ``bce``."""
-        if self.method == "clsd":
-            return self.clsd
-        return self.clsd.model_copy(update={"lambda_": 0.0, "mu": 0.0, "teacher": "self"})
+    def teacher_runs(self) -> tuple[TeacherRun, ...]:
+        """The scores that must be there before the fit begins."""
+        return method_of(self.method).teacher_runs(self.method)
 
     @property
-    def uses_stored_scores(self) -> bool:
-        """Whether the teacher scores all rows before training begins."""
-        return self.method == "clsd" and self.clsd.teacher not in ONLINE_TEACHERS
+    def warning(self) -> str | None:
+        """A caution for the user before the run begins, or None."""
+        return method_of(self.method).warning(self.method, self.max_epochs)
+
+
+def parse_method(content: str | Mapping[str, Any], source: str = "method") -> MethodConfig:
+    """Checks what stands under ``method``: a method's name, or its settings with a ``name`` among them.
+
+    Without a name they are those of ``clsd``.
+
+    Raises:
+      SpecError: an unknown method or key, or a value out of range; says what is allowed.
+    """
+    settings = {"name": content} if isinstance(content, str) else {"name": DEFAULT_METHOD, **content}
+    if settings["name"] not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise SpecError(
+            f"{source}: method.name: unknown method. Received: {settings['name']!r}. Allowed: {known}; those of your "
+            "own module with --plugin=<module>"
+        )
+    config_type = METHODS[settings["name"]].Config
+    try:
+        return config_type.model_validate_json(json.dumps(settings))
+    except pydantic.ValidationError as error:
+        raise SpecError(explain_validation_error(error, config_type, source, at=("method",))) from error
 
 
 def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
-    """Reads a YAML config (defaults if None) and applies ``key=value`` assignments, ``clsd.mu=0.3`` for nested keys.
+    """Reads a YAML config (defaults if None) and applies ``key=value`` assignments, ``method.mu=0.3`` for nested keys.
 
     Raises:
       SpecError: unknown key or value out of range; says what is allowed.
@@ -127,27 +134,29 @@ def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:
-    """Applies ``a.b=value`` to nested mappings."""
-    key, separator, value = assignment.partition("=")
+    """Applies ``a.b=value`` to nested mappings; ``method=name`` is short for ``method.name=name``."""
+    key, separator, text = assignment.partition("=")
     if not separator:
-        raise SpecError(f"--set takes key=value. Received: {assignment!r}. For example: --set clsd.mu=0.3")
-    *parents, leaf = key.split(".")
+        raise SpecError(f"--set takes key=value. Received: {assignment!r}. For example: --set method.mu=0.3")
+    value = parse_yaml(text, f"--set {assignment}")
+    if isinstance(content.get("method"), str):
+        content["method"] = {"name": content["method"]}
+    *parents, leaf = ["method", "name"] if key == "method" and isinstance(value, str) else key.split(".")
     node = content
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise SpecError(f"--set {assignment}: {parent} is a single value. Received: {key!r}")
-    node[leaf] = parse_yaml(value, f"--set {assignment}")
+    node[leaf] = value
 
 
-def parse_config(content: dict[str, Any], source: str) -> TrainConfig:
-    """Checks a config; errors as ``load_config``."""
+def parse_config(content: Mapping[str, Any], source: str) -> TrainConfig:
+    """Checks a config; those of version 0.1 are converted. Errors as ``load_config``."""
+    content = dict(converted(content))
+    # On its own first, so that an error names the keys of the method that is meant.
+    method = parse_method(content.get("method", DEFAULT_METHOD), source)
+    content["method"] = method.model_dump(mode="json", by_alias=True)
     try:
         return TrainConfig.model_validate_json(json.dumps(content))
     except pydantic.ValidationError as error:
         raise SpecError(explain_validation_error(error, TrainConfig, source)) from error
-
-
-def teacher_warning(config: TrainConfig) -> str | None:
-    """What to tell a user whose teacher is overconfident, or None."""
-    return config.effective_clsd.teacher_warning(config.max_epochs)

@@ -1,8 +1,9 @@
-"""A training run from start to end: teacher, fit, calibration, complete work directory."""
+"""A training run from start to end: prepare -> teachers -> fit -> calibrate -> finish."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,18 @@ import tensorflow as tf
 from clsd_tf.data import input_pipeline
 from clsd_tf.data.input_pipeline import RowValues
 from clsd_tf.distributed.strategies import explaining_lost_workers, in_turn, is_chief, wait_for_all
-from clsd_tf.layers.calibration import Calibration, fit_calibration
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.layers.calibration import fit_calibration
+from clsd_tf.methods import method_of
 from clsd_tf.spec.model_inputs import GroupInput
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import predict_logits
-from clsd_tf.training.checkpoints import work_fingerprint
+from clsd_tf.training.best_epoch import work_fingerprint
+from clsd_tf.training.claim import claim
 from clsd_tf.training.config import TrainConfig
-from clsd_tf.training.fit import claim, fit
-from clsd_tf.training.teachers import teacher_scores
+from clsd_tf.training.fit import PreparedRun, fit, prepare
+from clsd_tf.training.teachers.stored import scores_of
 
 
 def train(
@@ -42,7 +44,7 @@ def train(
         ``_SUCCESS``.
       title: what progress lines call the run; None for no progress lines.
       init_from: a finished run to go on from, see ``warm_start``; None to begin anew, or to go on from a checkpoint.
-      strategy: of ``distribution.create_strategy``. Every worker calls this, with a work directory that they share.
+      strategy: of ``strategies.create_strategy``. Every worker calls this, with a work directory that they share.
 
     Returns:
       The history: one dict per epoch.
@@ -50,7 +52,7 @@ def train(
     Raises:
       ArtifactError: the work directory belongs to another config, dataset or lineage; or ``init_from`` does not fit.
       TrainingDivergedError: the loss is not finite.
-      ConfidenceGuardError: confidence collapsed.
+      MethodGuardError: a guard of the method ended training.
       ValueError: the config does not fit the dataset.
       WorkerLostError: another process of the cluster is gone.
     """
@@ -60,34 +62,32 @@ def train(
     own = work_dir.exclusive() if is_chief(strategy) else contextlib.nullcontext()
     with own, explaining_lost_workers(strategy):
         group = _calibration_group(dataset, config)
-        model, history = fit(
-            dataset,
-            config,
-            work_dir,
-            title=title,
-            init_from=init_from,
-            row_weights=_intense_clicks_only(dataset) if config.clicks == "intense" else None,
-            # Of several workers, the chief alone trains a teacher; the others wait, and read its scores.
-            teacher_scores=lambda: in_turn(strategy, lambda: teacher_scores(dataset, config, title)),
-            strategy=strategy,
-        )
-        if config.calibration.method != "none":
-            calibration = _calibrated(model, dataset, config, group)
-            if is_chief(strategy):
-                write_json(work_dir.calibration, calibration.to_dict())
-        if is_chief(strategy):
-            work_dir.mark_complete(work_fingerprint(work_dir, config))
-        wait_for_all(strategy)  # A worker that left early would look like one that was lost.
-        return history
+        run = prepare(dataset, config, work_dir, init_from=init_from, strategy=strategy)
+        scores = _teacher_scores(run, title)
+        history = fit(run, title=title, row_weights=_row_weights(run), teacher_scores=scores)
+        _calibrate(run, group)
+        _finish(run)
+    return history
 
 
-def _intense_clicks_only(dataset: DatasetDir) -> RowValues:
-    """Weight 0 for clicks without the intensity label, 1 for all other rows."""
-    if dataset.spec.intensity_label is None:
-        raise ValueError("clicks=intense needs a spec with an intensity_label. Received: none. Use clicks=all")
-    columns = input_pipeline.read_columns(dataset, "train", ["row_id", "label", "intensity_label"])
-    is_weak_click = (columns["label"] > 0.5) & (columns["intensity_label"] < 0.5)
-    return RowValues(columns["row_id"], (~is_weak_click).astype(np.float32))
+def _teacher_scores(run: PreparedRun, title: str | None) -> dict[str, RowValues]:
+    """Feature name -> scores. Of several workers, the chief alone trains a teacher; the others wait, and read them."""
+    if run.keeper.is_finished:
+        return {}
+    scores = {}
+    for teacher in run.config.teacher_runs:
+        give = functools.partial(scores_of, run.dataset, run.config, teacher, title)
+        scores[teacher.feature] = in_turn(run.strategy, give)
+    return scores
+
+
+def _row_weights(run: PreparedRun) -> RowValues | None:
+    """Weight 0 for the rows that the method leaves out, 1 for all others; None where it takes all."""
+    rows = method_of(run.config.method).row_filter(run.config.method)
+    if rows is None:
+        return None
+    columns = input_pipeline.read_columns(run.dataset, "train", ["row_id", *rows.fields])
+    return RowValues(columns["row_id"], rows.keep(columns).astype(np.float32))
 
 
 def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput | None:
@@ -100,14 +100,26 @@ def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput |
     return groups.get(config.calibration.user_group)
 
 
-def _calibrated(model: ClsdModel, dataset: DatasetDir, config: TrainConfig, group: GroupInput | None) -> Calibration:
-    names = ["label", "sample_weight", *([group.name] if group else [])]
-    columns = input_pipeline.read_columns(dataset, "validation", names)
-    return fit_calibration(
+def _calibrate(run: PreparedRun, group: GroupInput | None) -> None:
+    """Fits the calibration of the method's first output on the validation split."""
+    config, (output, *_) = run.config, method_of(run.config.method).outputs(run.config.method)
+    if config.calibration.method == "none" or not output.is_calibrated:
+        return
+    names = [output.label, "sample_weight", *([group.name] if group else [])]
+    columns = input_pipeline.read_columns(run.dataset, "validation", names)
+    calibration = fit_calibration(
         config.calibration,
-        predict_logits(model, dataset, "validation"),
-        columns["label"],
+        predict_logits(run.model, run.dataset, "validation"),
+        columns[output.label],
         columns["sample_weight"],
         columns[group.name] if group else None,
         group,
     )
+    if is_chief(run.strategy):
+        write_json(run.work_dir.calibration, calibration.to_dict())
+
+
+def _finish(run: PreparedRun) -> None:
+    if is_chief(run.strategy):
+        run.work_dir.mark_complete(work_fingerprint(run.work_dir, run.config))
+    wait_for_all(run.strategy)  # A worker that left early would look like one that was lost.

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods import method_of
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.optimizers.row_sparse import embedding_tables
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import build_model
-from clsd_tf.training.checkpoints import explaining_damage, read_best_weights
+from clsd_tf.training.best_epoch import read_best_weights
+from clsd_tf.training.checkpoints import explaining_damage
 from clsd_tf.training.config import TrainConfig, parse_config
 from clsd_tf.training.lineage import TrainedOn
 
 # A change of these gives weights or slots another meaning, even where their shapes stay the same.
-_SETTINGS = ("backbone", "backbone_arguments", "embedding_dim", "unified_buckets", "hidden_units")
+_SETTINGS = ("backbone", "backbone_arguments", "hidden_units")
+_EMBEDDING_SETTINGS = ("dim", "unified_buckets")
 _OPTIMIZERS = ("embeddings", "dense")
-_CLSD_SETTINGS = ("teacher", "normaliser_momentum")
-_AD_GATE_SETTINGS = ("features", "objective", "bound", "embedding_dim", "hidden_units")
-
-_RowRanges = Mapping[str, range]
 
 
-def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earlier: WorkDir) -> None:
+def warm_start(model: MethodModel, config: TrainConfig, dataset: DatasetDir, earlier: WorkDir) -> None:
     """Gives a new model what an earlier run had learned.
 
     Weights are those that the earlier run serves, of its best epoch. Slots and step counts of the optimizers, and the
@@ -61,17 +60,7 @@ def warm_start(model: ClsdModel, config: TrainConfig, dataset: DatasetDir, earli
     for part, variables in new_state.items():
         _carry_over(part, old_state.get(part, []), variables, layouts)
     model.optimizer.adjust_slots(embedding_tables(model.backbone))
-    if model.weights_clicks and not old.weights_clicks:
-        _begin_to_weight(model, mean_pctr=read_json(earlier.history)[-1]["mean_pctr"])
-
-
-def _begin_to_weight(model: ClsdModel, mean_pctr: float) -> None:
-    """Sets what loss warm-up would have left, and the earlier run has not kept."""
-    model.guard_state.begin(mean_pctr)
-    state = model.training_state
-    if "EMA teacher" in state:
-        for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):
-            slow.assign(fast)
+    model.begin_after(old, last_epoch=read_json(earlier.history)[-1])
 
 
 def _require_same_architecture(config: TrainConfig, earlier: TrainConfig, work_dir: WorkDir) -> None:
@@ -91,19 +80,14 @@ def _require_same_architecture(config: TrainConfig, earlier: TrainConfig, work_d
 
 def _architecture(config: TrainConfig) -> dict[str, Any]:
     """Setting -> value, of those that must stay."""
-    content, clsd = config.to_dict(), config.effective_clsd
+    content = config.to_dict()
     found = {name: content[name] for name in _SETTINGS}
+    found |= {f"embeddings.{name}": content["embeddings"][name] for name in _EMBEDDING_SETTINGS}
     found |= {f"optimizer.{name}.kind": content["optimizer"][name]["kind"] for name in _OPTIMIZERS}
-    found["method"] = config.method
-    if config.method == "clsd":
-        found |= {f"clsd.{name}": content["clsd"][name] for name in _CLSD_SETTINGS}
-        found["clsd.mu > 0"] = clsd.mu > 0
-    if clsd.mu > 0:
-        found |= {f"clsd.ad_gate.{name}": content["clsd"]["ad_gate"][name] for name in _AD_GATE_SETTINGS}
-    return found
+    return found | method_of(config.method).architecture(config.method)
 
 
-def _restored(earlier: WorkDir, config: TrainConfig, trained_on: TrainedOn) -> ClsdModel:
+def _restored(earlier: WorkDir, config: TrainConfig, trained_on: TrainedOn) -> MethodModel:
     """The earlier model with the state of its last step and its best weights."""
     model = build_model(config, trained_on.inputs)
     newest = tf.train.latest_checkpoint(str(earlier.checkpoints))
@@ -118,10 +102,10 @@ def _restored(earlier: WorkDir, config: TrainConfig, trained_on: TrainedOn) -> C
     return model
 
 
-def _layouts(old: ClsdModel, new: ClsdModel) -> dict[tuple[int, int], list[tuple[range, range]]]:
+def _layouts(old: MethodModel, new: MethodModel) -> dict[tuple[int, int], list[tuple[range, range]]]:
     """(rows before, rows now) of each table that holds several vocabularies -> where the rows of each lie."""
     layouts: dict[tuple[int, int], list[tuple[range, range]]] = {}
-    for before, now in zip(_row_ranges(old), _row_ranges(new), strict=True):
+    for before, now in zip(old.row_ranges, new.row_ranges, strict=True):
         key = sum(map(len, before.values())), sum(map(len, now.values()))
         places = [(before[name], now[name]) for name in before]
         if layouts.setdefault(key, places) != places:
@@ -130,14 +114,6 @@ def _layouts(old: ClsdModel, new: ClsdModel) -> dict[tuple[int, int], list[tuple
                 "differ. Train anew"
             )
     return layouts
-
-
-def _row_ranges(model: ClsdModel) -> Iterator[_RowRanges]:
-    for part in (model.backbone, model.ad_gate):
-        if part is not None:
-            yield from (module.row_ranges for module in part.submodules if hasattr(module, "row_ranges"))
-            if hasattr(part, "row_ranges"):
-                yield part.row_ranges
 
 
 def _carry_over(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from clsd_tf.methods import method_of
 from clsd_tf.storage.dataset_dir import SPLITS
+from clsd_tf.training.config import parse_method
 from export.servable.card_types import Measured, ModelCard, Slice
 
 _METRICS = (
@@ -40,31 +41,15 @@ def render_card(card: ModelCard) -> str:
 
 def _what(card: ModelCard) -> str:
     config = card.training.config
+    method_config = parse_method(config["method"])
+    method = method_of(method_config)
     return _list(
         [
             f"`ctr`: the probability of a click, that is of `{_code(card.data.label)}`, for one user and one item.",
-            f"Backbone `{_code(config['backbone'])}` with embedding\\_dim {config['embedding_dim']} and hidden\\_units "
-            f"{', '.join(map(str, config['hidden_units']))}.",
-            _confidence(config),
+            f"Backbone `{_code(config['backbone'])}` with embeddings of {config['embeddings']['dim']} numbers and "
+            f"hidden\\_units {', '.join(map(str, config['hidden_units']))}.",
+            _text(method.describe(method_config)),
         ]
-    )
-
-
-def _confidence(config: dict[str, Any]) -> str:
-    clsd = config["clsd"]
-    if config["method"] == "bce" or clsd["lambda"] + clsd["mu"] == 0:
-        return "Every click counted the same in training."
-    parts = [
-        f"{clsd['lambda']:g} from global confidence ({clsd['global_form']})",
-        f"{clsd['mu']:g} from local confidence ({clsd['local_form']}; AdGate reads "
-        f"{', '.join(map(_text, clsd['ad_gate']['features'] or ['all user groups']))})",
-    ]
-    used = [part for part, share in zip(parts, (clsd["lambda"], clsd["mu"]), strict=True) if share > 0]
-    rest = 1 - clsd["lambda"] - clsd["mu"]
-    used += [f"{rest:g} as in ordinary training"] if rest > 1e-9 else []
-    return (
-        f"Clicks were weighted by click confidence: {', '.join(used)}; "
-        f"teacher `{clsd['teacher']}`, weights within [{clsd['min_confidence']:g}, {clsd['max_confidence']:g}]."
     )
 
 
@@ -80,7 +65,8 @@ def _uses(card: ModelCard) -> list[str]:
 
 def _limits(card: ModelCard) -> list[str]:
     train, test = card.data.splits["train"], card.data.splits[card.split]
-    config = card.training.config
+    method_config = parse_method(card.training.config["method"])
+    method = method_of(method_config)
     limits = [
         "It knows logged impressions only. What the feed did not show, and how place and earlier rankings moved "
         "clicks, the log does not tell.",
@@ -89,16 +75,7 @@ def _limits(card: ModelCard) -> list[str]:
         "fresh events, and train again when it leaves 1.",
         "New users and items, and missing values, are scored by what else is known of them.",
     ]
-    if config["method"] == "clsd":
-        limits.append("Click confidence is a model's own prediction. Nobody has judged whether a click was meant.")
-    else:
-        limits.append("Clicks by mistake count as clicks.")
-    if config["clicks"] == "intense":
-        limits.append(
-            "Trained on intense clicks only, as an oracle for studies: `ctr` is not the probability of a click."
-        )
-    if config["clsd"]["placebo"] != "none":
-        limits.append("A control run of a study, whose confidence was spoilt on purpose. Not for serving.")
+    limits += map(_text, method.limits(method_config))
     if card.data.intensity_label is None:
         limits.append("The data has no label stronger than the click: whether clicks were satisfying is not measured.")
     names = ", ".join(map(_text, card.groups))

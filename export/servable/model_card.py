@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clsd_tf.evaluation.evaluate import measure, rows_by_label, scored_rows
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics.user_intervals import user_intervals
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json, write_json, write_text
@@ -28,7 +28,7 @@ _LIBRARIES = ("clsd_tf", "tensorflow", "tf-keras", "tensorflow-recommenders", "n
 
 def write_model_card(
     directory: pathlib.Path,
-    model: ClsdModel,
+    model: MethodModel,
     dataset: DatasetDir,
     work_dir: WorkDir,
     *,
@@ -88,7 +88,7 @@ def _slice(columns: dict[str, Any]) -> Slice:
     )
 
 
-def _calibration(model: ClsdModel, columns: dict[str, Any]) -> Calibration:
+def _calibration(model: MethodModel, columns: dict[str, Any]) -> Calibration:
     fitted = model.calibration.calibration if model.calibration is not None else None
     found = {when: measure({**columns, "pctr": columns[scores]}) for when, scores in _SCORES.items()}
     facts = {when: {name: entry[name] for name in ("pcoc", "ece", "log_loss")} for when, entry in found.items()}

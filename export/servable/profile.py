@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -70,7 +71,7 @@ class ExportProfile(StrictModel):
     """What a servable holds; written to its manifest.
 
     Attributes:
-      signatures: which to export; serving_default is always among them.
+      signatures: which to export; serving_default is always among them. null for all that the method has.
       warmup_batch_sizes: rows of the warm-up requests, one per size and signature.
       batching: what batching_params.pbtxt says; null writes none.
       quantisation: of the embedding tables.
@@ -79,7 +80,7 @@ class ExportProfile(StrictModel):
       debug_user_groups: whether ``debug`` also gives the label of each user group.
     """
 
-    signatures: tuple[SignatureName, ...] = ("serving_default", "predict_raw", "classify", "regress", "rank", "debug")
+    signatures: tuple[SignatureName, ...] | None = None
     warmup_batch_sizes: tuple[_Count, ...] = pydantic.Field(
         (1, 16, 64), min_length=1, max_length=_MAX_WARMUP_BATCH_SIZES
     )
@@ -91,12 +92,32 @@ class ExportProfile(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> ExportProfile:
+        if self.signatures is None:
+            return self
         if "serving_default" not in self.signatures or len(set(self.signatures)) < len(self.signatures):
             raise ValueError(
                 "signatures must name serving_default, which clients call that name none, and each other one once. "
                 f"Received: {', '.join(self.signatures)}"
             )
         return self
+
+    def resolved(self, available: Sequence[str]) -> ExportProfile:
+        """The profile with its signatures by name.
+
+        Args:
+          available: what models of the method can have.
+
+        Raises:
+          ValueError: it names another one.
+        """
+        wanted = tuple(available) if self.signatures is None else self.signatures
+        wrong = [name for name in wanted if name not in available]
+        if wrong:
+            raise ValueError(
+                f"a profile's signatures must be some that the method has. Received: {', '.join(wrong)}. "
+                f"Allowed: {', '.join(available)}"
+            )
+        return self.model_copy(update={"signatures": wanted})
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -8,7 +8,7 @@ import numpy as np
 
 from clsd_tf.data.input_pipeline import read_columns
 from clsd_tf.layers.embeddings import FieldEmbeddings
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics.pointwise import auc, log_loss
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.training.assembly import predict
@@ -19,7 +19,7 @@ class QuantisationError(RuntimeError):
     """Quantisation that costs more than the profile allows; nothing was published."""
 
 
-def quantise_tables(model: ClsdModel, dataset: DatasetDir, profile: QuantisationProfile) -> dict[str, Any]:
+def quantise_tables(model: MethodModel, dataset: DatasetDir, profile: QuantisationProfile) -> dict[str, Any]:
     """Quantises the embedding tables of a model in place and measures the loss on the test split.
 
     Returns:

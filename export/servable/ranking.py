@@ -14,7 +14,7 @@ from clsd_tf.backbones.base import Backbone
 from clsd_tf.data.examples import is_missing, parse_raw_examples
 from clsd_tf.data.transform import FeatureTransform
 from clsd_tf.layers.embeddings import SharedRows, per_row
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
 
@@ -46,7 +46,7 @@ def sides_of(spec: FeatureSpec) -> Sides:
 
 
 def rank_function(
-    spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel, top_k: int | None
+    spec: FeatureSpec, transform: FeatureTransform, model: MethodModel, top_k: int | None
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     """requests, string [batch] -> the items of each request by falling ``ctr``.
 
@@ -88,7 +88,7 @@ def rank_function(
 
 
 def _for_model(
-    features: dict[str, tf.Tensor | SharedRows], model: ClsdModel, group_names: Collection[str]
+    features: dict[str, tf.Tensor | SharedRows], model: MethodModel, group_names: Collection[str]
 ) -> dict[str, tf.Tensor | SharedRows]:
     """Our backbones take shared rows; other models, and calibration of its user groups, need a value per row."""
     takes_shared = isinstance(model.backbone, Backbone)

@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from clsd_tf.data.examples import arrow_to_tensors, encode_raw_rows
 from clsd_tf.data.transform import FeatureTransform
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods import method_of
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
@@ -75,8 +76,9 @@ def export_servable(
     """
     versions = ModelVersions(base_dir, name)
     require_room_for(base_dir / CONFIG_FILE, name, serving_base_path)
-    profile = profile or ExportProfile()
     model = load_model(work_dir, dataset)
+    method = method_of(model.config)
+    profile = (profile or ExportProfile()).resolved(method.signatures(model.config))
     quantisation = _apply_profile(model, dataset, profile)
     transform = FeatureTransform(dataset.spec, dataset.statistics, dataset.layout.vocabularies)
     with versions.staged(version) as (number, staging), tempfile.TemporaryDirectory() as scratch:
@@ -102,7 +104,7 @@ def export_servable(
     return Servable(versions.path / str(number), verification)
 
 
-def _apply_profile(model: ClsdModel, dataset: DatasetDir, profile: ExportProfile) -> dict[str, Any] | None:
+def _apply_profile(model: MethodModel, dataset: DatasetDir, profile: ExportProfile) -> dict[str, Any] | None:
     """Makes the model what the profile asks for; returns what quantisation cost, None without it."""
     if not profile.calibration:
         model.calibration = None

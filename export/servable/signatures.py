@@ -9,7 +9,7 @@ from tensorflow.types.experimental import ConcreteFunction
 
 from clsd_tf.data.examples import parse_raw_examples, raw_tensor_specs
 from clsd_tf.data.transform import FeatureTransform
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.spec.feature_spec import FeatureSpec
 from export.servable.profile import ExportProfile
 from export.servable.ranking import rank_function
@@ -29,7 +29,7 @@ class ServingModule(tf.Module):
 
 
 def serving_signatures(
-    spec: FeatureSpec, transform: FeatureTransform, model: ClsdModel, profile: ExportProfile
+    spec: FeatureSpec, transform: FeatureTransform, model: MethodModel, profile: ExportProfile
 ) -> dict[str, ConcreteFunction]:
     """Signature name -> concrete function, of those that the profile names.
 
@@ -75,7 +75,7 @@ def serving_signatures(
 
 
 def debug_outputs(
-    model: ClsdModel, features: dict[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
+    model: MethodModel, features: dict[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
 ) -> dict[str, tf.Tensor]:
     """The model's debug outputs, each [batch]; of user groups the labels, where the profile asks for them."""
     outputs = model.debug_outputs(features)

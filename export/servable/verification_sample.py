@@ -13,7 +13,7 @@ import tensorflow as tf
 from clsd_tf.data.examples import arrow_to_tensors, encode_raw_rows
 from clsd_tf.data.input_pipeline import batches, read_columns
 from clsd_tf.data.transform import FeatureTransform
-from clsd_tf.methods.clsd import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.storage.dataset_dir import DatasetDir
 from export.servable.profile import ExportProfile
@@ -26,7 +26,7 @@ _UNKNOWN_INT64 = 987_654_321_987
 
 
 def verification_sample(
-    dataset: DatasetDir, transform: FeatureTransform, model: ClsdModel, profile: ExportProfile
+    dataset: DatasetDir, transform: FeatureTransform, model: MethodModel, profile: ExportProfile
 ) -> pa.Table:
     """Raw rows with the outputs that the training model gives for them.
 

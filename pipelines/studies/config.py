@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from clsd_tf.backbones import require_backbone
+from clsd_tf.methods import DEFAULT_METHOD
 from clsd_tf.spec.tables import Name
 from clsd_tf.spec.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
-from clsd_tf.study.cells import BASELINE, METHODS, Cell, Method, cell_config, merged, with_placebos
+from clsd_tf.study.cells import BASELINE, Cell, Row, cell_config, known_rows, merged_settings, with_placebos
+from clsd_tf.training.config_of_0_1 import converted
 from pipelines.public_data.feed import FeedConfig
 
 _STUDIES = pathlib.Path(__file__).parent
-_Settings = dict[str, Any]
+_Settings = Annotated[dict[str, Any], pydantic.AfterValidator(converted)]
 
 
 class StudyData(StrictModel):
@@ -29,7 +31,7 @@ class StudyData(StrictModel):
       simulate: writes the tables of this simulated feed; each seed of the study simulates with its own seed.
       input: name of the directory with the tables, given by ``--input_dir=<input>=<path>``; by default ``name``.
       split: replaces these settings of the spec's split.
-      shared: training settings for all runs on this data set.
+      shared: training settings for all runs on this data set; those under ``method`` are for rows of that method.
     """
 
     name: Name
@@ -90,7 +92,7 @@ class StudyConfig(StrictModel):
     Attributes:
       seeds: number of paired seeds: 1, 2, ...
       split: the split that is measured. Hyper-parameters are never chosen on it.
-      shared: training settings for all runs.
+      shared: training settings for all runs; those under ``method`` are for rows of the method that it names.
       data, backbones, methods: declarations that grids refer to by name.
       grids: the tables.
     """
@@ -111,7 +113,7 @@ class StudyConfig(StrictModel):
             if repeated:
                 raise ValueError(f"names must be unique. Received: {', '.join(sorted(repeated))} twice")
         known = [entry.name for entry in self.data]
-        taken = [entry.name for entry in self.methods if entry.name in METHODS]
+        taken = [entry.name for entry in self.methods if entry.name in known_rows()]
         if taken:
             raise ValueError(f"a declared method needs a name of its own. Received: {taken[0]!r}, which is a known one")
         unknown = [name for grid in self.grids for name in grid.data if name not in known]
@@ -122,22 +124,30 @@ class StudyConfig(StrictModel):
     def data_set(self, name: str) -> StudyData:
         return next(entry for entry in self.data if entry.name == name)
 
-    def method(self, name: str) -> Method:
+    def row(self, name: str) -> Row:
         """A declared method, or a known one.
 
         Raises:
-          SpecError: neither.
+          SpecError: neither, or it sets what its method does not have.
         """
         declared = {entry.name: entry for entry in self.methods}
-        if name in declared:
-            entry = declared[name]
-            return Method(name, merged(self._known_changes(entry.like), entry.set))
-        return Method(name, self._known_changes(name))
+        if name not in declared:
+            return Row(name, self._known_changes(name))
+        entry = declared[name]
+        changes, own = self._known_changes(entry.like), entry.set.get("method", {})
+        named = own.get("name", DEFAULT_METHOD if own else changes["method"]["name"])
+        if "name" not in own and named != changes["method"]["name"]:
+            raise SpecError(
+                f"method {name!r} sets {', '.join(sorted(own))} of method {named}, but is like {entry.like}, of method "
+                f"{changes['method']['name']}. Add like: global, local or both, or set method.name"
+            )
+        return Row(name, merged_settings(changes, entry.set))
 
     def _known_changes(self, name: str) -> dict[str, Any]:
-        if name not in METHODS:
-            raise SpecError(f"unknown method. Received: {name!r}. Allowed: {', '.join(METHODS)}, or a declared one")
-        return dict(METHODS[name])
+        known = known_rows()
+        if name not in known:
+            raise SpecError(f"unknown method. Received: {name!r}. Allowed: {', '.join(known)}, or a declared one")
+        return dict(known[name])
 
     def backbone(self, name: str) -> dict[str, Any]:
         """The settings of a declared backbone, or of one in the registry.
@@ -154,28 +164,23 @@ class StudyConfig(StrictModel):
         """The runs of a grid, bce first.
 
         Raises:
-          SpecError: unknown method or baseline, a setting out of range, or confidence of a method that has none.
+          SpecError: unknown method or baseline, or a setting out of range.
         """
         names = dict.fromkeys((BASELINE, *grid.methods))
         for data in grid.data:
-            shared = merged(self.shared, self.data_set(data).shared)
-            methods = with_placebos([self.method(name) for name in names], shared)
-            known = [method.name for method in methods]
+            shared = merged_settings(self.shared, self.data_set(data).shared)
+            rows = with_placebos([self.row(name) for name in names], shared)
+            known = [row.name for row in rows]
             if grid.baseline not in known:
                 raise SpecError(
                     f"grid {grid.title!r}: the baseline must be one of its methods. Received: {grid.baseline!r}. "
                     f"Allowed: {', '.join(known)}"
                 )
             for backbone in grid.backbones:
-                for method in methods:
+                for row in rows:
                     for seed in range(1, (grid.seeds or self.seeds) + 1):
-                        config = cell_config(shared, method, self.backbone(backbone), seed)
-                        if config.method == "bce" and "clsd" in method.changes:
-                            raise SpecError(
-                                f"method {method.name!r} sets clsd, which plain BCE has no use for. Received: "
-                                "method: bce. Add like: global, local or both"
-                            )
-                        yield Cell(data, backbone, method.name, seed, config)
+                        config = cell_config(shared, row, self.backbone(backbone), seed)
+                        yield Cell(data, backbone, row.name, seed, config)
 
 
 def study_names() -> list[str]:

@@ -110,7 +110,7 @@ def _checked_features(inputs: ModelInputs, features: tuple[str, ...] | None) -> 
     if not (features or groups):
         raise ValueError(
             "AdGate needs at least one user group. Received: none. Declare user_groups in the spec, or do without "
-            "local confidence: clsd.mu=0 with clsd.lambda=1"
+            "local confidence: method.mu=0 with method.lambda=1"
         )
     return features or groups
 

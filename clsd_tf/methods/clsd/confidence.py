@@ -7,12 +7,13 @@ data to the loss.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 from clsd_tf.distributed.replicas import SAME_EVERYWHERE, sum_over_replicas
-from clsd_tf.methods.clsd.config import ClsdConfig, Form
+from clsd_tf.methods.clsd.config import WEIGHTING_FUNCTIONS, ClsdConfig
 
 _SMALLEST_REFERENCE = 1e-3
 
@@ -32,7 +33,7 @@ def additive(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: f
     return 1.0 + kappa * (score - reference)
 
 
-def standardised(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
+def standardized(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
     """1 + kappa * (score - reference) / spread: of a strength that does not depend on the click rate."""
     return 1.0 + kappa * tf.math.divide_no_nan(score - reference, spread)
 
@@ -42,15 +43,30 @@ def raw(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float)
     return score
 
 
-# Form -> function of teacher_score [batch], its mean over clicks (all of them, or those of the row's user group), its
-# standard deviation around that mean over clicks, and kappa.
-FORMS: Mapping[Form, Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float], tf.Tensor]] = {
-    "mean_one": mean_one,
-    "ratio": ratio,
-    "additive": additive,
-    "standardised": standardised,
-    "raw": raw,
-}
+@dataclasses.dataclass(frozen=True)
+class WeightingFunction:
+    """Confidence of a click before it is clipped and normalized.
+
+    One of your own is registered under a name, by which configs call it:
+    ``WEIGHTING_FUNCTIONS.register("mine")(WeightingFunction(my_function))``.
+
+    Attributes:
+      function: of teacher_score [batch], its mean over clicks (all of them, or those of the row's user group, [batch]
+        or scalar), its standard deviation around that mean over clicks (scalar), and kappa -> [batch].
+      needs_spread: whether the standard deviation is computed; it is 1 otherwise.
+      is_normalized: whether the result is clipped and divided by its mean over clicks.
+    """
+
+    function: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float], tf.Tensor]
+    needs_spread: bool = False
+    is_normalized: bool = True
+
+
+MEAN_ONE = WeightingFunction(mean_one)
+RATIO = WeightingFunction(ratio)
+ADDITIVE = WeightingFunction(additive)
+STANDARDIZED = WeightingFunction(standardized, needs_spread=True)
+RAW = WeightingFunction(raw, is_normalized=False)  # The trap as it stands in the literature.
 
 
 class ClickMeans(tf.Module):
@@ -87,12 +103,12 @@ class ClickMeans(tf.Module):
 def global_confidence(
     teacher_score: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
 ) -> tf.Tensor:
-    """FORMS[global_form](teacher_score, mean of teacher_score over clicks, ...), clipped and normalised.
+    """weighting function(teacher_score, mean of teacher_score over clicks, ...), clipped and normalized.
 
     Args:
       teacher_score: estimated click probability, [batch], in [0, 1].
       click_weight: labels * sample_weight, [batch].
-      config: form, strength and clip range.
+      config: weighting function, strength and clip range.
       means: of the batch, or moving ones.
 
     Returns:
@@ -110,7 +126,7 @@ def mean_score(teacher_score: tf.Tensor, click_weight: tf.Tensor, means: ClickMe
 def local_confidence(
     teacher_score: tf.Tensor, correction: tf.Tensor, click_weight: tf.Tensor, config: ClsdConfig, means: ClickMeans
 ) -> tf.Tensor:
-    """FORMS[local_form](teacher_score, 1 - correction, ...), clipped and normalised.
+    """weighting function(teacher_score, 1 - correction, ...), clipped and normalized.
 
     AdGate's correction is 1 - E[teacher_score | click, group] at its optimum. There ``additive`` is teacher_score +
     correction, the paper's form, and every user group keeps mean confidence 1; so it does with ``mean_one``.
@@ -119,7 +135,7 @@ def local_confidence(
       teacher_score: [batch], in [0, 1].
       correction: AdGate's output, [batch].
       click_weight: labels * sample_weight, [batch].
-      config: form, strength and clip range.
+      config: weighting function, strength and clip range.
       means: of the batch, or moving ones.
 
     Returns:
@@ -136,23 +152,26 @@ def confidences(
     means: ClickMeans,
 ) -> dict[str, tf.Tensor]:
     """Part -> confidence as above, of ``global`` and ``local`` those that ``references`` has: with shared means."""
-    forms = {part: config.global_form if part == "global" else config.local_form for part in references}
+    weightings = {
+        part: WEIGHTING_FUNCTIONS[config.global_weighting if part == "global" else config.local_weighting]
+        for part in references
+    }
     squares = {
-        f"{part}_variance": tf.square(score - references[part]) for part in forms if forms[part] == "standardised"
+        f"{part}_variance": tf.square(score - references[part])
+        for part, weighting in weightings.items()
+        if weighting.needs_spread
     }
     spreads = {name: tf.sqrt(variance) for name, variance in means(squares, click_weight).items()}
-    clipped = {
-        part: _clip(
-            FORMS[form](score, references[part], spreads.get(f"{part}_variance", tf.constant(1.0)), config.kappa),
-            config,
+    weights = {
+        part: weighting.function(
+            score, references[part], spreads.get(f"{part}_variance", tf.constant(1.0)), config.kappa
         )
-        for part, form in forms.items()
-        if form != "raw"
+        for part, weighting in weightings.items()
     }
+    clipped = {part: _clip(weights[part], config) for part in weights if weightings[part].is_normalized}
     # Clipped again, since dividing moves the ends of the range.
-    confidences = {part: _clip(clipped[part] / mean, config) for part, mean in means(clipped, click_weight).items()}
-    # The raw form as the trap stands in the literature: neither clipped nor normalised.
-    return {part: tf.stop_gradient(confidences.get(part, score)) for part in references}
+    normalized = {part: _clip(clipped[part] / mean, config) for part, mean in means(clipped, click_weight).items()}
+    return {part: tf.stop_gradient(normalized.get(part, weights[part])) for part in references}
 
 
 def _clip(confidence: tf.Tensor, config: ClsdConfig) -> tf.Tensor:

@@ -6,14 +6,26 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from clsd_tf.methods.method import MethodWarning
+from clsd_tf.methods.pointwise.config import PointwiseConfig
+from clsd_tf.methods.teachers import TEACHERS
+from clsd_tf.plugins.registry import Registry
 from clsd_tf.spec.validation import StrictModel
 
-Form = Literal["mean_one", "ratio", "additive", "standardised", "raw"]
+# Name -> ``clsd_tf.methods.clsd.confidence.WeightingFunction``.
+WEIGHTING_FUNCTIONS = Registry(
+    "weighting function",
+    {
+        name: f"clsd_tf.methods.clsd.confidence:{name.upper()}"
+        for name in ("mean_one", "ratio", "additive", "standardized", "raw")
+    },
+)
 _ONLINE_WARMUP_STEPS = 100
+_FROM_FILE = "scores"
 ONLINE_TEACHERS = ("self", "ema")  # Score a row in the training step; the others score all rows before it.
 
 
-class OverconfidentTeacherWarning(UserWarning):
+class OverconfidentTeacherWarning(MethodWarning):
     """The teacher judges clicks that it was trained on."""
 
 
@@ -53,7 +65,18 @@ class GuardConfig(StrictModel):
     max_ad_gate_drift: float = pydantic.Field(1.0, gt=0)
 
 
-class ClsdConfig(StrictModel):
+class ScoresFile(StrictModel):
+    """Teacher scores from anywhere.
+
+    Attributes:
+      scores: Parquet file with a row for each training row: ``row_id``, int64, as in the records, and ``score``, a
+        float in [0, 1]. Where it is missing (NaN or null), a click counts 1.
+    """
+
+    scores: str
+
+
+class ClsdConfig(PointwiseConfig):
     """How clicks are weighted.
 
     By default each click counts 1 + teacher_score - the mean teacher_score over the clicks of its user group, which
@@ -65,6 +88,7 @@ class ClsdConfig(StrictModel):
       teacher: where the scores come from. ``self``: the model's own prediction in the same forward pass, honest in
         one pass over the data. ``ema``: an exponential moving average of the model, likewise. ``prequential``: a model
         that had trained up to the day before. ``cross_fit``: models that never saw the row; for several epochs.
+        ``{scores: file.parquet}``: scores from anywhere, see ``ScoresFile``. Or the name of a plug-in's teacher.
       ema_momentum: of the ``ema`` teacher, per step.
       num_folds: folds of the ``cross_fit`` teacher, >= 2.
       fold_by: what ``cross_fit`` keeps together: a row (with what the user saw in the same moment, since logs repeat
@@ -72,14 +96,14 @@ class ClsdConfig(StrictModel):
       num_repeats: ``cross_fit`` averages its scores over this many divisions into folds.
       lambda_: share of global confidence, in [0, 1]; ``lambda`` in YAML and on the command line.
       mu: share of local confidence (corrected by AdGate), in [0, 1]; lambda + mu <= 1, the rest is the ordinary loss.
-      global_form: confidence as a function of teacher_score and its mean over clicks, see
-        ``clsd_tf.methods.clsd.confidence``.
-      local_form: likewise, with the mean over the clicks of the user group.
-      kappa: strength of the forms ``ratio``, ``additive`` and ``standardised``, > 0.
+      global_weighting: confidence as a function of teacher_score and its mean over clicks: ``mean_one``, ``ratio``,
+        ``additive``, ``standardized`` or ``raw``, see ``clsd_tf.methods.clsd.confidence``, or a plug-in's.
+      local_weighting: likewise, with the mean over the clicks of the user group.
+      kappa: strength of ``ratio``, ``additive`` and ``standardized``, > 0.
       min_confidence: lower clip, > 0 and < 1.
       max_confidence: upper clip, > 1.
-      normaliser_momentum: means over clicks are those of the batch (0) or moving ones (.95 suits small batches).
-      allow_raw: lifts the refusal of the form ``raw``, which collapses predictions to 0.
+      normalizer_momentum: means over clicks are those of the batch (0) or moving ones (.95 suits small batches).
+      allow_raw: lifts the refusal of ``raw``, which collapses predictions to 0.
       placebo: control runs of a study. ``shuffled_confidence`` deals confidence out among the clicks of the batch at
         random; ``permuted_groups`` gives AdGate the user features of other rows,
         drawn anew in each step: it then knows no groups. Under a strategy each replica shuffles its own rows.
@@ -87,24 +111,36 @@ class ClsdConfig(StrictModel):
       guards: when to stop.
     """
 
+    name: Literal["clsd"] = "clsd"
     loss_warmup_steps: int | None = pydantic.Field(None, ge=0)
-    teacher: Literal["self", "ema", "prequential", "cross_fit"] = "cross_fit"
+    teacher: str | ScoresFile = "cross_fit"
     ema_momentum: float = pydantic.Field(0.999, gt=0, lt=1)
     num_folds: int = pydantic.Field(5, ge=2)
     fold_by: Literal["row", "user"] = "row"
     num_repeats: int = pydantic.Field(1, ge=1)
     lambda_: float = pydantic.Field(0.0, ge=0, le=1, alias="lambda")
     mu: float = pydantic.Field(1.0, ge=0, le=1)
-    global_form: Form = "ratio"
-    local_form: Form = "additive"
+    global_weighting: str = "ratio"
+    local_weighting: str = "additive"
     kappa: float = pydantic.Field(1.0, gt=0, allow_inf_nan=False)
     min_confidence: float = pydantic.Field(0.05, gt=0, lt=1)
     max_confidence: float = pydantic.Field(3.0, gt=1)
-    normaliser_momentum: float = pydantic.Field(0.0, ge=0, lt=1)
+    normalizer_momentum: float = pydantic.Field(0.0, ge=0, lt=1)
     allow_raw: bool = False
     placebo: Literal["none", "shuffled_confidence", "permuted_groups"] = "none"
     ad_gate: AdGateConfig = AdGateConfig()
     guards: GuardConfig = GuardConfig()
+
+    @pydantic.field_validator("teacher")
+    @classmethod
+    def _is_known(cls, teacher: str | ScoresFile) -> str | ScoresFile:
+        names = (*ONLINE_TEACHERS, *(name for name in TEACHERS if name != _FROM_FILE))
+        if isinstance(teacher, str) and teacher not in names:
+            raise ValueError(
+                f"unknown teacher. Received: {teacher!r}. Allowed: {', '.join(names)}, {{scores: file.parquet}}; those "
+                "of your own module with --plugin=<module>"
+            )
+        return teacher
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> ClsdConfig:
@@ -114,16 +150,23 @@ class ClsdConfig(StrictModel):
             raise ValueError(f"a placebo needs lambda + mu > 0. Received: {self.placebo}, lambda = mu = 0")
         if self.placebo == "permuted_groups" and self.mu == 0:
             raise ValueError("placebo permuted_groups needs an AdGate to mislead. Received: mu = 0. Set mu > 0")
-        if "raw" in (self.global_form, self.local_form) and not self.allow_raw:
+        for weighting in (self.global_weighting, self.local_weighting):
+            WEIGHTING_FUNCTIONS.require(weighting)
+        if "raw" in (self.global_weighting, self.local_weighting) and not self.allow_raw:
             raise ValueError(
-                "the form raw drives every prediction to 0 where the click rate is below one half. Received: raw. "
-                "Allowed: mean_one, ratio, additive, standardised; or allow_raw=true to see it happen"
+                "the weighting function raw drives every prediction to 0 where the click rate is below one half. "
+                "Received: raw. Allowed: mean_one, ratio, additive, standardized; or allow_raw=true to see it happen"
             )
         return self
 
+    @property
+    def weights_clicks(self) -> bool:
+        """Whether confidence ever enters the loss."""
+        return self.lambda_ + self.mu > 0
+
     def teacher_warning(self, num_epochs: int) -> str | None:
         """What to tell a user whose teacher is overconfident, or None."""
-        if self.teacher not in ONLINE_TEACHERS or not self.lambda_ + self.mu or num_epochs == 1:
+        if self.teacher not in ONLINE_TEACHERS or not self.weights_clicks or num_epochs == 1:
             return None
         return (
             f"from the second epoch on, teacher={self.teacher} judges clicks that it was trained on, and is "

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from clsd_tf.distributed.replicas import SAME_EVERYWHERE
 from clsd_tf.methods.clsd.config import GuardConfig
+from clsd_tf.methods.method import MethodGuardError
 
 _UNTRAINED_PCTR = 0.5
 _MOMENTUM = 0.98  # Moving means over about the last 50 steps.
@@ -15,7 +16,7 @@ _CHECK_EVERY_STEPS = 20
 _PCTR, _REFERENCE, _CLICK_SHARE, _DRIFT = range(4)
 
 
-class ConfidenceGuardError(RuntimeError):
+class ConfidenceGuardError(MethodGuardError):
     """Confidence collapsed: predictions, clicks or AdGate left their range."""
 
 
@@ -67,19 +68,19 @@ class GuardState(tf.Module):
                 f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up "
                 "(without one: of the click rate). "
                 f"Received: {pctr:.4f} after {reference:.4f}, at step {step}. Weighting clicks pulls predictions "
-                "down: lower clsd.kappa, clsd.lambda or clsd.mu, or use a cross_fit teacher"
+                "down: lower method.kappa, method.lambda or method.mu, or use a cross_fit teacher"
             )
         if values[_CLICK_SHARE] < limits.min_effective_click_share:
             raise ConfidenceGuardError(
                 "confidence must not collapse onto few clicks. Received: an effective sample size of "
                 f"{values[_CLICK_SHARE]:.1%} of the clicks, at step {step}. Allowed: at least "
-                f"{limits.min_effective_click_share:.0%}. Lower clsd.kappa or clsd.max_confidence"
+                f"{limits.min_effective_click_share:.0%}. Lower method.kappa or method.max_confidence"
             )
         if values[_DRIFT] > limits.max_ad_gate_drift:
             raise ConfidenceGuardError(
                 "AdGate's mean correction over clicks must stay near 1 - the mean teacher score. Received: a distance "
                 f"of {values[_DRIFT]:.2f}, at step {step}. Allowed: {limits.max_ad_gate_drift:g}. "
-                "Lower clsd.ad_gate.learning_rate, or check the numeric features that AdGate reads"
+                "Lower method.ad_gate.learning_rate, or check the numeric features that AdGate reads"
             )
 
 

@@ -1,0 +1,69 @@
+"""Whose a work directory is: a run's config, lineage and files, written once and compared with ever after."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clsd_tf.data.hashing import file_sha256
+from clsd_tf.storage.dataset_dir import DatasetDir
+from clsd_tf.storage.files import ArtifactError, read_json, write_json
+from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.config import TrainConfig, parse_config
+from clsd_tf.training.lineage import TrainedOn, lineage
+
+
+def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from: WorkDir | None = None) -> None:
+    """Writes resolved config, lineage and what ids mean, or checks that those there give the same result.
+
+    Without ``init_from``, a run that has a checkpoint goes on whatever it began with.
+
+    Raises:
+      ArtifactError: the directory belongs to another config, dataset or lineage.
+    """
+    resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint, "files": _files(config)}
+    if not work_dir.config.exists():
+        work_dir.path.mkdir(parents=True, exist_ok=True)
+        write_json(work_dir.trained_on, TrainedOn.of(dataset).to_dict())
+        write_json(work_dir.lineage, lineage(dataset, init_from))
+        write_json(work_dir.config, resolved)
+        return
+    work_dir.require_same_dataset(dataset)
+    there = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).result_settings
+    changed = {key: value for key, value in config.result_settings.items() if there.get(key) != value}
+    if changed:
+        allowed = {key: there.get(key) for key in changed}
+        raise ArtifactError(
+            f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
+            "Choose another --work_dir"
+        )
+    _require_same_files(work_dir, resolved["files"])
+    if init_from is None and (work_dir.has_checkpoint or work_dir.is_complete):
+        return  # All that it needs of an earlier run is here.
+    ancestors, allowed = lineage(dataset, init_from)["ancestors"], read_json(work_dir.lineage)["ancestors"]
+    if ancestors != allowed:
+        raise ArtifactError(
+            f"{work_dir.path} belongs to a run that goes on from another. Received: --init_from with fingerprint "
+            f"{_last_fingerprint(ancestors)}. Allowed: {_last_fingerprint(allowed)}. Give that --init_from again, or "
+            "choose another --work_dir"
+        )
+
+
+def _last_fingerprint(ancestors: Sequence[Mapping[str, Any]]) -> str | None:
+    return ancestors[-1]["work_fingerprint"] if ancestors else None
+
+
+def _files(config: TrainConfig) -> dict[str, str]:
+    """Path -> SHA-256 in hex, of the files that a run reads beside its dataset."""
+    return {path: file_sha256(pathlib.Path(path)) for run in config.teacher_runs for path in run.files}
+
+
+def _require_same_files(work_dir: WorkDir, files: Mapping[str, str]) -> None:
+    there = work_dir.resolved_config.get("files", {})
+    changed = [path for path, digest in files.items() if there.get(path) != digest]
+    if changed:
+        raise ArtifactError(
+            f"{work_dir.path} belongs to a run that has read another file. Received: {changed[0]} with SHA-256 "
+            f"{files[changed[0]]}. Allowed: {there.get(changed[0])}. Put that file back, or choose another --work_dir"
+        )
