@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from clsd_tf.spec.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
 
-Quantisation = Literal["float16", "int8"]
+Quantization = Literal["float16", "int8"]
 L2Rows = Literal["all", "touched"]
 Initializer = Literal["normal", "uniform"]
 
@@ -101,7 +101,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         self._unified_buckets = unified_buckets
         self._row_bounds = _row_bounds(inputs, unified_buckets)
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
-        self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
+        self._quantized: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
@@ -151,7 +151,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         """Vocabulary -> its rows of ``tables``; a unified table is one range."""
         return {name: range(*bounds) for name, bounds in self._row_bounds.items()}
 
-    def quantise(self, kind: Quantisation) -> None:
+    def quantize(self, kind: Quantization) -> None:
         """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
 
         ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in float32:
@@ -164,11 +164,11 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             raise ValueError("quantisation is for tables of categorical inputs. Received: a layer with numbers only")
         table = tf.convert_to_tensor(self._tables)
         if kind == "float16":
-            self._quantised = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
+            self._quantized = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
             return
         scales = tf.reduce_max(tf.abs(table), axis=1, keepdims=True) / 127.0
         numbers = tf.cast(tf.round(tf.math.divide_no_nan(table, scales)), tf.int8)
-        self._quantised = (
+        self._quantized = (
             tf.Variable(numbers, trainable=False, name="tables_int8"),
             tf.Variable(scales, trainable=False, name="table_scales"),
         )
@@ -180,7 +180,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     @property
     def table_bytes(self) -> int:
         """Size of the tables as they are looked up."""
-        parts = self._quantised or (self._tables,)
+        parts = self._quantized or (self._tables,)
         return sum(part.dtype.size * part.shape.num_elements() for part in parts if part is not None)
 
     def _first_row(self, vocabulary: str) -> int:
@@ -191,13 +191,13 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         """Rows of the tables: ids counted from ``_first_row``, of any shape -> [*ids.shape, embedding_dim]."""
         if self._unified_buckets is not None:
             ids = tf.math.floormod(_mixed(ids), self._unified_buckets)
-        if self._quantised is None:
+        if self._quantized is None:
             if self._l2 and self._l2_rows == "touched":
                 touched, _ = tf.unique(tf.reshape(ids, [-1]))
                 rows = tf.nn.embedding_lookup(self._tables, touched)
                 self.add_loss(self._l2 * tf.reduce_sum(tf.square(rows)))
             return tf.cast(tf.nn.embedding_lookup(self._tables, ids), self.compute_dtype)
-        table, scales = self._quantised
+        table, scales = self._quantized
         rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
         return rows if scales is None else rows * tf.cast(tf.gather(scales, ids), self.compute_dtype)
 

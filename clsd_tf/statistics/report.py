@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clsd_tf.commands.console import format_number
-from clsd_tf.pages.plots import COLOURS, render_page, svg, tidy
+from clsd_tf.pages.plots import COLORS, render_page, svg, tidy
 from clsd_tf.statistics.data_checks import Anomaly, Contrast, binned_shares
 from clsd_tf.statistics.data_statistics import ALL_ROWS, ColumnStatistics, DataStatistics
 
@@ -164,8 +164,8 @@ def _shares(columns: Sequence[ColumnStatistics]) -> tuple[list[str], list[np.nda
 
 def _draw_shares(axes: Axes, labels: list[str], shares: Sequence[np.ndarray], names: Sequence[str]) -> None:
     positions = np.arange(len(labels))
-    for offset, side, name, colour in zip((-0.2, 0.2), shares, names, COLOURS, strict=False):
-        axes.bar(positions + offset, side, 0.4, label=name, color=colour)
+    for offset, side, name, color in zip((-0.2, 0.2), shares, names, COLORS, strict=False):
+        axes.bar(positions + offset, side, 0.4, label=name, color=color)
     shown = [label if len(label) <= 12 else f"{label[:11]}…" for label in labels]
     axes.set_xticks(positions, shown, rotation=90)
 
@@ -190,9 +190,9 @@ def _groups(contrast: Contrast, group: str) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     _draw_groups(panels[0], sides, names, group, labels)
     for axes, side, name in zip(panels[1:], sides, names, strict=True):
-        for column, colour in zip(with_missing, COLOURS, strict=False):
+        for column, color in zip(with_missing, COLORS, strict=False):
             shares = _by_label(side, group, labels, side.columns[column].missing)
-            axes.plot(shares, range(len(labels)), "o", markersize=4, label=column, color=colour)
+            axes.plot(shares, range(len(labels)), "o", markersize=4, label=column, color=color)
         axes.set_xlim(0, 1)
         tidy(axes, f"Missing in {name}", "share", "")
     if with_missing:
@@ -202,10 +202,10 @@ def _groups(contrast: Contrast, group: str) -> Figure:
 
 def _draw_groups(axes: Axes, sides, names: Sequence[str], group: str, labels: list[str]) -> None:
     positions = np.arange(len(labels))
-    for offset, side, name, colour in zip((-0.2, 0.2), sides, names, COLOURS, strict=False):
+    for offset, side, name, color in zip((-0.2, 0.2), sides, names, COLORS, strict=False):
         if side.has_labels:
             rates = _by_label(side, group, labels, side.clicks)
-            axes.barh(positions + offset, rates, 0.4, label=name, color=colour)
+            axes.barh(positions + offset, rates, 0.4, label=name, color=color)
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
     tidy(axes, "Click rate", "", "")
