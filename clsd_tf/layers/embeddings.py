@@ -40,7 +40,14 @@ class SharedRows(NamedTuple):
 
 
 def per_row(values: tf.Tensor | SharedRows) -> tf.Tensor:
-    """The values of each row, whether rows share them or not."""
+    """Gives each row its values, whether rows share them or not.
+
+    Args:
+      values: [batch, ...], or shared by rows.
+
+    Returns:
+      [batch, ...].
+    """
     return values.repeated() if isinstance(values, SharedRows) else values
 
 
@@ -154,8 +161,9 @@ class FieldEmbeddings(tf.keras.layers.Layer):
     def quantize(self, kind: Quantization) -> None:
         """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
 
-        ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in float32:
-        4 bytes more than a byte a number; the error is at most scale / 2.
+        Args:
+          kind: ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in
+            float32: 4 bytes more than a byte a number; the error is at most scale / 2.
 
         Raises:
           ValueError: the layer has no tables: none of its inputs is categorical.
@@ -184,7 +192,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         return sum(part.dtype.size * part.shape.num_elements() for part in parts if part is not None)
 
     def _first_row(self, vocabulary: str) -> int:
-        """What is added to the ids of a vocabulary before they are looked up."""
+        """Offset of a vocabulary's ids when they are looked up."""
         return self._row_bounds[vocabulary][0] if self._unified_buckets is None else _salt(vocabulary)
 
     def _rows(self, ids: tf.Tensor) -> tf.Tensor:
@@ -218,28 +226,42 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             return self._embed_ids(features, entries)
         row_of = features[shared[0].name].row_of
         values = {entry.name: features[entry.name].values for entry in shared}
-        of_users = tf.concat(self._embed_ids(values, shared), axis=1)
-        of_rows = tf.concat(self._embed_ids(features, own), axis=1) if own else None
+        parts = {True: tf.concat(self._embed_ids(values, shared), axis=1)}
+        if own:
+            parts[False] = tf.concat(self._embed_ids(features, own), axis=1)
         fields, starts = [], {True: 0, False: 0}
-        # Neighbours of one kind stay one slice, so that what the users share is copied for each row only once.
+        # Neighbors of one kind stay one slice, so that what the users share is copied for each row only once.
         for is_shared, group in itertools.groupby(entries, lambda entry: entry in shared):
             start = starts[is_shared]
             starts[is_shared] += len(list(group))
-            part = (of_users if is_shared else of_rows)[:, start : starts[is_shared]]
+            part = parts[is_shared][:, start : starts[is_shared]]
             fields.append(tf.gather(part, row_of) if is_shared else part)
         return fields
 
     def lookup(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
-        """Embeddings of single values: ids [..., num_values * ids_per_value] -> [..., num_values, embedding_dim].
+        """Embeds single values, without the mean over them.
 
-        With one id per value, ids of any shape -> [*ids.shape, embedding_dim].
+        Args:
+          vocabulary: of the ids.
+          ids: int64 [..., num_values * ids_per_value]; any shape where a value has one id.
+
+        Returns:
+          [..., num_values, embedding_dim]; [*ids.shape, embedding_dim] where a value has one id.
         """
         if isinstance(ids, SharedRows):
             return tf.gather(self.lookup(vocabulary, ids.values), ids.row_of)
         return self._combined(self._rows(ids + self._first_row(vocabulary)), vocabulary)
 
     def present(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
-        """Which values are there: ids [..., num_values * ids_per_value] -> bool [..., num_values]."""
+        """Tells values from padding.
+
+        Args:
+          vocabulary: of the ids.
+          ids: int64 [..., num_values * ids_per_value].
+
+        Returns:
+          bool [..., num_values].
+        """
         return per_row(ids)[..., :: self._input_of[vocabulary].ids_per_value] != MISSING_ID
 
     def _combined(self, embedded: tf.Tensor, vocabulary: str) -> tf.Tensor:
@@ -255,7 +277,8 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     def _embed_ids(self, features: Mapping[str, tf.Tensor], entries: Sequence[CategoricalInput]) -> list[tf.Tensor]:
         """Embeddings of these inputs, in their order: [rows, any number of fields, embedding_dim] each; one lookup."""
-        columns, starts = [], {}
+        columns: list[tf.Tensor] = []
+        starts: dict[str, int] = {}
         for entry in entries:
             starts[entry.name] = sum(column.shape[1] for column in columns)
             ids = features[entry.name]
@@ -263,23 +286,23 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         first_rows = [self._first_row(entry.vocabulary) for entry in entries for _ in range(entry.num_ids or 1)]
         embedded = self._rows(tf.concat(columns, axis=1) + tf.constant(first_rows, tf.int64))
         fields = []
-        # Neighbours with single ids stay one slice: fewer pieces to put together again.
-        for is_single, group in itertools.groupby(entries, lambda entry: entry.num_ids is None):
-            group = list(group)
+        # Neighbors with single ids stay one slice: fewer pieces to put together again.
+        for is_single, adjacent in itertools.groupby(entries, lambda entry: entry.num_ids is None):
+            group = list(adjacent)
             start = starts[group[0].name]
             if is_single:
                 fields.append(embedded[:, start : start + len(group)])
                 continue
             for entry in group:
                 start = starts[entry.name]
-                values = self._combined(embedded[:, start : start + entry.num_ids], entry.vocabulary)
+                values = self._combined(embedded[:, start : start + (entry.num_ids or 1)], entry.vocabulary)
                 if entry.max_values is not None:
                     values = self._mean_of_present(values, self.present(entry.vocabulary, features[entry.name]))
                 fields.append(values)
         return fields
 
     def _mean_of_present(self, values: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
-        """Values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
+        """Averages values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
         present = tf.cast(present, values.dtype)[:, :, tf.newaxis]
         total = tf.reduce_sum(values * present, axis=1, keepdims=True)
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)

@@ -46,7 +46,7 @@ def svg(figure: Figure) -> markupsafe.Markup:
       figure: its texts, which may hold values of the data, are drawn as they are, without math.
 
     Returns:
-      Markup that templates do not escape again; the same figure gives the same text, without a date.
+      Markup that templates do not escape again.
     """
     buffer = io.StringIO()
     for text in figure.findobj(Text):  # Those there are; drawing makes more.
