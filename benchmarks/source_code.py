@@ -43,8 +43,11 @@ class Module:
     tree: ast.Module
 
     def imported_names(self) -> Iterator[str]:
-        """Yields dotted names, also of imports within functions."""
+        """Yields dotted names, also of imports within functions; not those that only type checkers see."""
+        unseen = {id(inner) for node in ast.walk(self.tree) if _is_for_checkers(node) for inner in ast.walk(node)}
         for node in ast.walk(self.tree):
+            if id(node) in unseen:
+                continue
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -80,6 +83,10 @@ class Function:
     @property
     def documents_result(self) -> bool:
         return bool(_RETURNS.search(self.docstring))
+
+
+def _is_for_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def read_modules(root: pathlib.Path, packages: Iterable[str]) -> dict[str, Module]:

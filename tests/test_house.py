@@ -28,6 +28,11 @@ def test_circles_hold_those_that_import_one_another_and_not_those_that_lead_ther
     assert source_code.circles({"roof": {"hall"}, "hall": {"cellar"}, "cellar": {"hall"}}) == [["cellar", "hall"]]
 
 
+def test_imports_for_type_checkers_are_none():
+    text = "import a\nif TYPE_CHECKING:\n    import b\ndef late():\n    from c import d"
+    assert list(module(text).imported_names()) == ["a", "c.d"]
+
+
 def test_two_packages_whose_modules_form_no_circle_can_form_one():
     modules = {
         "clsd_tf.a.low": module("", "clsd_tf/a/low.py"),
