@@ -115,10 +115,12 @@ class Cluster:
 
     @property
     def num_workers(self) -> int:
+        """Number of processes that train, a chief among them."""
         return len(self.tasks.get("chief", [])) + len(self.tasks.get("worker", []))
 
     @property
     def resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver:
+        """The cluster in the form that strategies take."""
         return tf.distribute.cluster_resolver.SimpleClusterResolver(
             tf.train.ClusterSpec(self.tasks), task_type=self.task_type, task_id=self.task_index, rpc_layer="grpc"
         )

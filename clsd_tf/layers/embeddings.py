@@ -183,6 +183,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     @property
     def has_tables(self) -> bool:
+        """True where an input is categorical."""
         return bool(self._inputs.categorical)
 
     @property
