@@ -59,13 +59,13 @@ def in_own_row(values: tf.Tensor) -> tf.Tensor:
     return tf.where(is_own, values[tf.newaxis], 0.0)  # Not a product: values may be infinite.
 
 
-class Requests:
-    """Requests of any process, known to all of them after the same step: in lockstep they must act together.
+class AgreedFlags:
+    """Flags that any process raises, known to all of them after the same step: in lockstep they must act together.
 
     Not part of checkpoints: a run that was stopped would stop again.
 
     Args:
-      num_kinds: how many things may be asked for.
+      num_kinds: number of flags.
     """
 
     def __init__(self, num_kinds: int):
@@ -77,7 +77,7 @@ class Requests:
             )
 
     def exchanged_with(self, structure: Any) -> Any:
-        """Sums a structure over the replicas, and what they ask for on the way: once in each training step.
+        """Sums a structure over the replicas, and their flags on the way: once in each training step.
 
         Args:
           structure: as ``sum_over_replicas`` takes it.
@@ -92,13 +92,13 @@ class Requests:
         return structure
 
     def granted(self, *asked: bool) -> tuple[bool, ...]:
-        """Asks, and learns what is to be done now.
+        """Raises flags, and learns which of them hold now.
 
         Args:
-          *asked: whether this process asks for each of the ``num_kinds`` things.
+          *asked: whether this process raises each of the ``num_kinds`` flags.
 
         Returns:
-          ``asked`` itself in a single process; in several, what any of them asked for one step ago.
+          ``asked`` itself in a single process; in several, what any of them raised one step ago.
         """
         if not self.are_shared:
             return asked

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from clsd_tf.backbones.base import Features
-from clsd_tf.distributed.replicas import Requests, in_own_row, num_replicas, sum_over_replicas
+from clsd_tf.distributed.replicas import AgreedFlags, in_own_row, num_replicas, sum_over_replicas
 from clsd_tf.distributed.strategies import at_epoch_ends, is_parameter_server
 from clsd_tf.layers.losses import bce_from_logits, weighted_mean
 from clsd_tf.methods.clsd.ad_gate import AdGate
@@ -88,7 +88,7 @@ class ClsdModel(tfrs.Model):
         self._teacher_backbone = teacher_backbone
         self._click_means = ClickMeans(config.normaliser_momentum)
         self.guard_state = GuardState()
-        self.requests = Requests(2)  # To save, and to stop: callbacks ask.
+        self.requests = AgreedFlags(2)  # To save, and to stop: callbacks ask.
         self._means = WeightedMeans((*_WATCHED, *_WATCHED_CLICKS) if self.weights_clicks else _WATCHED)
         self._range = Range("click_confidence") if self.weights_clicks else None
         watched_groups = ad_gate.groups if ad_gate and self.weights_clicks else ()
