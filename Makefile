@@ -1,5 +1,5 @@
-# Commands: `make demo`, `make serve`, `make test`, `make test-all`, `make study` and `make bench`. Each creates .venv and
-# installs on first use.
+# Commands: `make demo`, `make serve`, `make test`, `make test-all`, `make study`, `make bench` and `make docs`. Each
+# creates .venv and installs on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ SOURCES := clsd_tf pipelines feature_specs export benchmarks tests setup.py
 # Two processes of pytest, a file in one of them: its fixtures are made once.
 IN_TWO := -n 2 --dist loadfile
 
-.PHONY: demo serve test test-all study bench lint clean-demo
+.PHONY: demo serve test test-all lint study bench docs clean-demo
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipelines.demo --demo_dir=demo
@@ -21,13 +21,17 @@ demo/servable/models.config:
 	$(MAKE) demo
 
 # Without the tests marked as long, so that continuous integration has room; test-all runs everything.
-test: $(INSTALLED)
-	$(BIN)/python -m ruff check $(SOURCES)
+test: lint
 	$(BIN)/python -m pytest -m "not long" $(IN_TWO)
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m ruff check $(SOURCES)
+test-all: lint
 	$(BIN)/python -m pytest $(IN_TWO)
+
+# Lint, layout and types; mypy keeps a cache.
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
+	$(BIN)/python -m mypy
 
 study: $(INSTALLED)
 	$(BIN)/python -m pipelines.study --study=small --study_dir=study
@@ -35,9 +39,9 @@ study: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training --work_dir=bench
 
-lint: $(INSTALLED)
-	$(BIN)/python -m ruff check $(SOURCES)
-	$(BIN)/python -m ruff format --check $(SOURCES)
+# Pages of the public API, from docstrings.
+docs: $(INSTALLED)
+	$(BIN)/python -m pdoc --docformat google --output-directory docs/api clsd_tf feature_specs
 
 clean-demo:
 	rm -rf demo

@@ -33,7 +33,7 @@ RUNTIME = [
     "uvicorn",
 ]
 PACKAGES = ("clsd_tf", "pipelines", "feature_specs", "export", "benchmarks")
-DEVELOPMENT = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
+DEVELOPMENT = ["hypothesis", "mypy", "pdoc", "pytest", "pytest-xdist", "ruff", "types-pyyaml"]
 
 setup(
     name="clsd_tf",

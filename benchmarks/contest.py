@@ -26,7 +26,7 @@ from clsd_tf.storage.dataset_dir import DatasetDir
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large everything is; ``vocabulary_sizes`` are ids of each feature, the smaller first."""
+    """Sizes of a contest; ``vocabulary_sizes`` are ids of each feature, the smaller first."""
 
     vocabulary_sizes: tuple[int, int] = (10_000, 200_000)
     embedding_dim: int = 16
@@ -88,7 +88,7 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a contender did with a task. The first round traces and fills caches, and is not timed."""
+    """Result of a contender's task. The first round traces and fills caches, and is not timed."""
 
     contender: Contender
     task: Task
@@ -266,7 +266,7 @@ class Target:
 
 
 def training_targets(of_few: Sequence[Result], of_many: Sequence[Result], few: int, many: int) -> list[Target]:
-    """What is to be reached: by the headline contender, and by others that show what its speed and memory come from.
+    """Lists what is to be reached: by the headline contender, and by others that show where speed and memory come from.
 
     Args:
       of_few: results of the contest with few ids.
@@ -293,7 +293,7 @@ def training_targets(of_few: Sequence[Result], of_many: Sequence[Result], few: i
 
 
 def pipeline_targets(dataset: DatasetDir, batch_size: int) -> list[Target]:
-    """What the input pipeline has to reach without a model, from files that the page cache holds."""
+    """Lists what the input pipeline has to reach without a model, from files that the page cache holds."""
     rate = pipeline_examples_per_second(dataset, batch_size=batch_size)
     read = records_per_second(dataset, batch_size=batch_size)
     overhead = epoch_end_overhead(dataset, batch_size=batch_size)

@@ -24,7 +24,7 @@ THREADS = 2  # Of all that is compared.
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step cannot do without.
+    """Least work of a step.
 
     Attributes:
       multiply_adds: of its matrix products.
@@ -47,7 +47,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What the machine reached with nothing else to do; ``gathered`` is for tables of one size."""
+    """Rates that the machine reached with nothing else to do; ``gathered`` is for tables of one size."""
 
     multiply_adds_per_second: Mapping[Precision, float]
     gathered_bytes_per_second: float

@@ -20,7 +20,7 @@ _ROWS_PER_USER = 20
 _START_MICROSECONDS = 1_704_067_200_000_000  # 2024-01-01, UTC
 _CLICK_LOGIT = -2.0  # Of a row whose ids say nothing.
 _EVALUATION_SHARE = 0.05  # Rows of validation and test each, over those of training.
-_USER_HASH_FACTOR = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: neighbours get hashes far from each other.
+_USER_HASH_FACTOR = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: neighbors get hashes far from each other.
 
 
 def generated_dataset(
@@ -155,7 +155,7 @@ def _chunks(spec: FeatureSpec, start: int, stop: int) -> Iterator[dict[str, np.n
 
 
 def _effects(vocabulary_sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """What each id adds to the log odds of a click."""
+    """Draws what each id adds to the log odds of a click."""
     random = np.random.default_rng(0)
     scale = 1.0 / np.sqrt(len(vocabulary_sizes))
     return [random.normal(0.0, scale, size) for size in vocabulary_sizes]

@@ -52,7 +52,7 @@ def write(path: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def this_platform() -> dict[str, Any]:
-    """What the bits of floating-point results may hang on."""
+    """Describes what the bits of floating-point results may hang on."""
     cpu = pathlib.Path("/proc/cpuinfo")
     pairs = re.findall(r"^(model name|flags)\s*:\s*(.*)$", cpu.read_text() if cpu.exists() else "", re.MULTILINE)
     facts = dict(reversed(pairs))  # Of the first processor.

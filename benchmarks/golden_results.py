@@ -1,5 +1,4 @@
-"""What the commands produce, recorded, so that after a change of the code the same commands prove to give the same
-bits.
+"""Records what the commands produce, so that after a change of the code they can be shown to give the same bits.
 
 Example:
   python -m benchmarks.golden_results --work_dir=golden --record=golden.json

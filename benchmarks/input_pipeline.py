@@ -1,4 +1,4 @@
-"""How fast the input pipeline is without a model, and what the end of an epoch costs ``fit``.
+"""Speed of the input pipeline without a model, and what the end of an epoch costs ``fit``.
 
 Example:
   python -m benchmarks.input_pipeline --directory=/tmp/generated

@@ -1,4 +1,4 @@
-"""What faster training costs in AUC: bfloat16 against float32, and row-sparse rules against the Adam that moves every
+"""Cost of faster training in AUC: bfloat16 against float32, and row-sparse rules against the Adam that moves every
 row in every step, by runs that share seeds.
 
 Example:

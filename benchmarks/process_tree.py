@@ -31,7 +31,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a command used.
+    """Time and memory that a command used.
 
     Attributes:
       begin, end: when it started and ended, in seconds since the epoch.

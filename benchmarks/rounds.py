@@ -37,7 +37,7 @@ class CompetitorError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What every competitor trains: DeepFM with BCE and Adam, one pass over the rows each round.
+    """Task of every competitor: DeepFM with BCE and Adam, one pass over the rows each round.
 
     Attributes:
       dataset_dir: the rows as a dataset directory.

@@ -106,7 +106,7 @@ def latencies_ms(call: Callable[[], object], count: int) -> np.ndarray:
 
 
 class Bench:
-    """What all measurements need: the servable in this process, requests, and the answers that are right."""
+    """Common ground of all measurements: the servable in this process, requests, and the answers that are right."""
 
     def __init__(self, dataset: DatasetDir, model_dir: pathlib.Path):
         self.servable = LocalServable(model_dir)

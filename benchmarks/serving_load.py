@@ -33,7 +33,7 @@ class Checked:
 
     @property
     def wrong(self) -> int:
-        """How many answers were wrong."""
+        """Number of wrong answers."""
         return len(self._differences)
 
     def __call__(self, request: Request) -> None:
@@ -49,7 +49,7 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Overload:
-    """What a server did with twice the requests that it can answer.
+    """Behavior of a server that gets twice the requests that it can answer.
 
     Attributes:
       capacity_per_second: requests that it answered while clients waited for their answers.
@@ -165,7 +165,7 @@ def peak_memory(pid: int) -> Iterator[list[float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Swap:
-    """What came of the requests while a new version appeared, and which versions were served in the end."""
+    """Outcome of the requests while a new version appeared, and the versions that were served in the end."""
 
     load: LoadResult
     wrong: int

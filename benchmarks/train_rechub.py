@@ -1,6 +1,6 @@
 """Torch-RecHub as a competitor of benchmarks.training: its DeepFM, trained by its own ``CTRTrainer`` with its Adam.
 
-Runs in an environment with torch-rechub. Its MLP has batch normalisation, which is taken out, since no other
+Runs in an environment with torch-rechub. Its MLP has batch normalization, which is taken out, since no other
 competitor has it. Its first-order part stays: weights on embeddings instead of one per id, so that its tables are
 smaller by a seventeenth; the benchmark's floor and memory share count as if they were not.
 """

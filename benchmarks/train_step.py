@@ -1,4 +1,4 @@
-"""What click confidence costs: the time of a training step against that of plain BCE, paired, in one process.
+"""Cost of click confidence: the time of a training step against that of plain BCE, paired, in one process.
 
 Example:
   python -m benchmarks.train_step --dataset_dir=demo/dataset

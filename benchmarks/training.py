@@ -9,7 +9,7 @@ Everyone trains DeepFM with 26 categorical features, embeddings of 16 numbers an
   ours           what `pipelines.train` runs, without validation, checkpoints and progress bar, with several precisions
                  and optimizers of the tables
   deepctr-torch  DeepCTR-Torch's DeepFM and its `fit`
-  torch-rechub   Torch-RecHub's DeepFM, without batch normalisation, and its CTRTrainer
+  torch-rechub   Torch-RecHub's DeepFM, without batch normalization, and its CTRTrainer
 
 Ids are uniform, the hardest case for caches and sparse updates. Competitors are processes that train one pass over the
 rows at a time, in another order each round and never two at once, so that the machine's drift meets all alike. Numbers

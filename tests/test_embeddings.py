@@ -118,7 +118,7 @@ def test_shared_features_are_looked_up_once_per_value(embeddings):
 def test_float16_tables_are_the_rounded_ones(embeddings):
     before = embeddings(FEATURES).numpy()
     table = _table(embeddings, "item").astype(np.float16).astype(np.float32)
-    embeddings.quantise("float16")
+    embeddings.quantize("float16")
     received = embeddings(FEATURES).numpy()
     np.testing.assert_array_equal(received[:, 0], table[FEATURES["item"]])
     assert 0 < np.abs(received - before).max() < 2e-3
@@ -128,7 +128,7 @@ def test_float16_tables_are_the_rounded_ones(embeddings):
 def test_int8_tables_are_within_half_a_step_of_the_row(embeddings):
     table = _table(embeddings, "item")
     before = embeddings(FEATURES).numpy()
-    embeddings.quantise("int8")
+    embeddings.quantize("int8")
     received = embeddings.lookup("item", tf.range(7, dtype=tf.int64)).numpy()
     steps = np.abs(table).max(axis=1, keepdims=True) / 127
     assert (np.abs(received - table) <= steps / 2 + 1e-7).all()
@@ -141,15 +141,15 @@ def test_int8_tables_are_within_half_a_step_of_the_row(embeddings):
 def test_a_row_of_zeros_stays_one(embeddings):
     weights = [np.zeros_like(weight) for weight in embeddings.get_weights()]
     embeddings.set_weights(weights)
-    embeddings.quantise("int8")
+    embeddings.quantize("int8")
     assert np.all(embeddings(FEATURES).numpy() == 0.0)
 
 
-def test_a_layer_of_numbers_cannot_be_quantised():
+def test_a_layer_of_numbers_cannot_be_quantized():
     layer = FieldEmbeddings(dataclasses.replace(INPUTS, categorical=()), EmbeddingConfig(dim=2))
     layer(FEATURES)
     with pytest.raises(ValueError, match="Received: a layer with numbers only"):
-        layer.quantise("int8")
+        layer.quantize("int8")
 
 
 # Penalties, initial values, and one table for all.

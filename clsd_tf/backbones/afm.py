@@ -1,4 +1,4 @@
-"""AFM: a factorisation machine that learns how much each pair of fields matters."""
+"""AFM: a factorization machine that learns how much each pair of fields matters."""
 
 from __future__ import annotations
 

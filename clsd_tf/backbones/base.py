@@ -56,7 +56,7 @@ class Backbone(tf.keras.Model):
                 f"Received: {', '.join(field_names(inputs)) or 'none'}. Declare more features or take another backbone"
             )
         self.embeddings = embeddings
-        self._config = {
+        self._config: dict[str, Any] = {
             "inputs": inputs.to_dict(),
             "embeddings": embeddings.model_dump(),
             "hidden_units": list(hidden_units),
@@ -64,7 +64,15 @@ class Backbone(tf.keras.Model):
         }
 
     def field_embeddings(self, inputs: ModelInputs, num_columns: int) -> FieldEmbeddings:
-        """Embeddings of ``inputs`` with ``num_columns`` numbers each, by this backbone's settings."""
+        """Creates the layer that embeds ``inputs``, by this backbone's settings.
+
+        Args:
+          inputs: all model inputs, or some of them.
+          num_columns: numbers in each embedding; ``split_first_order`` takes one more than ``embeddings.dim``.
+
+        Returns:
+          A layer that is not built yet.
+        """
         return FieldEmbeddings(inputs, self.embeddings.model_copy(update={"dim": num_columns}))
 
     def get_config(self) -> dict[str, Any]:
@@ -82,44 +90,69 @@ class Backbone(tf.keras.Model):
 
     @classmethod
     def argument_names(cls) -> set[str]:
-        """Names of the keyword arguments, those of the parent classes included."""
-        initialisers = [vars(parent).get("__init__") for parent in cls.__mro__ if issubclass(parent, Backbone)]
+        """Returns the names of the keyword arguments, those of the parent classes included."""
+        initializers = [vars(parent).get("__init__") for parent in cls.__mro__ if issubclass(parent, Backbone)]
         return {
             parameter.name
-            for initialiser in initialisers
-            if initialiser
-            for parameter in inspect.signature(initialiser).parameters.values()
+            for initializer in initializers
+            if initializer
+            for parameter in inspect.signature(initializer).parameters.values()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
 
 def require_positive_integers(**arguments: Any) -> None:
-    """Checks that each argument is a whole number of at least 1; raises ValueError otherwise."""
+    """Checks that each of ``arguments`` is a whole number of at least 1; raises ValueError otherwise."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1. Received: {value!r}")
 
 
 def require_unit_sizes(name: str, sizes: Any, *, min_layers: int = 0) -> None:
-    """Checks a sequence of layer sizes; raises ValueError."""
+    """Checks a sequence of layer sizes.
+
+    Args:
+      name: for the message.
+      sizes: units of each layer.
+      min_layers: how many there must be.
+
+    Raises:
+      ValueError: too few layers, or a size that is no whole number of at least 1.
+    """
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < min_layers:
         raise ValueError(f"{name} must be a list of {min_layers} or more layer sizes. Received: {sizes!r}")
     require_positive_integers(**{f"{name}[{index}]": units for index, units in enumerate(sizes)})
 
 
 def require_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Checks that an argument is one of a closed set of names; raises ValueError otherwise."""
+    """Checks an argument that has a closed set of names.
+
+    Args:
+      name: for the message.
+      value: the argument.
+      allowed: its names.
+
+    Raises:
+      ValueError: ``value`` is none of them.
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
 
 
 def field_names(inputs: ModelInputs) -> list[str]:
-    """Names of the fields in the order in which ``FieldEmbeddings`` gives them."""
+    """Returns the names of ``inputs`` in the order in which ``FieldEmbeddings`` gives their embeddings."""
     return [*(entry.name for entry in inputs.categorical), *inputs.numeric]
 
 
 def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
-    """One ``tf.keras.Input`` for each model input, by name: what a functional Keras model starts from."""
+    """Creates the inputs of a functional Keras model.
+
+    Args:
+      inputs: the model inputs.
+
+    Returns:
+      Name -> ``tf.keras.Input``: int64 [batch] or [batch, num_ids], float32 [batch].
+    """
     ids = {
         entry.name: tf.keras.Input([] if entry.num_ids is None else [entry.num_ids], dtype=tf.int64)
         for entry in inputs.categorical
@@ -128,12 +161,12 @@ def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
 
 
 def concat_fields(embeddings: tf.Tensor) -> tf.Tensor:
-    """[batch, num_fields, embedding_dim] -> [batch, num_fields * embedding_dim]."""
+    """Returns ``embeddings`` [batch, num_fields, embedding_dim] as [batch, num_fields * embedding_dim]."""
     return tf.reshape(embeddings, [-1, embeddings.shape[1] * embeddings.shape[2]])
 
 
 def split_first_order(looked_up: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Embeddings whose last column is the first-order weight -> embeddings and summed weights: one lookup for both.
+    """Takes embeddings apart whose last column is the first-order weight: one lookup serves both.
 
     Args:
       looked_up: [batch, num_fields, embedding_dim + 1].
@@ -161,7 +194,16 @@ def pair_products(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 
 
 def mlp(hidden_units: Sequence[int], dropout: float, name: str = "mlp") -> tf.keras.Sequential:
-    """ReLU layers, each followed by dropout."""
+    """Creates ReLU layers, each followed by dropout.
+
+    Args:
+      hidden_units: of the layers, in their order.
+      dropout: rate, in [0, 1).
+      name: of the model.
+
+    Returns:
+      A model that maps [..., any] to [..., hidden_units[-1]]; the identity where there are no layers.
+    """
     layers: list[tf.keras.layers.Layer] = []
     for index, units in enumerate(hidden_units):
         layers.append(tf.keras.layers.Dense(units, activation="relu", name=f"hidden_{index}"))
@@ -171,16 +213,30 @@ def mlp(hidden_units: Sequence[int], dropout: float, name: str = "mlp") -> tf.ke
 
 
 def stacked_glorot(num_rows: int, num_columns: int) -> tf.keras.initializers.Initializer:
-    """Glorot's uniform initializer for a stack of matrices, [..., num_rows, num_columns].
+    """Creates Glorot's uniform initializer for a stack of matrices, [..., num_rows, num_columns].
 
     Keras' own would take the leading dimensions for a receptive field and make the weights too small.
+
+    Args:
+      num_rows: of each matrix.
+      num_columns: of each matrix.
+
+    Returns:
+      Uniform in [-limit, limit], limit = sqrt(6 / (num_rows + num_columns)).
     """
     limit = math.sqrt(6 / (num_rows + num_columns))
     return tf.keras.initializers.RandomUniform(-limit, limit)
 
 
 def logit_layer(name: str = "logits") -> tf.keras.layers.Dense:
-    """One unit in float32, whatever the precision policy: the loss must not be computed in half precision."""
+    """Creates a layer of one unit in float32, whatever the precision policy: a loss needs more than half precision.
+
+    Args:
+      name: of the layer.
+
+    Returns:
+      A layer that maps [batch, any] to [batch, 1].
+    """
     return tf.keras.layers.Dense(1, dtype="float32", name=name)
 
 

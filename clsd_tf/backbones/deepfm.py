@@ -1,4 +1,4 @@
-"""DeepFM: first-order weights, factorisation machine and MLP over shared embeddings."""
+"""DeepFM: first-order weights, factorization machine and MLP over shared embeddings."""
 
 from __future__ import annotations
 

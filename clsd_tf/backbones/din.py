@@ -1,4 +1,4 @@
-"""DIN: what a user did before is weighed by its relation to the item in question."""
+"""DIN: a user's history, weighed by its relation to the item in question."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clsd_tf.spec.model_inputs import ModelInputs
 class TargetAttention(tf.keras.layers.Layer):
     """sum_t a_t * history_t with a_t = w . mlp(concat(history_t, target, history_t * target)) + b, 0 for padding.
 
-    The weights are not normalised: their sum says how strong the interest is (the paper's section 4.3). The
+    The weights are not normalized: their sum says how strong the interest is (the paper's section 4.3). The
     difference history_t - target, which the authors' code also feeds to the MLP, is a linear function of the others.
 
     Args:

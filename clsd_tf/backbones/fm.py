@@ -1,4 +1,4 @@
-"""Factorisation machine: first-order weights and inner products of all pairs of fields."""
+"""Factorization machine: first-order weights and inner products of all pairs of fields."""
 
 from __future__ import annotations
 

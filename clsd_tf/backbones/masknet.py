@@ -47,11 +47,11 @@ class MaskBlock(tf.keras.layers.Layer):
 
 
 class MaskNet(Backbone):
-    """logits = w . mlp(blocks) + b, where the first blocks read the layer-normalised embeddings of each field.
+    """logits = w . mlp(blocks) + b, where the first blocks read the layer-normalized embeddings of each field.
 
     ``parallel``: blocks = concat of all blocks, side by side. ``serial``: each block reads the one before it, and
     blocks = the last one; the paper's serial model has no MLP on top, which is ``hidden_units=()``. Keras' epsilon of
-    1e-3 stays: it keeps the norm of freshly initialised embeddings, whose variance is 1e-4, from blowing up noise.
+    1e-3 stays: it keeps the norm of freshly initialized embeddings, whose variance is 1e-4, from blowing up noise.
 
     Source: Wang et al. (2021), "MaskNet: Introducing Feature-Wise Multiplication to CTR Ranking Models by
     Instance-Guided Mask", section 3.

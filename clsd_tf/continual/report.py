@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from clsd_tf.commands.console import format_number
 from clsd_tf.continual.daily_training import table_rows
 from clsd_tf.evaluation.evaluate import HEADLINES
-from clsd_tf.pages.plots import COLOURS, LINE_STYLE, render_page, svg, tidy
+from clsd_tf.pages.plots import COLORS, LINE_STYLE, render_page, svg, tidy
 
 _TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
@@ -45,7 +45,7 @@ def _overall(days: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         values = [day["prequential"]["overall"][key] for day in days]
-        _plot(axes, days, values, colour=COLOURS[0])
+        _plot(axes, days, values, color=COLORS[0])
         tidy(axes, title, "", "")
     return figure
 
@@ -55,14 +55,14 @@ def _auc_by_label(days: Sequence[dict[str, Any]], group: str) -> Figure:
     axes = figure.subplots()
     of_days = [day["prequential"]["groups"][group] for day in days]
     labels = dict.fromkeys(label for entry in of_days for label in entry)
-    for label, colour in zip(labels, itertools.cycle(COLOURS), strict=False):
-        _plot(axes, days, [entry[label]["auc"] if label in entry else None for entry in of_days], colour, label)
+    for label, color in zip(labels, itertools.cycle(COLORS), strict=False):
+        _plot(axes, days, [entry[label]["auc"] if label in entry else None for entry in of_days], color, label)
     tidy(axes, f"AUC by {group}", "", "")
     axes.legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
 
 
-def _plot(axes, days: Sequence[dict[str, Any]], values: Sequence[float | None], colour: str, label: str = "") -> None:
+def _plot(axes, days: Sequence[dict[str, Any]], values: Sequence[float | None], color: str, label: str = "") -> None:
     numbers = [float("nan") if value is None else value for value in values]
-    axes.plot([day["date"] for day in days], numbers, color=colour, label=label, **LINE_STYLE)
+    axes.plot([day["date"] for day in days], numbers, color=color, label=label, **LINE_STYLE)
     axes.tick_params(axis="x", rotation=60)

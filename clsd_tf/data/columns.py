@@ -29,7 +29,15 @@ _PLAIN_CHARACTERS = {"int64": _table_of_bytes(b"0123456789-"), "float": _table_o
 
 
 def convert_column(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str, np.ndarray]]:
-    """Text or typed values -> the declared type.
+    """Converts text or typed values to the declared type.
+
+    >>> numbers, failures = convert_column(pa.array(["3", "", "x"]), Column(name="age", type="int64"))
+    >>> numbers.to_pylist(), {reason: mask.tolist() for reason, mask in failures.items()}
+    ([3, None, None], {'not_int64:age': [False, False, True]})
+
+    Args:
+      values: [rows] of any Arrow type; missing is null or "".
+      column: the name, for reasons, and the declared type.
 
     Returns:
       The values, null where a value is missing or failed; and the mask [rows] of each reason by which some failed.
@@ -67,7 +75,7 @@ def _plain_numbers(values: pa.Array, declared: str) -> pa.Array | None:
 
 
 def _within(numbers: pa.Array, limit: float) -> bool:
-    """Whether every number is in [-limit, limit]; not if one is NaN."""
+    """Returns True where every number is in [-limit, limit]; False if one is NaN."""
     limits = pc.min_max(numbers)
     low, high = limits["min"].as_py(), limits["max"].as_py()
     no_nan = pa.types.is_integer(numbers.type) or not pc.any(pc.is_nan(numbers)).as_py()
@@ -99,7 +107,7 @@ def _characters(values: pa.Array) -> np.ndarray:
 
 
 def _convert_by_rule(values: pa.Array, column: Column) -> tuple[pa.Array, dict[str, np.ndarray]]:
-    """What ``convert_column`` does for values of any kind."""
+    """Does the work of ``convert_column`` for values of any kind."""
     try:
         text, invalid_utf8 = _to_text(values)
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowInvalid):  # A struct, a map, a list of lists.
@@ -172,6 +180,7 @@ def _decode(value: bytes | None) -> tuple[str | None, bool]:
 
 
 def true_mask(condition: pa.Array) -> np.ndarray:
+    """Returns ``condition`` as bool [rows], with null as False."""
     return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
 
 
@@ -184,7 +193,14 @@ def _float_text(values: pa.Array) -> pa.Array:
 
 
 def decimals(values: np.ndarray) -> np.ndarray:
-    """Floats as float64 with the shortest decimals of their own type: float32 0.1 -> 0.1, not 0.10000000149."""
+    """Returns floats as float64 with the shortest decimals of their own type.
+
+    >>> decimals(np.array([0.1], np.float32)).tolist(), float(np.float32(0.1))
+    ([0.1], 0.10000000149011612)
+
+    Args:
+      values: float32 or float64 of any shape.
+    """
     if values.dtype == np.float64:
         return values
     text = pa.array(values.astype(np.float32).ravel()).cast(pa.string())
@@ -192,7 +208,14 @@ def decimals(values: np.ndarray) -> np.ndarray:
 
 
 def value_to_text(value: Any) -> str | None:
-    """A JSON or NumPy value as text; a list with a separator between its values."""
+    """Returns a JSON or NumPy value as text; a list with a separator between its values.
+
+    >>> value_to_text([1.0, None, "a"]), value_to_text(True), value_to_text(None)
+    ('1|a', 'true', None)
+
+    Args:
+      value: None, a scalar, bytes in UTF-8, or a list of these.
+    """
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -200,7 +223,7 @@ def value_to_text(value: Any) -> str | None:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
-        return LIST_SEPARATOR.join(value_to_text(entry) for entry in value if entry is not None)
+        return LIST_SEPARATOR.join(text for entry in value if (text := value_to_text(entry)) is not None)
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)

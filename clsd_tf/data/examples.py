@@ -77,7 +77,7 @@ def _encode(message: str, field: str, values: tf.Tensor, sizes: tf.Tensor | None
 def record_tensors(
     features: Mapping[str, tf.Tensor | np.ndarray], inputs: ModelInputs, layout: RecordLayout
 ) -> dict[str, tf.Tensor]:
-    """What a training record holds, ready for ``encode_examples``.
+    """Lays out training records, ready for ``encode_examples``.
 
     Args:
       features: by name: model inputs, user groups and record fields, [batch] or [batch, num_ids].
@@ -85,6 +85,9 @@ def record_tensors(
       layout: ``named`` keeps one entry per name. ``packed`` puts all integers into ``ids`` [batch, num_ids] and all
         floats into ``numbers`` [batch, num_numbers], in the order of ``packed_columns``: encoded several times, and
         parsed three times as fast.
+
+    Returns:
+      int64 and float32 tensors by entry of the record.
     """
     ids, numbers = packed_columns(inputs)
     typed = {name: tf.cast(features[name], tf.int64) for name in ids}
@@ -95,7 +98,14 @@ def record_tensors(
 
 
 def packed_columns(inputs: ModelInputs) -> tuple[dict[str, int | None], dict[str, int | None]]:
-    """Integers and floats of a record: name -> number of values per row, None for a single one."""
+    """Lists the columns of a record.
+
+    Args:
+      inputs: names and sizes.
+
+    Returns:
+      (integers, floats): name -> number of values per row, None for a single one; record fields come last.
+    """
     ids = {entry.name: entry.num_ids for entry in inputs.categorical}
     ids |= {name: None for name in (*(group.name for group in inputs.groups), *RECORD_IDS)}
     return ids, {name: None for name in (*inputs.numeric, *RECORD_NUMBERS)}
@@ -106,10 +116,15 @@ def _side_by_side(features: Mapping[str, tf.Tensor], widths: Mapping[str, int | 
 
 
 def parse_records(serialized: tf.Tensor, inputs: ModelInputs, layout: RecordLayout) -> dict[str, tf.Tensor]:
-    """Parses training records, string [batch] -> model inputs, user groups and record fields by name.
+    """Parses training records.
+
+    Args:
+      serialized: string [batch].
+      inputs: as they were when the records were written.
+      layout: likewise.
 
     Returns:
-      int64 ids [batch] or [batch, num_ids], float32 numbers [batch].
+      Model inputs, user groups and record fields by name: int64 [batch] or [batch, num_ids], float32 [batch].
     """
     ids, numbers = packed_columns(inputs)
     if layout == "named":
@@ -120,13 +135,21 @@ def parse_records(serialized: tf.Tensor, inputs: ModelInputs, layout: RecordLayo
 
 
 def unpacked(packed: Mapping[str, tf.Tensor], inputs: ModelInputs) -> dict[str, tf.Tensor]:
-    """Takes what ``record_tensors`` packed apart: ``ids`` and ``numbers`` -> as ``parse_records``."""
+    """Takes packed records apart.
+
+    Args:
+      packed: ``ids`` and ``numbers``, as ``record_tensors`` gives them.
+      inputs: names and sizes.
+
+    Returns:
+      As ``parse_records``.
+    """
     ids, numbers = packed_columns(inputs)
     return _apart(packed["ids"], ids) | _apart(packed["numbers"], numbers)
 
 
 def parsed_bytes_per_row(inputs: ModelInputs) -> int:
-    """Memory of a training record once it is parsed: 8 bytes an integer, 4 a float."""
+    """Returns the memory of a training record of ``inputs`` once it is parsed: 8 bytes an integer, 4 a float."""
     ids, numbers = packed_columns(inputs)
     return tf.int64.size * _total(ids) + tf.float32.size * _total(numbers)
 
@@ -147,10 +170,17 @@ def _apart(packed: tf.Tensor, widths: Mapping[str, int | None]) -> dict[str, tf.
 
 
 def parse_raw_examples(serialized: tf.Tensor, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-    """Parses serving requests: serialized tf.Examples of raw values, [batch] -> the transform's raw tensors.
+    """Parses serving requests: tf.Examples of raw values.
 
     A feature that is absent or empty takes its missing value; of several values of a scalar the first counts.
-    Histories are ragged, [batch, any]: padded to the longest, one request could take the memory of thousands.
+
+    Args:
+      serialized: string [batch].
+      raw_inputs: names and dtypes.
+
+    Returns:
+      The transform's raw tensors by name, [batch]. Histories are ragged, [batch, any]: padded to the longest, one
+      request could take the memory of thousands.
     """
     # Ragged throughout: a fixed-length feature without a value fails the request, and with it its whole batch.
     spec = {
@@ -172,7 +202,7 @@ def _first_or_missing(values: tf.RaggedTensor, entry: RawInput) -> tf.Tensor:
 
 
 def is_missing(values: tf.Tensor) -> tf.Tensor:
-    """Which raw values of a scalar input are not known, bool in the shape of ``values``."""
+    """Returns True where a raw value of a scalar input is not known, in the shape of ``values``."""
     if values.dtype == tf.string:
         return values == ""
     return values == MISSING_INT64 if values.dtype == tf.int64 else tf.math.is_nan(values)
@@ -184,6 +214,9 @@ def encode_raw_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> list[byte
     Args:
       rows: one typed column per raw input; ``list<string>`` for histories.
       raw_inputs: names and dtypes.
+
+    Returns:
+      Serialized tf.train.Example, one per row.
     """
     encode = _raw_encoder(tuple(raw_inputs))
     serialized: list[bytes] = []
@@ -200,7 +233,7 @@ def bounded_batches(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> Iterator[
       rows: as for ``arrow_to_tensors``.
       raw_inputs: names and dtypes.
 
-    Returns:
+    Yields:
       The rows in their order, in batches of at most two million rows x longest history; or of one row.
     """
     longest = max((_longest(rows.column(entry.name)) for entry in raw_inputs if entry.is_list), default=0)
@@ -241,7 +274,14 @@ def _ragged(rows: pa.Table, entry: RawInput) -> tf.RaggedTensor:
 
 
 def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]:
-    """Shapes and dtypes of the raw tensors: [batch], and [batch, any] for histories."""
+    """Describes the transform's raw tensors.
+
+    Args:
+      raw_inputs: names and dtypes.
+
+    Returns:
+      Name -> spec: [batch], and [batch, any] for histories.
+    """
     return {
         entry.name: tf.TensorSpec([None, None] if entry.is_list else [None], _RAW_DTYPES[entry.dtype], entry.name)
         for entry in raw_inputs
@@ -249,7 +289,7 @@ def raw_tensor_specs(raw_inputs: Sequence[RawInput]) -> dict[str, tf.TensorSpec]
 
 
 def tensors_to_arrow(tensors: Mapping[str, np.ndarray], raw_inputs: Sequence[RawInput]) -> pa.Table:
-    """The transform's raw tensors -> columns as ``request_files.typed_rows`` gives them, null for missing values.
+    """Turns the transform's raw tensors into columns as ``request_files.typed_rows`` gives them.
 
     Strings that are no UTF-8 get replacement characters, and so are still no known value; histories lose their padding.
     Numbers beyond what datasets hold (10^18 and more, infinity) become null.
@@ -257,6 +297,9 @@ def tensors_to_arrow(tensors: Mapping[str, np.ndarray], raw_inputs: Sequence[Raw
     Args:
       tensors: [batch] each, and [batch, any] for histories; may hold more than the raw inputs.
       raw_inputs: names and dtypes.
+
+    Returns:
+      A column per raw input, null for missing values.
     """
     return pa.table({entry.name: _tensor_to_column(np.asarray(tensors[entry.name]), entry) for entry in raw_inputs})
 
@@ -278,7 +321,7 @@ def _text(value: bytes) -> str:
 
 
 def arrow_to_tensors(table: pa.Table, raw_inputs: Sequence[RawInput]) -> dict[str, tf.Tensor]:
-    """Arrow columns -> the transform's raw tensors, nulls as missing values.
+    """Turns Arrow columns into the transform's raw tensors, nulls as missing values.
 
     Args:
       table: one column per raw input; ``list<string>`` for histories.

@@ -15,7 +15,17 @@ _MAX_HASH = 2**63 - 1
 
 
 def hash_keys(keys: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Stable 63-bit hash (FarmHash64) of each key; what partitions users and stands for them in records."""
+    """Hashes keys with FarmHash64; the hashes partition users and stand for them in records.
+
+    >>> hash_keys(pa.array(["u1", "u2", "u1"])).tolist()
+    [7313556432661986459, 5966768253566584890, 7313556432661986459]
+
+    Args:
+      keys: text or integers, [rows].
+
+    Returns:
+      int64 [rows], in [0, 2^63 - 1).
+    """
     keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     encoded = pc.dictionary_encode(keys, null_encoding="encode")  # Distinct keys alone become Python objects.
     text = encoded.dictionary.cast(pa.string()).cast(pa.binary()).to_numpy(zero_copy_only=False)
@@ -24,7 +34,18 @@ def hash_keys(keys: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def mix_row_ids(row_ids: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 of the row id: uniform uint64, the same on every machine and for every number of workers."""
+    """Hashes row ids with SplitMix64.
+
+    >>> mix_row_ids(np.array([0, 1]), seed=0).tolist()
+    [16294208416658607535, 10451216379200822465]
+
+    Args:
+      row_ids: int64 of any shape.
+      seed: >= 0; another one gives other numbers.
+
+    Returns:
+      uint64 of the same shape, uniform.
+    """
     with np.errstate(over="ignore"):
         value = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -33,7 +54,7 @@ def mix_row_ids(row_ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """SHA-256 of a file's bytes in hex; reads it in blocks."""
+    """Returns the SHA-256 of the file at ``path`` in hex; reads it in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -46,9 +67,15 @@ def hash_user_ids(values: pa.Array, salt: bytes) -> pa.Array:
 
     For data that is read and for requests alike: who does not know the salt cannot find out whose hash it is.
 
+    >>> hash_user_ids(pa.array(["u1", None]), salt=b"0123456789abcdef").to_pylist()
+    ['5162bddb18bda008', None]
+
     Args:
       values: text [rows].
       salt: at least 16 bytes, kept secret.
+
+    Returns:
+      Text [rows].
     """
     encoded = pc.dictionary_encode(values)
     hashes = [

@@ -29,7 +29,7 @@ _PARALLEL = {"num_parallel_calls": 2, "deterministic": True}
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Which part of each batch a worker parses: rows [index * n // count, (index + 1) * n // count) of n.
+    """The part of each batch that a worker parses: rows [index * n // count, (index + 1) * n // count) of n.
 
     Attributes:
       index: of the worker, in [0, count); an int64 tensor where one graph serves all workers.
@@ -51,6 +51,7 @@ class Shard:
             )
 
     def of(self, rows: tf.Tensor) -> tf.Tensor:
+        """Returns this part of ``rows``, [batch, ...] -> [about batch / count, ...]."""
         num_rows = tf.shape(rows, tf.int64)[0]
         return rows[self.index * num_rows // self.count : (self.index + 1) * num_rows // self.count]
 
@@ -68,6 +69,7 @@ class RowValues:
     values: np.ndarray
 
     def lookup_table(self) -> tf.lookup.StaticHashTable:
+        """Creates the table row id -> value; NaN for other rows."""
         initializer = tf.lookup.KeyValueTensorInitializer(
             tf.constant(self.row_ids, tf.int64), tf.constant(self.values, tf.float32)
         )
@@ -75,7 +77,7 @@ class RowValues:
 
 
 def batches(dataset: DatasetDir, split: str, *, batch_size: int, shuffle_seed: int | None = None) -> tf.data.Dataset:
-    """One pass over a split, for ``model.fit`` and ``model.evaluate``.
+    """Reads a split once, for ``model.fit`` and ``model.evaluate``.
 
     Args:
       dataset: a complete dataset directory.
@@ -108,7 +110,7 @@ def training_epochs(
     shard: Shard = Shard(0, 1),
     max_cache_bytes: int = 0,
 ) -> tf.data.Dataset:
-    """Epochs ``first_epoch`` to ``num_epochs`` of the training split, one after the other.
+    """Reads the training split in epochs ``first_epoch`` to ``num_epochs``, one after the other.
 
     The order of rows is a function of (dataset, seed, epoch) alone, the same on every machine: a run that resumes sees
     what it would have seen. An epoch takes the shards in random order, four side by side, and permutes windows of
@@ -221,7 +223,7 @@ def _concatenated(batched: tf.data.Dataset) -> dict[str, np.ndarray]:
 
 
 def _blocks(source: _Source, parts: tf.Tensor) -> tf.data.Dataset:
-    """Handles of these parts, [at most 1024]; a block from each of four parts in turn."""
+    """Reads the handles of these parts, [at most 1024]; a block from each of four parts in turn."""
     return tf.data.Dataset.from_tensor_slices(parts).interleave(
         lambda part: source.handles(part).batch(_BLOCK_ROWS),
         cycle_length=_FILES_AT_ONCE,
@@ -263,7 +265,16 @@ def _sizes(num_rows: int, size: int) -> list[int]:
 
 
 def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues, feature: str = "teacher_score") -> tf.data.Dataset:
-    """Adds the scores of the batch's rows to the features, under the name ``feature``, float32 [batch]."""
+    """Adds teacher scores to batches.
+
+    Args:
+      batched: as ``batches`` gives them.
+      scores: of the rows.
+      feature: the name that they get.
+
+    Returns:
+      The batches, with ``feature`` among the features: float32 [batch], NaN for rows without a score.
+    """
     table = scores.lookup_table()
 
     def add(features, labels, sample_weight):
@@ -273,7 +284,15 @@ def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues, feature: st
 
 
 def with_row_weights(batched: tf.data.Dataset, weights: RowValues) -> tf.data.Dataset:
-    """Multiplies the sample weights by a weight per row; weight 0 leaves a row out of the loss."""
+    """Multiplies the sample weights by a weight per row.
+
+    Args:
+      batched: as ``batches`` gives them.
+      weights: of all rows; 0 leaves a row out of the loss.
+
+    Returns:
+      The batches with other sample weights.
+    """
     table = weights.lookup_table()
 
     def weigh(features, labels, sample_weight):
@@ -283,7 +302,16 @@ def with_row_weights(batched: tf.data.Dataset, weights: RowValues) -> tf.data.Da
 
 
 def read_columns(dataset: DatasetDir, split: str, names: list[str]) -> dict[str, np.ndarray]:
-    """Whole columns of a split in file order: record fields or model inputs, by name."""
+    """Reads whole columns of a split into memory.
+
+    Args:
+      dataset: a complete dataset directory.
+      split: train, validation or test.
+      names: record fields, user groups or model inputs.
+
+    Returns:
+      Name -> [num_rows] or [num_rows, num_ids], in file order, shards side by side.
+    """
     source = _files(dataset, split)
     blocks = _blocks(source, source.parts).rebatch(4 * _BLOCK_ROWS)
 
@@ -309,6 +337,6 @@ def _as_training_batch(record):
 
 def _prepared(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
-    # Autotune's optimisation thread can hold up the end of each epoch for seconds (TF 2.21); parallelism is explicit.
+    # Autotune's optimization thread can hold up the end of each epoch for seconds (TF 2.21); parallelism is explicit.
     options.autotune.enabled = False
     return dataset.prefetch(4).with_options(options)

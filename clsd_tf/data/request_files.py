@@ -27,7 +27,13 @@ LEFT_OUT = b"clsd_tf.left_out"
 
 
 def row_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The file itself, or the files of a directory in the order of their names; hidden ones are not complete.
+    """Lists files of rows.
+
+    Args:
+      path: a file, which is the list, or a directory.
+
+    Returns:
+      The directory's files in the order of their names, without hidden ones, which are not complete.
 
     Raises:
       ValueError: a directory without any.
@@ -49,7 +55,7 @@ def _files_in(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def left_out_inputs(paths: Iterable[pathlib.Path]) -> frozenset[str]:
-    """Raw inputs that any of the files declares to leave out, as logs of requests do with private ones."""
+    """Returns the raw inputs that any file of ``paths`` declares to leave out, as request logs do with private ones."""
     found: set[str] = set()
     for path in paths:
         if path.suffix == ".parquet" and path.is_file():
@@ -59,10 +65,17 @@ def left_out_inputs(paths: Iterable[pathlib.Path]) -> frozenset[str]:
 
 
 def read_rows(path: pathlib.Path) -> Iterator[pa.Table]:
-    """Batches of a file, by its ending.
+    """Reads a file in batches.
+
+    Args:
+      path: ends in ``.csv``, ``.jsonl`` or ``.parquet``.
+
+    Yields:
+      Tables of some 4096 rows.
 
     Raises:
       ValueError: unknown ending, or rows that cannot be read. Names rows, never their values.
+      FileNotFoundError: no such file.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"files end in {', '.join(FORMATS)}. Received: {path}")
@@ -72,15 +85,30 @@ def read_rows(path: pathlib.Path) -> Iterator[pa.Table]:
 
 
 def rows_of(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """JSON objects as rows; a key that one lacks is a missing value there."""
+    """Turns JSON objects into rows; a key that one lacks is a missing value there.
+
+    >>> rows_of([{"age": 49}, {"user_id": "196"}]).to_pydict()
+    {'age': [49, None], 'user_id': [None, '196']}
+
+    Args:
+      records: as ``json.loads`` gives them.
+
+    Returns:
+      A column per key, in the order in which they occur; values of several types become text.
+    """
     types = _column_types([records])
     return pa.table({name: _json_column(records, name, kind) for name, kind in types.items()})
 
 
 def typed_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> pa.Table:
-    """The raw inputs' columns in their declared types, null for missing; lists for histories.
+    """Gives columns their declared types, by the rules of the build: for text, numbers and lists alike.
 
-    Columns are read by the rules of the build: text, numbers and lists become the declared types.
+    Args:
+      rows: a column per raw input, maybe among others; missing is null or "".
+      raw_inputs: names and dtypes.
+
+    Returns:
+      The raw inputs' columns, null for missing; lists of text for histories.
 
     Raises:
       ValueError: a raw input has no column, or a value that does not fit its type.
@@ -97,7 +125,11 @@ def typed_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> pa.Table:
 
 
 def convert_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> tuple[pa.Table, dict[str, np.ndarray]]:
-    """What ``typed_rows`` does, with values that do not fit as null.
+    """Does as ``typed_rows``, with values that do not fit as null.
+
+    Args:
+      rows: a column per raw input, maybe among others; missing is null or "".
+      raw_inputs: names and dtypes.
 
     Returns:
       The typed rows; and the mask [num_rows] of each reason, ``<what is wrong>:<raw input>``, by which some failed.
@@ -111,7 +143,8 @@ def convert_rows(rows: pa.Table, raw_inputs: Sequence[RawInput]) -> tuple[pa.Tab
             f"rows need a column per raw input. Received: {', '.join(rows.column_names)}. "
             f"Missing: {', '.join(missing)}. A column of empty values stands for values that are not known"
         )
-    columns, failures = {}, {}
+    columns: dict[str, pa.Array] = {}
+    failures: dict[str, np.ndarray] = {}
     for entry in raw_inputs:
         columns[entry.name], failed = _typed_column(rows.column(entry.name).combine_chunks(), entry)
         failures |= failed

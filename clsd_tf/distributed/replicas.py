@@ -19,13 +19,13 @@ SUMMED_WHEN_READ = {
 
 
 def num_replicas() -> int:
-    """How many replicas take part in this step, in lockstep: 1 without a strategy, and under a parameter server."""
+    """Returns the number of replicas in lockstep: 1 without a strategy, and under a parameter server."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else context.num_replicas_in_sync
 
 
 def sum_over_replicas(structure: Any) -> Any:
-    """The sums over replicas of all tensors of a structure, in one collective: each costs a round trip.
+    """Sums all tensors of a structure over the replicas, in one collective: each costs a round trip.
 
     Args:
       structure: float32 tensors of static shapes in dicts, lists or tuples, or a single one.
@@ -44,7 +44,14 @@ def sum_over_replicas(structure: Any) -> Any:
 
 
 def in_own_row(values: tf.Tensor) -> tf.Tensor:
-    """[num_replicas, ...]: ``values`` in the row of this replica, 0 elsewhere: the sum holds the values of each."""
+    """Puts values into the row of this replica, with 0 elsewhere: summed over replicas, it holds the values of each.
+
+    Args:
+      values: float32 [...], of static rank.
+
+    Returns:
+      [num_replicas, ...].
+    """
     if num_replicas() == 1:
         return values[tf.newaxis]
     own = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -52,13 +59,13 @@ def in_own_row(values: tf.Tensor) -> tf.Tensor:
     return tf.where(is_own, values[tf.newaxis], 0.0)  # Not a product: values may be infinite.
 
 
-class SharedRequests:
-    """What any process asks for, known to all of them after the same step: in lockstep they must act together.
+class AgreedFlags:
+    """Flags that any process raises, known to all of them after the same step: in lockstep they must act together.
 
     Not part of checkpoints: a run that was stopped would stop again.
 
     Args:
-      num_kinds: how many things may be asked for.
+      num_kinds: number of flags.
     """
 
     def __init__(self, num_kinds: int):
@@ -70,7 +77,14 @@ class SharedRequests:
             )
 
     def exchanged_with(self, structure: Any) -> Any:
-        """``sum_over_replicas`` of a structure, and of what replicas ask for on the way: once in each training step."""
+        """Sums a structure over the replicas, and their flags on the way: once in each training step.
+
+        Args:
+          structure: as ``sum_over_replicas`` takes it.
+
+        Returns:
+          The structure of sums.
+        """
         if not self.are_shared:
             return structure
         structure, of_all = sum_over_replicas((structure, tf.identity(self._own)))
@@ -78,7 +92,14 @@ class SharedRequests:
         return structure
 
     def granted(self, *asked: bool) -> tuple[bool, ...]:
-        """What is to be done now, of what is asked for; in several processes, what any asked for one step ago."""
+        """Raises flags, and learns which of them hold now.
+
+        Args:
+          *asked: whether this process raises each of the ``num_kinds`` flags.
+
+        Returns:
+          ``asked`` itself in a single process; in several, what any of them raised one step ago.
+        """
         if not self.are_shared:
             return asked
         granted = tuple(self._of_all.numpy() > 0)

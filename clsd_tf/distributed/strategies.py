@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import tensorflow as tf
 
@@ -38,7 +38,7 @@ class WorkerLostError(RuntimeError):
 
 
 class Cluster:
-    """What TF_CONFIG says: the addresses of all tasks, and which of them this process is.
+    """The cluster that TF_CONFIG describes: the addresses of all tasks, and which of them this process is.
 
     Attributes:
       tasks: task type -> addresses.
@@ -54,6 +54,12 @@ class Cluster:
     @classmethod
     def from_environment(cls, strategy: StrategyName) -> Cluster:
         """Reads and checks the environment variable TF_CONFIG.
+
+        Args:
+          strategy: ``multi_worker`` or ``parameter_server``, which need different tasks.
+
+        Returns:
+          A cluster that fits the strategy.
 
         Raises:
           ClusterError: it is missing, malformed, or not a cluster for this strategy.
@@ -104,15 +110,17 @@ class Cluster:
 
     @property
     def counts(self) -> str:
-        """How many tasks there are of each type, in words."""
+        """Numbers of tasks of each type, in words."""
         return ", ".join(f"{len(addresses)} {name}" for name, addresses in self.tasks.items())
 
     @property
     def num_workers(self) -> int:
+        """Number of processes that train, a chief among them."""
         return len(self.tasks.get("chief", [])) + len(self.tasks.get("worker", []))
 
     @property
     def resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver:
+        """The cluster in the form that strategies take."""
         return tf.distribute.cluster_resolver.SimpleClusterResolver(
             tf.train.ClusterSpec(self.tasks), task_type=self.task_type, task_id=self.task_index, rpc_layer="grpc"
         )
@@ -123,9 +131,15 @@ def _needed(strategy: StrategyName) -> str:
 
 
 def create_strategy(name: StrategyName) -> tf.distribute.Strategy | None:
-    """The strategy, before anything else of TensorFlow is used; None for ``none``.
+    """Creates a strategy, before anything else of TensorFlow is used.
 
     Waits for the other processes of the cluster, for as long as it takes.
+
+    Args:
+      name: of the strategy.
+
+    Returns:
+      None for ``none``.
 
     Raises:
       ClusterError: TF_CONFIG does not fit.
@@ -149,12 +163,17 @@ _COMMUNICATION = tf.distribute.experimental.CommunicationOptions(
 
 
 def is_server(name: StrategyName) -> bool:
-    """Whether this process only serves a chief: as ``worker`` or ``ps`` under ``parameter_server``."""
+    """Returns True where this process only serves a chief: as ``worker`` or ``ps`` of strategy ``name``."""
     return name == "parameter_server" and Cluster.from_environment(name).task_type != "chief"
 
 
 def serve(name: StrategyName, is_over: Callable[[], bool]) -> None:
-    """Serves the chief until ``is_over``, which is asked every few seconds; a chief that comes back finds it there."""
+    """Serves the chief until the run is over; a chief that comes back finds it there.
+
+    Args:
+      name: of the strategy.
+      is_over: asked every 2 seconds.
+    """
     cluster = Cluster.from_environment(name)
     server = tf.distribute.Server(
         tf.train.ClusterSpec(cluster.tasks),
@@ -169,7 +188,11 @@ def serve(name: StrategyName, is_over: Callable[[], bool]) -> None:
 
 
 def is_chief(strategy: tf.distribute.Strategy | None) -> bool:
-    """Whether this process writes what is written once: the first worker is the chief if none is declared."""
+    """Returns True where this process writes what is written once.
+
+    Args:
+      strategy: with several workers, the first one is the chief if none is declared; without, every process is.
+    """
     if not is_multi_worker(strategy):
         return True
     resolver = strategy.cluster_resolver
@@ -178,16 +201,18 @@ def is_chief(strategy: tf.distribute.Strategy | None) -> bool:
     return resolver.task_id == 0
 
 
-def is_multi_worker(strategy: tf.distribute.Strategy | None) -> bool:
+def is_multi_worker(strategy: tf.distribute.Strategy | None) -> TypeGuard[tf.distribute.Strategy]:
+    """Returns True for a ``strategy`` of several processes in lockstep."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
-def is_parameter_server(strategy: tf.distribute.Strategy | None) -> bool:
+def is_parameter_server(strategy: tf.distribute.Strategy | None) -> TypeGuard[tf.distribute.Strategy]:
+    """Returns True for a ``strategy`` whose workers compute steps of their own, whenever they are done."""
     return isinstance(strategy, tf.distribute.ParameterServerStrategy)
 
 
 def at_epoch_ends(callback: tf.keras.callbacks.Callback) -> tf.keras.callbacks.Callback:
-    """The callback without its calls at batches: a chief that schedules steps does not know which of them are done."""
+    """Returns ``callback`` without its calls at batches: a chief that schedules steps does not know which are done."""
     return _AtEpochEnds(callback)
 
 
@@ -200,21 +225,24 @@ class _AtEpochEnds(tf.keras.callbacks.Callback):
 
 
 def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
-    """Where models, and all else that has variables, are made."""
+    """Returns the context in which all that has variables is made; an empty one where ``strategy`` is None."""
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def distributed(
     strategy: tf.distribute.Strategy | None, batches: Callable[[Shard, int], tf.data.Dataset]
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """The batches of all replicas: each has its part of every global batch.
+    """Gives each replica its part of every global batch.
 
-    Every process walks all records, and parses those of its part alone. A parameter server's workers take whole batches
+    Every process reads all records, and parses those of its part alone. A parameter server's workers take whole batches
     in turn, each in its own time: over an epoch a slow one leaves rows to the next, and a fast one is ahead.
 
     Args:
       strategy: None for one process with all rows.
       batches: (shard, joined) -> the shard's slices of the batches, ``joined`` of which are put together beforehand.
+
+    Returns:
+      What ``model.fit`` takes under the strategy.
     """
     if strategy is None:
         return batches(Shard(0, 1), 1)
@@ -255,7 +283,15 @@ def _among_replicas(batches: tf.data.Dataset, num_replicas: int) -> tf.data.Data
 
 
 def chiefs_value(strategy: tf.distribute.Strategy | None, value: float | None) -> float | None:
-    """The chief's ``value``, in every process; all must ask for it. None becomes NaN on the way, and None again."""
+    """Sends the chief's value to every process; all must call it.
+
+    Args:
+      strategy: with several workers, or the value is returned as it is.
+      value: that of a process which is not the chief is ignored. None is sent as NaN, and is None again there.
+
+    Returns:
+      The chief's value.
+    """
     if not is_multi_worker(strategy):
         return value
     sent = float("nan") if value is None else value
@@ -269,12 +305,20 @@ def chiefs_value(strategy: tf.distribute.Strategy | None, value: float | None) -
 
 
 def wait_for_all(strategy: tf.distribute.Strategy | None) -> None:
-    """Returns when every process has called it."""
+    """Returns when every process of ``strategy`` has called it."""
     chiefs_value(strategy, 0.0)
 
 
 def in_turn(strategy: tf.distribute.Strategy | None, step: Callable[[], _T]) -> _T:
-    """Takes a step in every process: first in the chief, which may write what the others then find."""
+    """Takes a step in every process: first in the chief, which may write what the others then find.
+
+    Args:
+      strategy: with several workers, or the step is simply taken.
+      step: must not wait for other processes.
+
+    Returns:
+      What the step returned in this process.
+    """
     if not is_chief(strategy):
         wait_for_all(strategy)
         return step()
@@ -286,6 +330,12 @@ def in_turn(strategy: tf.distribute.Strategy | None, step: Callable[[], _T]) -> 
 @contextlib.contextmanager
 def explaining_lost_workers(strategy: tf.distribute.Strategy | None) -> Iterator[None]:
     """Turns TensorFlow's many words for a process that is gone into one error that says what to do.
+
+    Args:
+      strategy: nothing is changed without other processes.
+
+    Yields:
+      Nothing; the block runs under it.
 
     Raises:
       WorkerLostError: another process ended, or cannot be reached.

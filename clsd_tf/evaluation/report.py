@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from clsd_tf.commands.console import format_number
 from clsd_tf.evaluation.evaluate import HEADLINES, table_rows
-from clsd_tf.pages.plots import COLOURS, LINE_STYLE, panel_grid, render_page, svg, tidy
+from clsd_tf.pages.plots import COLORS, LINE_STYLE, panel_grid, render_page, svg, tidy
 
 _TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
@@ -54,8 +54,8 @@ def _training_curves(history: list[dict[str, Any]]) -> Figure:
         ("Mean pctr in training", [("mean_pctr", "mean pctr")]),
     )
     for axes, (title, series) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for (key, label), colour in zip(series, COLOURS, strict=False):
-            axes.plot(epochs, [entry.get(key) for entry in history], label=label, color=colour, **LINE_STYLE)
+        for (key, label), color in zip(series, COLORS, strict=False):
+            axes.plot(epochs, [entry.get(key) for entry in history], label=label, color=color, **LINE_STYLE)
         axes.set_xticks(epochs)
         tidy(axes, title, "epoch", "")
         if len(series) > 1:
@@ -70,7 +70,7 @@ def _calibration_curves(evaluation: dict[str, Any], group: str | None) -> Figure
     for axes, (label, entry) in zip(panels, curves.items(), strict=True):
         bins = entry["calibration_bins"]
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-        axes.plot([b["pctr"] for b in bins], [b["click_rate"] for b in bins], color=COLOURS[0], **LINE_STYLE)
+        axes.plot([b["pctr"] for b in bins], [b["click_rate"] for b in bins], color=COLORS[0], **LINE_STYLE)
         tidy(axes, f"{label} ({entry['rows']:,} rows)", "mean pctr", "click rate")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     return figure
@@ -85,8 +85,8 @@ def _group_monitors(history: list[dict[str, Any]], group: str, labels: list[str]
         keys = {label: f"{name}/{group}/{label}" for label in labels if f"{name}/{group}/{label}" in history[0]}
         if not keys:
             return None
-        for (label, key), colour in zip(keys.items(), itertools.cycle(COLOURS), strict=False):
-            axes.plot(epochs, [entry[key] for entry in history], label=label, color=colour, **LINE_STYLE)
+        for (label, key), color in zip(keys.items(), itertools.cycle(COLORS), strict=False):
+            axes.plot(epochs, [entry[key] for entry in history], label=label, color=color, **LINE_STYLE)
         axes.set_xticks(epochs)
         tidy(axes, title, "epoch", "")
     figure.axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")

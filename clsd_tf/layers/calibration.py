@@ -7,7 +7,7 @@ in float64: a step of an isotonic curve may be narrower than float32 can tell ap
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -83,7 +83,7 @@ class Calibration:
     group_shares: tuple[float, ...] = ()
 
     def apply(self, logits: Array, group_ids: Array | None = None) -> Array:
-        """Calibrated pctr.
+        """Calibrates pctr.
 
         Args:
           logits: [num_rows], finite.
@@ -106,10 +106,13 @@ class Calibration:
         return pctr
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what ``from_dict`` takes, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Calibration:
+        """Returns the calibration whose ``to_dict`` gave ``value``."""
+
         def curve(entry: Mapping[str, Any]) -> Curve:
             return _CURVES[value["method"]](
                 **{key: tuple(found) if isinstance(found, list) else found for key, found in entry.items()}
@@ -147,6 +150,9 @@ def fit_calibration(
       group_ids: ids of ``config.user_group``, [num_rows].
       group: the input of that name.
 
+    Returns:
+      The overall curve and, with a user group, a curve and a share for each of its labels.
+
     Raises:
       ValueError: the columns do not fit each other, a logit is not finite, all labels are equal, or ``group`` is not
         the user group of ``config``.
@@ -171,8 +177,10 @@ def fit_calibration(
 
 
 def _fit(method: str, logits: Array, labels: Array, weights: Array) -> Curve:
-    fit = {"platt": _fit_platt, "isotonic": _fit_isotonic}[method]
-    return fit(logits, labels, weights / weights.mean())  # The scale of the weights must not matter to the ridge.
+    fits: dict[str, Callable[[Array, Array, Array], Curve]] = {"platt": _fit_platt, "isotonic": _fit_isotonic}
+    return fits[method](
+        logits, labels, weights / weights.mean()
+    )  # The scale of the weights must not matter to the ridge.
 
 
 def _fit_platt(logits: Array, labels: Array, weights: Array) -> PlattCurve:
@@ -181,7 +189,7 @@ def _fit_platt(logits: Array, labels: Array, weights: Array) -> PlattCurve:
     slope * sd(logits) below 0.001 says that rows of higher logits are not clicked more. Such a curve would reverse or
     erase the ranking: the slope is then 1 and only the intercept is fitted; mean pctr still equals the click rate.
     """
-    center, scale = logits.mean(), logits.std() or 1.0  # Standardised logits keep the Hessian well conditioned.
+    center, scale = logits.mean(), logits.std() or 1.0  # Standardized logits keep the Hessian well conditioned.
     model = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-10)
     model.fit(((logits - center) / scale)[:, np.newaxis], labels, weights)
     if model.coef_[0, 0] < _MIN_SPREAD:
@@ -290,15 +298,17 @@ class CalibrationLayer(tf.keras.layers.Layer):
 
 def _evaluate(curves: Sequence[Curve], curve_ids: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """``curves[curve_ids[i]]`` at ``logits[i]``: int32 and float64 [batch] -> float64 [batch]."""
-    if isinstance(curves[0], IsotonicCurve):
-        return _interpolate(curves, curve_ids, tf.sigmoid(logits))
-    slopes = tf.gather(tf.constant([curve.slope for curve in curves], tf.float64), curve_ids)
-    intercepts = tf.gather(tf.constant([curve.intercept for curve in curves], tf.float64), curve_ids)
+    isotonic = [curve for curve in curves if isinstance(curve, IsotonicCurve)]  # All of them, or none.
+    if isotonic:
+        return _interpolate(isotonic, curve_ids, tf.sigmoid(logits))
+    platt = [curve for curve in curves if isinstance(curve, PlattCurve)]
+    slopes = tf.gather(tf.constant([curve.slope for curve in platt], tf.float64), curve_ids)
+    intercepts = tf.gather(tf.constant([curve.intercept for curve in platt], tf.float64), curve_ids)
     return tf.sigmoid(slopes * logits + intercepts)
 
 
 def _interpolate(curves: Sequence[IsotonicCurve], curve_ids: tf.Tensor, pctr: tf.Tensor) -> tf.Tensor:
-    """All curves over the union of their knots, which leaves each as it is: one search serves every group."""
+    """Evaluates all curves over the union of their knots, which leaves each as it is: one search serves every group."""
     # 0 and 1 close the table, so that every pctr lies between two knots; 1 itself counts to the last interval.
     knots = np.unique(np.concatenate([[0.0, 1.0], *(curve.knots for curve in curves)]))
     values = tf.constant(np.stack([np.interp(knots, curve.knots, curve.values) for curve in curves]))

@@ -10,7 +10,7 @@ from clsd_tf.spec.validation import StrictModel
 
 
 class CalibrationConfig(StrictModel):
-    """How pctr is calibrated.
+    """Settings of the calibration of pctr.
 
     Attributes:
       method: ``none``: pctr = sigmoid(logits). ``platt``: two numbers, enough for a shift and a stretch. ``isotonic``:

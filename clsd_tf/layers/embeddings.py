@@ -13,7 +13,7 @@ import tensorflow as tf
 from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.spec.model_inputs import MISSING_ID, CategoricalInput, ModelInputs
 
-Quantisation = Literal["float16", "int8"]
+Quantization = Literal["float16", "int8"]
 
 # Rows that are drawn at a time when a table gets its initial values.
 _BLOCK_ROWS = 1 << 16
@@ -39,7 +39,14 @@ class SharedRows(NamedTuple):
 
 
 def per_row(values: tf.Tensor | SharedRows) -> tf.Tensor:
-    """The values of each row, whether rows share them or not."""
+    """Gives each row its values, whether rows share them or not.
+
+    Args:
+      values: [batch, ...], or shared by rows.
+
+    Returns:
+      [batch, ...].
+    """
     return values.repeated() if isinstance(values, SharedRows) else values
 
 
@@ -74,7 +81,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         self._config = config
         self._row_bounds = _row_bounds(inputs, config.unified_buckets)
         self._input_of = {entry.vocabulary: entry for entry in inputs.categorical}  # Any: they combine ids alike.
-        self._quantised: tuple[tf.Variable, tf.Variable | None] | None = None
+        self._quantized: tuple[tf.Variable, tf.Variable | None] | None = None
 
     def build(self, input_shape: Any) -> None:
         if self._inputs.categorical:
@@ -124,11 +131,12 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         """Vocabulary -> its rows of ``tables``; a unified table is one range."""
         return {name: range(*bounds) for name, bounds in self._row_bounds.items()}
 
-    def quantise(self, kind: Quantisation) -> None:
+    def quantize(self, kind: Quantization) -> None:
         """Replaces the tables by smaller ones, for serving: from now on the layer can no longer be trained.
 
-        ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in float32:
-        4 bytes more than a byte a number; the error is at most scale / 2.
+        Args:
+          kind: ``float16`` halves them. ``int8`` keeps a row as round(row / scale) with scale = max|row| / 127 in
+            float32: 4 bytes more than a byte a number; the error is at most scale / 2.
 
         Raises:
           ValueError: the layer has no tables: none of its inputs is categorical.
@@ -137,40 +145,41 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             raise ValueError("quantisation is for tables of categorical inputs. Received: a layer with numbers only")
         table = tf.convert_to_tensor(self._tables)
         if kind == "float16":
-            self._quantised = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
+            self._quantized = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
             return
         scales = tf.reduce_max(tf.abs(table), axis=1, keepdims=True) / 127.0
         numbers = tf.cast(tf.round(tf.math.divide_no_nan(table, scales)), tf.int8)
-        self._quantised = (
+        self._quantized = (
             tf.Variable(numbers, trainable=False, name="tables_int8"),
             tf.Variable(scales, trainable=False, name="table_scales"),
         )
 
     @property
     def has_tables(self) -> bool:
+        """True where an input is categorical."""
         return bool(self._inputs.categorical)
 
     @property
     def table_bytes(self) -> int:
         """Size of the tables as they are looked up."""
-        parts = self._quantised or (self._tables,)
+        parts = self._quantized or (self._tables,)
         return sum(part.dtype.size * part.shape.num_elements() for part in parts if part is not None)
 
     def _first_row(self, vocabulary: str) -> int:
-        """What is added to the ids of a vocabulary before they are looked up."""
+        """Offset of a vocabulary's ids when they are looked up."""
         return self._row_bounds[vocabulary][0] if self._config.unified_buckets is None else _salt(vocabulary)
 
     def _rows(self, ids: tf.Tensor) -> tf.Tensor:
         """Rows of the tables: ids counted from ``_first_row``, of any shape -> [*ids.shape, embedding_dim]."""
         if self._config.unified_buckets is not None:
             ids = tf.math.floormod(_mixed(ids), self._config.unified_buckets)
-        if self._quantised is None:
+        if self._quantized is None:
             if self._config.l2 and self._config.l2_rows == "touched":
                 touched, _ = tf.unique(tf.reshape(ids, [-1]))
                 rows = tf.nn.embedding_lookup(self._tables, touched)
                 self.add_loss(self._config.l2 * tf.reduce_sum(tf.square(rows)))
             return tf.cast(tf.nn.embedding_lookup(self._tables, ids), self.compute_dtype)
-        table, scales = self._quantised
+        table, scales = self._quantized
         rows = tf.cast(tf.gather(table, ids), self.compute_dtype)
         return rows if scales is None else rows * tf.cast(tf.gather(scales, ids), self.compute_dtype)
 
@@ -191,28 +200,42 @@ class FieldEmbeddings(tf.keras.layers.Layer):
             return self._embed_ids(features, entries)
         row_of = features[shared[0].name].row_of
         values = {entry.name: features[entry.name].values for entry in shared}
-        of_users = tf.concat(self._embed_ids(values, shared), axis=1)
-        of_rows = tf.concat(self._embed_ids(features, own), axis=1) if own else None
+        parts = {True: tf.concat(self._embed_ids(values, shared), axis=1)}
+        if own:
+            parts[False] = tf.concat(self._embed_ids(features, own), axis=1)
         fields, starts = [], {True: 0, False: 0}
-        # Neighbours of one kind stay one slice, so that what the users share is copied for each row only once.
+        # Neighbors of one kind stay one slice, so that what the users share is copied for each row only once.
         for is_shared, group in itertools.groupby(entries, lambda entry: entry in shared):
             start = starts[is_shared]
             starts[is_shared] += len(list(group))
-            part = (of_users if is_shared else of_rows)[:, start : starts[is_shared]]
+            part = parts[is_shared][:, start : starts[is_shared]]
             fields.append(tf.gather(part, row_of) if is_shared else part)
         return fields
 
     def lookup(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
-        """Embeddings of single values: ids [..., num_values * ids_per_value] -> [..., num_values, embedding_dim].
+        """Embeds single values, without the mean over them.
 
-        With one id per value, ids of any shape -> [*ids.shape, embedding_dim].
+        Args:
+          vocabulary: of the ids.
+          ids: int64 [..., num_values * ids_per_value]; any shape where a value has one id.
+
+        Returns:
+          [..., num_values, embedding_dim]; [*ids.shape, embedding_dim] where a value has one id.
         """
         if isinstance(ids, SharedRows):
             return tf.gather(self.lookup(vocabulary, ids.values), ids.row_of)
         return self._combined(self._rows(ids + self._first_row(vocabulary)), vocabulary)
 
     def present(self, vocabulary: str, ids: tf.Tensor | SharedRows) -> tf.Tensor:
-        """Which values are there: ids [..., num_values * ids_per_value] -> bool [..., num_values]."""
+        """Tells values from padding.
+
+        Args:
+          vocabulary: of the ids.
+          ids: int64 [..., num_values * ids_per_value].
+
+        Returns:
+          bool [..., num_values].
+        """
         return per_row(ids)[..., :: self._input_of[vocabulary].ids_per_value] != MISSING_ID
 
     def _combined(self, embedded: tf.Tensor, vocabulary: str) -> tf.Tensor:
@@ -228,7 +251,8 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
     def _embed_ids(self, features: Mapping[str, tf.Tensor], entries: Sequence[CategoricalInput]) -> list[tf.Tensor]:
         """Embeddings of these inputs, in their order: [rows, any number of fields, embedding_dim] each; one lookup."""
-        columns, starts = [], {}
+        columns: list[tf.Tensor] = []
+        starts: dict[str, int] = {}
         for entry in entries:
             starts[entry.name] = sum(column.shape[1] for column in columns)
             ids = features[entry.name]
@@ -236,23 +260,23 @@ class FieldEmbeddings(tf.keras.layers.Layer):
         first_rows = [self._first_row(entry.vocabulary) for entry in entries for _ in range(entry.num_ids or 1)]
         embedded = self._rows(tf.concat(columns, axis=1) + tf.constant(first_rows, tf.int64))
         fields = []
-        # Neighbours with single ids stay one slice: fewer pieces to put together again.
-        for is_single, group in itertools.groupby(entries, lambda entry: entry.num_ids is None):
-            group = list(group)
+        # Neighbors with single ids stay one slice: fewer pieces to put together again.
+        for is_single, adjacent in itertools.groupby(entries, lambda entry: entry.num_ids is None):
+            group = list(adjacent)
             start = starts[group[0].name]
             if is_single:
                 fields.append(embedded[:, start : start + len(group)])
                 continue
             for entry in group:
                 start = starts[entry.name]
-                values = self._combined(embedded[:, start : start + entry.num_ids], entry.vocabulary)
+                values = self._combined(embedded[:, start : start + (entry.num_ids or 1)], entry.vocabulary)
                 if entry.max_values is not None:
                     values = self._mean_of_present(values, self.present(entry.vocabulary, features[entry.name]))
                 fields.append(values)
         return fields
 
     def _mean_of_present(self, values: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
-        """Values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
+        """Averages values [batch, max_values, embedding_dim] -> [batch, 1, embedding_dim]."""
         present = tf.cast(present, values.dtype)[:, :, tf.newaxis]
         total = tf.reduce_sum(values * present, axis=1, keepdims=True)
         return total / tf.maximum(tf.reduce_sum(present, axis=1, keepdims=True), 1.0)

@@ -58,13 +58,16 @@ def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor, total_weight: tf.
     """sum(sample_weight * values) / total_weight, or 0 when total_weight is 0.
 
     This is the one reduction of this package. Click confidence multiplies ``values`` and does not enter the
-    denominator: it is normalised to a mean of about 1 over clicks already, so that it hardly changes the step size.
+    denominator: it is normalized to a mean of about 1 over clicks already, so that it hardly changes the step size.
 
     Args:
       values: [batch].
       sample_weight: [batch], >= 0.
       total_weight: sum(sample_weight) by default. Replicas that share a batch give the sum over all of them: their
         results, and the gradients of these, then add up to those of the whole batch.
+
+    Returns:
+      A scalar.
     """
     if total_weight is None:
         total_weight = tf.reduce_sum(sample_weight)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from clsd_tf.distributed.replicas import SharedRequests
+from clsd_tf.distributed.replicas import AgreedFlags
 from clsd_tf.distributed.strategies import at_epoch_ends, is_parameter_server
 from clsd_tf.methods.input_wait import InputWait
 from clsd_tf.methods.method import MethodConfig
@@ -30,7 +30,7 @@ class MethodModel(tfrs.Model):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.requests = SharedRequests(2)  # To save, and to stop: callbacks ask.
+        self.requests = AgreedFlags(2)  # To save, and to stop: callbacks ask.
         self._input_wait = InputWait()
 
     @property

@@ -20,7 +20,7 @@ _NotNegative = Annotated[float, pydantic.Field(ge=0)]
 
 
 class TableOptimizerConfig(StrictModel):
-    """How embedding tables learn.
+    """Settings of the embedding tables' optimizer.
 
     Attributes:
       kind: the rule, see ``clsd_tf.optimizers.table_rules``: ``adagrad``, ``rowwise_adagrad`` (one number per row),
@@ -63,17 +63,18 @@ class TableOptimizerConfig(StrictModel):
 
     @property
     def resolved_initial_accumulator(self) -> float:
+        """``initial_accumulator``, or what it is by default."""
         return _INITIAL_ACCUMULATOR if self.initial_accumulator is None else self.initial_accumulator
 
     def resolved_learning_rate(self, of_run: float) -> float:
-        """``learning_rate``, or what it is by default in a run whose own is ``of_run``."""
+        """Returns ``learning_rate``, or what it is by default in a run whose own is ``of_run``."""
         if self.learning_rate is not None:
             return self.learning_rate
         return _SUMMING_RATE if self._sums_squares else of_run
 
 
 class DenseOptimizerConfig(StrictModel):
-    """How everything but the tables learns.
+    """Settings of the optimizer of everything but the tables.
 
     Attributes:
       kind: ``adam``, or ``adamw`` with decoupled weight decay.
@@ -100,7 +101,7 @@ class DenseOptimizerConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """The optimizer of a run's backbone; ``learning_rate`` stands in the run's own settings. AdGate has its own.
+    """The optimizer of a run's backbone; ``learning_rate`` stands in the run's own settings.
 
     Attributes:
       embeddings: the embedding tables.

@@ -37,7 +37,7 @@ class WarmupSchedule(tf.keras.optimizers.schedules.LearningRateSchedule):
         rate = tf.constant(self._learning_rate, tf.float32)
         if config.lr_warmup_steps:
             rate *= tf.minimum(1.0, (step + 1.0) / config.lr_warmup_steps)
-        if config.schedule == "constant":
+        if config.lr_decay_steps is None:  # Schedule constant.
             return rate
         num_steps = config.lr_decay_steps - config.lr_warmup_steps
         progress = tf.clip_by_value((step - config.lr_warmup_steps) / num_steps, 0.0, 1.0)
@@ -52,7 +52,7 @@ class WarmupSchedule(tf.keras.optimizers.schedules.LearningRateSchedule):
 
 
 def embedding_tables(model: tf.keras.Model) -> list[tf.Variable]:
-    """The tables of a built model: those of ``FieldEmbeddings`` and of Keras' own embedding layers."""
+    """Returns the tables of a built ``model``: those of ``FieldEmbeddings`` and of Keras' own embedding layers."""
     layers = model.submodules
     tables = [layer.tables for layer in layers if isinstance(layer, FieldEmbeddings) and layer.has_tables]
     return tables + [layer.embeddings for layer in layers if isinstance(layer, tf.keras.layers.Embedding)]
@@ -104,25 +104,31 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         """Creates all slots; tables get those of their rule instead of Adam's."""
         if getattr(self, "_built", False):
             return
-        tables = [variable for variable in var_list if self._follows_rule(variable)]
-        super().build([variable for variable in var_list if not self._follows_rule(variable)])
-        for index, table in enumerate(tables):
-            self._index_dict[self._var_key(table)] = index
-            self._table_slots.append([self._add_slot(table, name, value) for name, value in self._rule.slots.items()])
+        super().build([variable for variable in var_list if self._rule_of(variable) is None])
+        tables: list[tf.Variable] = []
+        for variable in var_list:
+            if (rule := self._rule_of(variable)) is not None:
+                self._index_dict[self._var_key(variable)] = len(tables)
+                self._table_slots.append(self._add_slots(variable, rule))
+                tables.append(variable)
         self.adjust_slots(tables)
 
     def _is_table(self, variable: tf.Variable) -> bool:
         return self._var_key(variable) in self._table_keys
 
-    def _follows_rule(self, variable: tf.Variable) -> bool:
-        return self._rule is not None and self._is_table(variable)
+    def _rule_of(self, variable: tf.Variable) -> TableRule | None:
+        return self._rule if self._is_table(variable) else None
 
-    def _add_slot(self, table: tf.Variable, name: str, value: float) -> tf.Variable:
-        shape = table.shape[:1] if self._rule.is_rowwise else table.shape
-        return self.add_variable_from_reference(table, name, shape, initial_value=tf.fill(shape, value))
+    def _add_slots(self, table: tf.Variable, rule: TableRule) -> list[tf.Variable]:
+        shape = table.shape[:1] if rule.is_rowwise else table.shape
+        return [
+            self.add_variable_from_reference(table, name, shape, initial_value=tf.fill(shape, value))
+            for name, value in rule.slots.items()
+        ]
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        if not self._follows_rule(variable):
+        rule = self._rule_of(variable)
+        if rule is None:
             super().update_step(gradient, variable)
             return
         slots, rate = self._slots_of(variable), self._table_learning_rate
@@ -130,18 +136,18 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
         moved = (variable, *slots)
         if not isinstance(gradient, tf.IndexedSlices):
             rows, *before = (tf.convert_to_tensor(values) for values in moved)
-            after, slots_after = self._rule.update(rows, before, gradient, rate, step)
+            after, slots_after = rule.update(rows, before, gradient, rate, step)
             for values, new in zip(moved, (after, *slots_after), strict=True):
                 values.assign(new)
             return
         rows, *before = (tf.gather(values, gradient.indices) for values in moved)
-        after, slots_after = self._rule.update(rows, before, gradient.values, rate, step)
+        after, slots_after = rule.update(rows, before, gradient.values, rate, step)
         # Not scatter_sub: it takes several times as long as reading rows and putting others in their place.
         for values, new in zip(moved, (after, *slots_after), strict=True):
             values.scatter_update(tf.IndexedSlices(new, gradient.indices))
 
     def adjust_slots(self, tables: Sequence[tf.Variable]) -> None:
-        """Makes slots agree with tables that were set from elsewhere, where the rule needs it."""
+        """Makes slots agree with ``tables`` that were set from elsewhere, where the rule needs it."""
         if self._rule is None or self._rule.slots_of is None:
             return
         self._compute_current_learning_rate()  # Of the step to come: Keras' is that of the last one.
@@ -173,12 +179,15 @@ class RowSparseOptimizer(tf.keras.optimizers.Adam):
 def build_optimizer(
     config: OptimizerConfig, learning_rate: float, model: tf.keras.Model
 ) -> tf.keras.optimizers.Optimizer:
-    """The optimizer of a built model.
+    """Creates the optimizer of a built model.
 
     Args:
       config: rules, schedule and clipping.
       learning_rate: of the dense part, and of tables as ``TableOptimizerConfig`` says.
       model: a backbone with all its variables.
+
+    Returns:
+      An optimizer that is not built yet: building it creates its slots.
     """
     schedule = WarmupSchedule(learning_rate, config)
     rate = schedule if config.schedule != "constant" or config.lr_warmup_steps else learning_rate

@@ -1,4 +1,4 @@
-"""How rows of embedding tables move: pure functions of the rows that a batch touched."""
+"""Update rules for rows of embedding tables: pure functions of the rows that a batch touched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # Of Adam, lazy or not.
 
 @dataclasses.dataclass(frozen=True)
 class TableRule:
-    """How rows of a table move, as a pure function of the rows that a batch touched.
+    """An update of a table's rows, as a pure function of the rows that a batch touched.
 
     Attributes:
       slots: name of each slot -> its value before the first step.
@@ -36,9 +36,18 @@ def lazy_adam(rows, slots, gradient, learning_rate, step):
     """Adam of the touched rows: m = .9 m + .1 g, v = .999 v + .001 g^2,
     rows - learning_rate * sqrt(1 - .999^step) / (1 - .9^step) * m / (sqrt(v) + 1e-7).
 
-    ``step`` counts all steps, not those of the row. Rows that the batch does not touch keep m and v, and do not move;
-    in Adam they decay, and the row moves on.
+    Rows that the batch does not touch keep m and v, and do not move; in Adam they decay, and the row moves on.
     Source: Kingma and Ba (2015), "Adam: A Method for Stochastic Optimization", section 2, before its last paragraph.
+
+    Args:
+      rows: touched rows, float32 [num_touched, embedding_dim].
+      slots: (m, v), shaped like ``rows``.
+      gradient: g, summed over the occurrences of each row; shaped like ``rows``.
+      learning_rate: scalar.
+      step: number of this step, from 1, float32; all steps count, not those of the row.
+
+    Returns:
+      (new rows, new slots).
     """
     m, v = slots
     m = BETA_1 * m + (1.0 - BETA_1) * gradient
@@ -51,6 +60,16 @@ def adagrad(rows, slots, gradient, learning_rate, step):
     """a = a + g^2, rows - learning_rate * g / sqrt(a); a starts at ``initial_accumulator``.
 
     Source: Duchi et al. (2011), "Adaptive Subgradient Methods", section 1.1.
+
+    Args:
+      rows: touched rows, float32 [num_touched, embedding_dim].
+      slots: (a,), shaped like ``rows``.
+      gradient: g, shaped like ``rows``.
+      learning_rate: scalar.
+      step: not read.
+
+    Returns:
+      (new rows, new slots).
     """
     accumulator = slots[0] + tf.square(gradient)
     return rows - learning_rate * gradient * tf.math.rsqrt(accumulator), (accumulator,)
@@ -61,6 +80,16 @@ def rowwise_adagrad(rows, slots, gradient, learning_rate, step):
 
     One number per row: the least memory of these rules.
     Source: Gupta et al. (2014), "Training Highly Multiclass Classifiers", section 5.
+
+    Args:
+      rows: touched rows, float32 [num_touched, embedding_dim].
+      slots: (a,), [num_touched].
+      gradient: g, shaped like ``rows``.
+      learning_rate: scalar.
+      step: not read.
+
+    Returns:
+      (new rows, new slots).
     """
     accumulator = slots[0] + tf.reduce_mean(tf.square(gradient), axis=1)
     rate = learning_rate * tf.math.rsqrt(accumulator)
@@ -74,6 +103,18 @@ def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
 
     Source: McMahan et al. (2013), "Ad Click Prediction: a View from the Trenches", algorithm 1, there with rows that
     start at 0, n that starts at 0, a constant beta beside sqrt(n'), and l2 for 2 l2.
+
+    Args:
+      rows: touched rows, float32 [num_touched, embedding_dim].
+      slots: (n, z), shaped like ``rows``.
+      gradient: g, shaped like ``rows``.
+      learning_rate: scalar, the same in all steps.
+      step: not read.
+      l1: >= 0.
+      l2: >= 0.
+
+    Returns:
+      (new rows, new slots).
     """
     accumulator, linear = slots
     new_accumulator = accumulator + tf.square(gradient)
@@ -86,6 +127,16 @@ def ftrl(rows, slots, gradient, learning_rate, step, *, l1: float, l2: float):
 def ftrl_slots(rows, slots, learning_rate, *, l1: float, l2: float):
     """n and the z with which ``ftrl`` gives ``rows`` for a gradient of 0:
     z = -rows * (sqrt(n) / learning_rate + 2 l2) - l1 * sign(rows), or z held within [-l1, l1] where rows are 0.
+
+    Args:
+      rows: as they were set, float32 [num_rows, embedding_dim].
+      slots: (n, z) as they are, shaped like ``rows``.
+      learning_rate: scalar.
+      l1: >= 0.
+      l2: >= 0.
+
+    Returns:
+      (n, z).
     """
     accumulator, linear = slots
     agreeing = -rows * (tf.sqrt(accumulator) / learning_rate + 2.0 * l2) - l1 * tf.sign(rows)
@@ -93,7 +144,7 @@ def ftrl_slots(rows, slots, learning_rate, *, l1: float, l2: float):
 
 
 def table_rule(config: TableOptimizerConfig) -> TableRule | None:
-    """The rule of a config; None for ``adam``, which is that of the dense part."""
+    """Returns the rule that ``config`` names; None for ``adam``, which is that of the dense part."""
     if config.kind == "adam":
         return None
     if config.kind == "lazy_adam":

@@ -1,1 +1,1 @@
-"""What the HTML reports share: layout and plots."""
+"""Layout and plots of the HTML reports."""

@@ -1,4 +1,4 @@
-"""What the HTML reports share: the page's environment and the look of their plots."""
+"""The HTML reports' common page, and the look of their plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe-Ito.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe-Ito.
 LINE_STYLE = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
 _MAX_PANELS_A_LINE = 4
 
@@ -22,7 +22,15 @@ _MAX_PANELS_A_LINE = 4
 def render_page(template: pathlib.Path, **values: Any) -> str:
     """Renders a template that may extend ``page.html``.
 
-    What is inserted is escaped, and a name that is missing is an error.
+    Args:
+      template: a jinja2 file; templates beside it and in this package are found by name.
+      **values: of the names in the template; text is escaped when it is inserted.
+
+    Returns:
+      The HTML page.
+
+    Raises:
+      jinja2.UndefinedError: the template uses a name that ``values`` lacks.
     """
     directories = [template.parent, pathlib.Path(__file__).parent]
     environment = jinja2.Environment(
@@ -32,7 +40,14 @@ def render_page(template: pathlib.Path, **values: Any) -> str:
 
 
 def svg(figure: Figure) -> markupsafe.Markup:
-    """The figure as an ``<svg>`` element; its texts, which may hold values of the data, are drawn as they are."""
+    """Draws a figure as an ``<svg>`` element.
+
+    Args:
+      figure: its texts, which may hold values of the data, are drawn as they are, without math.
+
+    Returns:
+      Markup that templates do not escape again.
+    """
     buffer = io.StringIO()
     for text in figure.findobj(Text):  # Those there are; drawing makes more.
         text.set_parse_math(False)
@@ -43,7 +58,14 @@ def svg(figure: Figure) -> markupsafe.Markup:
 
 
 def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Labels a plot and takes away what is not data."""
+    """Labels a plot and takes away what is not data.
+
+    Args:
+      axes: the plot.
+      title: above it, to the left.
+      x_label: empty for none.
+      y_label: empty for none.
+    """
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
@@ -53,7 +75,15 @@ def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def panel_grid(num_panels: int, panel_size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of small panels with common axes, four a line; ``panel_size`` is (width, height) in inches."""
+    """Creates a figure of small panels with common axes, four a line.
+
+    Args:
+      num_panels: >= 1.
+      panel_size: (width, height) of each in inches.
+
+    Returns:
+      The figure, and its ``num_panels`` panels line by line.
+    """
     columns = min(_MAX_PANELS_A_LINE, num_panels)
     lines = -(-num_panels // columns)
     figure = Figure(figsize=(panel_size[0] * columns, panel_size[1] * lines), layout="constrained")

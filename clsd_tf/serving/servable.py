@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,11 @@ from clsd_tf.data.hashing import file_sha256
 from clsd_tf.data.request_files import typed_rows
 from clsd_tf.spec.model_inputs import RawInput
 
-_DTYPES = {tf.string: "string", tf.int64: "int64", tf.float32: "float"}
+_DTYPES: Mapping[tf.DType, Literal["string", "int64", "float"]] = {
+    tf.string: "string",
+    tf.int64: "int64",
+    tf.float32: "float",
+}
 _SCORING_PARTS = ("saved_model.pb", "variables", "assets")  # What else lies there decides no score.
 _NUMBER = re.compile("[0-9]{1,19}")  # isdigit would take more, which int cannot read.
 
@@ -51,9 +57,13 @@ class LocalServable:
         )
 
     def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]; a null or "" is a missing value.
+        """Scores rows of any types, read by the rules of the build: text, numbers and lists become the declared types.
 
-        Columns are read by the rules of the build: text, numbers and lists become the declared types.
+        Args:
+          rows: a column per raw input, maybe among others; a null or "" is a missing value.
+
+        Returns:
+          ctr, float32 [num_rows].
 
         Raises:
           ValueError: a raw input has no column, or a value that does not fit its type.
@@ -61,7 +71,14 @@ class LocalServable:
         return self.score_typed(typed_rows(rows, self.raw_inputs))
 
     def score_typed(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows], of rows that ``typed_rows`` has made."""
+        """Scores rows of the declared types.
+
+        Args:
+          rows: as ``request_files.typed_rows`` gives them.
+
+        Returns:
+          ctr, float32 [num_rows].
+        """
         scores = [
             self._predict_raw(**arrow_to_tensors(batch, self.raw_inputs))["ctr"].numpy()
             for batch in bounded_batches(rows, self.raw_inputs)
@@ -75,7 +92,7 @@ class LocalServable:
         return int(name) if _NUMBER.fullmatch(name) else None
 
     def fingerprint(self) -> str:
-        """16 hex digits over the names and bytes of all files that decide a score."""
+        """Returns 16 hex digits over the names and bytes of all files that decide a score."""
         digest = hashlib.sha256()
         for file in sorted(self.path.rglob("*")):
             place = file.relative_to(self.path)
@@ -85,7 +102,13 @@ class LocalServable:
 
 
 def version_directory(path: pathlib.Path) -> pathlib.Path:
-    """A version directory as it is; of a model's directory the largest version.
+    """Finds the version to load.
+
+    Args:
+      path: a version directory, which is returned as it is, or that of a model, whose largest version is taken.
+
+    Returns:
+      A directory with a SavedModel.
 
     Raises:
       FileNotFoundError: no version there.

@@ -14,7 +14,18 @@ from clsd_tf.statistics.sketches import Histogram, TopValues
 
 
 def sum_segments(values: np.ndarray, chosen: Sequence[Sequence[int]]) -> np.ndarray:
-    """Sums of int64 [num_segments] over unions of segments; ``chosen`` holds the indices of each union."""
+    """Sums over unions of segments.
+
+    >>> sum_segments(np.array([5, 2, 3]), [[0], [1, 2]]).tolist()
+    [5, 5]
+
+    Args:
+      values: int64 [num_segments].
+      chosen: indices of the segments of each union.
+
+    Returns:
+      int64 [num_unions].
+    """
     return np.array([values[indices].sum() for indices in chosen], np.int64)
 
 
@@ -46,7 +57,7 @@ class NumberSummary:
         return np.sqrt(self.squared_deviation / np.maximum(self.count, 1))
 
     def merge(self, other: NumberSummary) -> NumberSummary:
-        """Of both parts; moments by Chan et al. (1979)."""
+        """Returns the summary of both parts, this one and ``other``; moments by Chan et al. (1979)."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
         delta = other.mean - self.mean
@@ -63,7 +74,7 @@ class NumberSummary:
         )
 
     def in_segments(self, chosen: Sequence[Sequence[int]]) -> NumberSummary:
-        """Of unions of segments: ``chosen`` holds the indices of each union."""
+        """Returns the summary of unions of segments: ``chosen`` holds the indices of each union."""
         merged = [self._union(indices) for indices in chosen]
         count, mean, deviation = (np.array(values) for values in zip(*merged, strict=True))
         return dataclasses.replace(self, count=count, mean=mean, squared_deviation=deviation)
@@ -75,6 +86,7 @@ class NumberSummary:
         return total, mean, float((self.squared_deviation[indices] + counts * (means - mean) ** 2).sum())
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what ``from_dict`` takes, ready for JSON."""
         return {
             **vars(self),
             "count": self.count.tolist(),
@@ -85,6 +97,7 @@ class NumberSummary:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> NumberSummary:
+        """Returns the summary whose ``to_dict`` gave ``content``."""
         arrays = {
             "count": np.array(content["count"], np.int64),
             "mean": np.array(content["mean"], np.float64),
@@ -112,9 +125,11 @@ class ValueSummary:
 
     @property
     def values(self) -> pa.Array:
+        """The values that are kept, text [num_values]."""
         return self.top.table.column("value").combine_chunks()
 
     def merge(self, other: ValueSummary) -> ValueSummary:
+        """Returns the summary of both parts, this one and ``other``."""
         top = self.top.merge(other.top)
         kept = top.table.column("value").combine_chunks()
         rows = np.zeros((len(kept), self.rows.shape[1]), np.int64)
@@ -128,11 +143,12 @@ class ValueSummary:
         return ValueSummary(top, rows, clicks, self.total + other.total)
 
     def in_segments(self, chosen: Sequence[Sequence[int]]) -> ValueSummary:
-        """Of unions of segments: ``chosen`` holds the indices of each union."""
+        """Returns the summary of unions of segments: ``chosen`` holds the indices of each union."""
         rows = np.stack([self.rows[:, indices].sum(axis=1) for indices in chosen], axis=1)
         return dataclasses.replace(self, rows=rows, total=sum_segments(self.total, chosen))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what ``from_dict`` takes, ready for JSON."""
         return {
             "top": {
                 "values": self.values.to_pylist(),
@@ -147,6 +163,7 @@ class ValueSummary:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ValueSummary:
+        """Returns the summary whose ``to_dict`` gave ``content``."""
         total = np.array(content["total"], np.int64)
         rows = np.array(content["rows"], np.int64).reshape(-1, len(total))
         return cls(TopValues.from_dict(content["top"]), rows, np.array(content["clicks"], np.int64), total)

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clsd_tf.commands.console import format_number
-from clsd_tf.pages.plots import COLOURS, render_page, svg, tidy
+from clsd_tf.pages.plots import COLORS, render_page, svg, tidy
+from clsd_tf.statistics.column_summaries import ValueSummary
 from clsd_tf.statistics.data_checks import Anomaly, Contrast, binned_shares
 from clsd_tf.statistics.data_statistics import ALL_ROWS, ColumnStatistics, DataStatistics
 
@@ -27,7 +28,11 @@ DRIFT_HEADINGS = ("column", *(kind.replace("_", " ") for kind in _KINDS))
 
 
 def anomaly_rows(anomalies: Mapping[str, Iterable[Anomaly]]) -> list[list[Any]]:
-    """Rows of a table of anomalies; ``anomalies``: where they are (a split, or two sides) -> the anomalies."""
+    """Returns rows under ``ANOMALY_HEADINGS``.
+
+    Args:
+      anomalies: where they are (a split, or two sides) -> the anomalies.
+    """
     return [
         [where, found.column, found.group or ALL_ROWS[1], found.kind, found.received, found.allowed]
         for where, entries in anomalies.items()
@@ -36,35 +41,42 @@ def anomaly_rows(anomalies: Mapping[str, Iterable[Anomaly]]) -> list[list[Any]]:
 
 
 def summary_rows(statistics: DataStatistics) -> list[list[Any]]:
-    """A row per raw input, over all rows."""
+    """Returns a row under ``SUMMARY_HEADINGS`` per raw input of ``statistics``, over all rows."""
     return [[name, *_summary(statistics, column)] for name, column in statistics.columns.items()]
 
 
 def _summary(statistics: DataStatistics, column: ColumnStatistics) -> list[Any]:
     missing = int(column.missing[0])
     numbers, histogram = column.numbers, column.histogram
-    known = histogram is not None and histogram.count > 0
+    known = histogram if histogram is not None and histogram.count else None
     return [
         missing / max(int(statistics.rows[0]), 1),
         column.distinct and column.distinct.estimate,
         float(numbers.mean[0]) if numbers and known else None,
         float(numbers.std[0]) if numbers and known else None,
         numbers and numbers.minimum,
-        float(histogram.quantiles([0.5])[0]) if known else None,
+        float(known.quantiles([0.5])[0]) if known else None,
         numbers and numbers.maximum,
         column.missing_clicks / missing if missing and statistics.has_labels else None,
     ]
 
 
 def drift_rows(contrast: Contrast) -> list[list[Any]]:
-    """A row per column with its measures over all rows; None where a measure does not apply."""
+    """Returns a row under ``DRIFT_HEADINGS`` per column of ``contrast``, over all rows; None if one does not apply."""
     values = {(drift.column, drift.kind): drift.value for drift in contrast.measures if not drift.group}
     columns = dict.fromkeys(column for column, _ in values)
     return [[column, *(values.get((column, kind)) for kind in _KINDS)] for column in columns]
 
 
 def top_values(statistics: DataStatistics) -> dict[str, list[list[Any]]]:
-    """Raw input -> its up to 20 most frequent [value, rows, click rate], ready for JSON."""
+    """Lists the most frequent values.
+
+    Args:
+      statistics: of one set of rows.
+
+    Returns:
+      Raw input -> up to 20 of [value, rows, click rate], ready for JSON; the click rate is None without labels.
+    """
     found = {}
     for name, column in statistics.columns.items():
         if column.values:
@@ -130,8 +142,8 @@ def _distributions(contrast: Contrast) -> Figure:
     figure = Figure(figsize=(3.6 * _PANELS_A_LINE, 2.5 * lines), layout="constrained")
     panels = list(figure.subplots(lines, _PANELS_A_LINE, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
-        columns = [side.columns.get(name) for side in (contrast.baseline, contrast.new)]
-        if all(columns):
+        columns = [side.columns[name] for side in (contrast.baseline, contrast.new) if name in side.columns]
+        if len(columns) == 2:
             _draw_shares(axes, *_shares(columns), (contrast.baseline_name, contrast.new_name))
         tidy(axes, name, "", "share")
     for axes in panels[len(names) :]:
@@ -142,30 +154,30 @@ def _distributions(contrast: Contrast) -> Figure:
 
 def _shares(columns: Sequence[ColumnStatistics]) -> tuple[list[str], list[np.ndarray]]:
     """(labels, share of each on either side): the baseline's most frequent values and the new side's, or bins."""
-    if columns[0].values and columns[1].values:
-        labels = list(
-            dict.fromkeys(value for column in columns for value, _ in column.values.top.most_common(_NUM_VALUES))
-        )[: _NUM_VALUES + 2]
-        counts = [
-            dict(zip(column.values.values.to_pylist(), column.values.rows[:, 0].tolist(), strict=True))
-            for column in columns
-        ]
-        totals = [max(int(column.values.total[0]), 1) for column in columns]
-        return labels, [
-            np.array([count.get(label, 0) / total for label in labels])
-            for count, total in zip(counts, totals, strict=True)
-        ]
-    histograms = [column.histogram for column in columns]
-    if not all(histogram and histogram.count for histogram in histograms):
+    summaries = [column.values for column in columns if column.values]
+    if len(summaries) == len(columns):
+        return _value_shares(summaries)
+    histograms = [column.histogram for column in columns if column.histogram and column.histogram.count]
+    if len(histograms) < len(columns):
         return [], [np.array([]), np.array([])]
     ends, *shares = binned_shares(*histograms)
     return [*(f"≤{end:.4g}" for end in ends), f">{ends[-1]:.4g}"], shares
 
 
+def _value_shares(summaries: Sequence[ValueSummary]) -> tuple[list[str], list[np.ndarray]]:
+    labels = list(dict.fromkeys(value for part in summaries for value, _ in part.top.most_common(_NUM_VALUES)))
+    labels = labels[: _NUM_VALUES + 2]
+    counts = [dict(zip(part.values.to_pylist(), part.rows[:, 0].tolist(), strict=True)) for part in summaries]
+    totals = [max(int(part.total[0]), 1) for part in summaries]
+    return labels, [
+        np.array([count.get(label, 0) / total for label in labels]) for count, total in zip(counts, totals, strict=True)
+    ]
+
+
 def _draw_shares(axes: Axes, labels: list[str], shares: Sequence[np.ndarray], names: Sequence[str]) -> None:
     positions = np.arange(len(labels))
-    for offset, side, name, colour in zip((-0.2, 0.2), shares, names, COLOURS, strict=False):
-        axes.bar(positions + offset, side, 0.4, label=name, color=colour)
+    for offset, side, name, color in zip((-0.2, 0.2), shares, names, COLORS, strict=False):
+        axes.bar(positions + offset, side, 0.4, label=name, color=color)
     shown = [label if len(label) <= 12 else f"{label[:11]}…" for label in labels]
     axes.set_xticks(positions, shown, rotation=90)
 
@@ -190,9 +202,9 @@ def _groups(contrast: Contrast, group: str) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     _draw_groups(panels[0], sides, names, group, labels)
     for axes, side, name in zip(panels[1:], sides, names, strict=True):
-        for column, colour in zip(with_missing, COLOURS, strict=False):
+        for column, color in zip(with_missing, COLORS, strict=False):
             shares = _by_label(side, group, labels, side.columns[column].missing)
-            axes.plot(shares, range(len(labels)), "o", markersize=4, label=column, color=colour)
+            axes.plot(shares, range(len(labels)), "o", markersize=4, label=column, color=color)
         axes.set_xlim(0, 1)
         tidy(axes, f"Missing in {name}", "share", "")
     if with_missing:
@@ -202,10 +214,10 @@ def _groups(contrast: Contrast, group: str) -> Figure:
 
 def _draw_groups(axes: Axes, sides, names: Sequence[str], group: str, labels: list[str]) -> None:
     positions = np.arange(len(labels))
-    for offset, side, name, colour in zip((-0.2, 0.2), sides, names, COLOURS, strict=False):
+    for offset, side, name, color in zip((-0.2, 0.2), sides, names, COLORS, strict=False):
         if side.has_labels:
             rates = _by_label(side, group, labels, side.clicks)
-            axes.barh(positions + offset, rates, 0.4, label=name, color=colour)
+            axes.barh(positions + offset, rates, 0.4, label=name, color=color)
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
     tidy(axes, "Click rate", "", "")

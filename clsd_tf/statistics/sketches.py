@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from clsd_tf.data.hashing import hash_keys
 
-Arrow = pa.Array | pa.ChunkedArray
+Arrow: TypeAlias = pa.Array | pa.ChunkedArray
 _MAX_HASH = 2**63 - 1  # Hashes lie in [0, _MAX_HASH).
 COUNT_SCHEMA = pa.schema([("value", pa.string()), ("count", pa.int64())])
 
@@ -29,6 +29,10 @@ class Histogram:
     A value has an int64 key: itself for integers; for floats the bits of the float64, mapped so that keys grow with
     values. A bucket is ``key >> shift``, with the smallest ``shift`` that leaves at most ``max_buckets`` buckets. So an
     integer is known to less than 2^shift, and a normal float to a relative error below 2^(shift - 52).
+
+    >>> histogram = Histogram.of_integers([3, 1, 3]).merge(Histogram.of_integers([7]))
+    >>> histogram.quantiles([0.5, 1.0]).tolist()
+    [3, 7]
 
     Attributes:
       kind: of the values.
@@ -50,7 +54,16 @@ class Histogram:
     def of_integers(
         cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS, counts: np.ndarray | None = None
     ) -> Histogram:
-        """Histogram of int64 [num_values], where value i stands ``counts[i]`` >= 1 times (once if None)."""
+        """Counts integers.
+
+        Args:
+          values: int64 [num_values].
+          max_buckets: >= 1.
+          counts: how often each value stands, >= 1, int64 [num_values]; once if None.
+
+        Returns:
+          Their histogram.
+        """
         keys, counts = _sum_equal(np.asarray(values, np.int64), counts)
         return cls("int64", 0, keys, counts, max_buckets)._coarsened()
 
@@ -58,7 +71,15 @@ class Histogram:
     def of_floats(
         cls, values: np.ndarray, max_buckets: int = MAX_BUCKETS, counts: np.ndarray | None = None
     ) -> Histogram:
-        """Histogram of floats [num_values], where value i stands ``counts[i]`` >= 1 times (once if None).
+        """Counts floats.
+
+        Args:
+          values: [num_values].
+          max_buckets: >= 1.
+          counts: how often each value stands, >= 1, int64 [num_values]; once if None.
+
+        Returns:
+          Their histogram.
 
         Raises:
           ValueError: NaN or an infinity among them.
@@ -78,7 +99,7 @@ class Histogram:
         return int(self.counts.sum())
 
     def merge(self, other: Histogram) -> Histogram:
-        """Histogram of both sets of values; both need one kind and one ``max_buckets``."""
+        """Returns the histogram of both sets of values; ``other`` must have the same kind and ``max_buckets``."""
         if (self.kind, self.max_buckets) != (other.kind, other.max_buckets):
             raise ValueError(
                 "merged histograms need one kind and one max_buckets. Received: "
@@ -92,7 +113,7 @@ class Histogram:
     def _coarsened(self) -> Histogram:
         if len(self.buckets) <= self.max_buckets:
             return self
-        # Neighbours stay apart at shift k where they differ in bit k or above: max_buckets - 1 pairs may.
+        # Neighbors stay apart at shift k where they differ in bit k or above: max_buckets - 1 pairs may.
         differing = (self.buckets[1:] ^ self.buckets[:-1]).view(np.uint64)
         largest_joined = np.partition(differing, -self.max_buckets)[-self.max_buckets]
         more = int(largest_joined).bit_length()
@@ -102,9 +123,12 @@ class Histogram:
         return dataclasses.replace(self, shift=self.shift + more, buckets=buckets, counts=counts)
 
     def quantiles(self, fractions: Sequence[float]) -> np.ndarray:
-        """The smallest v with at least ``fraction * count`` values <= v, for each fraction in [0, 1].
+        """Finds the smallest v with at least ``fraction * count`` values <= v, for each fraction.
 
         v is rounded up to the end of its bucket; with ``shift`` 0 it is ``np.quantile(method="inverted_cdf")``.
+
+        Args:
+          fractions: in [0, 1].
 
         Returns:
           int64 or float64 [num_fractions].
@@ -117,13 +141,19 @@ class Histogram:
         return self._upper_ends()[np.minimum(reached, len(self.counts) - 1)]
 
     def share_up_to(self, values: np.ndarray) -> np.ndarray:
-        """Share of the histogram's values in buckets that end at or before each of ``values``, float64 in [0, 1]."""
+        """Returns the share of all counts in buckets that end at or before each of ``values``, float64 in [0, 1]."""
         self._require_values()
         cumulative = np.append(0, np.cumsum(self.counts))
         return cumulative[np.searchsorted(self._upper_ends(), values, side="right")] / self.count
 
     def cut_offs(self, fractions: Sequence[float]) -> list[int]:
-        """Integers t such that about ``fraction`` of the values lie below t; equal values are never separated.
+        """Finds integers t such that about ``fraction`` of the values lie below t; equal values are never separated.
+
+        Args:
+          fractions: in [0, 1].
+
+        Returns:
+          An integer for each fraction.
 
         Raises:
           ValueError: no values, or floats.
@@ -146,7 +176,7 @@ class Histogram:
             raise ValueError("a histogram needs values to have quantiles. Received: none")
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Returns what ``from_dict`` takes, ready for JSON."""
         return {
             "kind": self.kind,
             "shift": self.shift,
@@ -157,6 +187,7 @@ class Histogram:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Histogram:
+        """Returns the histogram whose ``to_dict`` gave ``content``."""
         arrays = {name: np.array(content[name], np.int64) for name in ("buckets", "counts")}
         return cls(**{**content, **arrays})
 
@@ -190,6 +221,9 @@ class DistinctSketch:
 
     Exact below ``size``; above it the relative standard error is 1 / sqrt(size - 2), 1.6 % for 4,096.
 
+    >>> DistinctSketch.of(pa.array(["u1", "u2", "u1", None])).estimate
+    2
+
     Attributes:
       hashes: int64 [at most size], ascending, distinct.
       size: >= 3.
@@ -205,16 +239,32 @@ class DistinctSketch:
 
     @classmethod
     def of(cls, values: Arrow, size: int = DEFAULT_SIZE) -> DistinctSketch:
-        """Sketch of any column of text or integers; nulls are left out."""
+        """Hashes the values of a column.
+
+        Args:
+          values: text or integers; nulls are left out.
+          size: >= 3.
+
+        Returns:
+          Their sketch.
+        """
         return cls.of_hashes(hash_keys(pc.unique(values).drop_null()), size)
 
     @classmethod
     def of_hashes(cls, hashes: np.ndarray, size: int = DEFAULT_SIZE) -> DistinctSketch:
-        """Sketch of values whose ``clsd_tf.data.hashing.hash_keys`` are known, int64 [num_values]."""
+        """Makes the sketch of values that are hashed already.
+
+        Args:
+          hashes: as ``clsd_tf.data.hashing.hash_keys`` gives them, int64 [num_values].
+          size: >= 3.
+
+        Returns:
+          Their sketch.
+        """
         return cls(_smallest(np.asarray(hashes, np.int64), size), size)
 
     def merge(self, other: DistinctSketch) -> DistinctSketch:
-        """Sketch of both sets of values; both need one size."""
+        """Returns the sketch of both sets of values; ``other`` must have the same size."""
         if self.size != other.size:
             raise ValueError(f"merged sketches need one size. Received: {self.size} and {other.size}")
         return dataclasses.replace(self, hashes=np.union1d(self.hashes, other.hashes)[: self.size])
@@ -227,11 +277,12 @@ class DistinctSketch:
         return round((self.size - 1) * _MAX_HASH / (int(self.hashes[-1]) + 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Returns what ``from_dict`` takes, ready for JSON."""
         return {"hashes": self.hashes.tolist(), "size": self.size}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DistinctSketch:
+        """Returns the sketch whose ``to_dict`` gave ``content``."""
         return cls(np.array(content["hashes"], np.int64), content["size"])
 
 
@@ -253,6 +304,9 @@ class TopValues:
     true counts / (limit + 1), so every more frequent value is kept. With an error above 0, counts depend on the order
     of merges (the guarantee does not).
 
+    >>> TopValues.of(pa.array(["a", "b", "a", None]), limit=10).most_common(1)
+    [('a', 2)]
+
     Attributes:
       table: columns value (string, distinct) and count (int64, positive); rows in no particular order.
       limit: >= 1.
@@ -267,17 +321,34 @@ class TopValues:
 
     @classmethod
     def of(cls, values: Arrow, limit: int) -> TopValues:
-        """Counts of a column, as text; nulls are left out."""
+        """Counts the values of a column.
+
+        Args:
+          values: of any type that has a text; nulls are left out.
+          limit: >= 1.
+
+        Returns:
+          Their counts, values as text.
+        """
         counted = pc.value_counts(values.drop_null())
         return cls.of_counts(counted.field("values"), counted.field("counts"), limit)
 
     @classmethod
     def of_counts(cls, values: Arrow, counts: Arrow, limit: int) -> TopValues:
-        """From distinct values without nulls, and the count (or positive integer weight) of each, [num_values]."""
+        """Takes values that are counted already.
+
+        Args:
+          values: distinct, without nulls, [num_values].
+          counts: or other positive integer weights, [num_values].
+          limit: >= 1.
+
+        Returns:
+          Their counts, values as text.
+        """
         return cls(pa.table([values.cast(pa.string()), counts], schema=COUNT_SCHEMA), limit)._trimmed()
 
     def merge(self, other: TopValues) -> TopValues:
-        """Counts of both columns; both need one limit."""
+        """Returns the counts of both columns together; ``other`` must have the same limit."""
         if self.limit != other.limit:
             raise ValueError(f"merged top values need one limit. Received: {self.limit} and {other.limit}")
         both = pa.concat_tables([self.table, other.table])
@@ -295,16 +366,17 @@ class TopValues:
         return TopValues(table, self.limit, self.error + subtracted)
 
     def most_common(self, num_values: int) -> list[tuple[str, int]]:
-        """(value, count) by falling count, ties in the order of the text."""
+        """Returns up to ``num_values`` pairs (value, count) by falling count, ties in the order of the text."""
         rows = self.table.sort_by([("count", "descending"), ("value", "ascending")]).slice(0, num_values)
         return list(zip(*(column.to_pylist() for column in rows.columns), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; values by falling count."""
+        """Returns what ``from_dict`` takes, ready for JSON; values by falling count."""
         counts = dict(self.most_common(self.table.num_rows))
         return {"values": list(counts), "counts": list(counts.values()), "limit": self.limit, "error": self.error}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TopValues:
+        """Returns the counts whose ``to_dict`` gave ``content``."""
         table = pa.table([content["values"], content["counts"]], schema=COUNT_SCHEMA)
         return cls(table, content["limit"], content["error"])

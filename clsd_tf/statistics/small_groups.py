@@ -15,7 +15,7 @@ MIN_GROUP_USERS = 20
 def merged_labels(
     labels: Sequence[str], users: Sequence[DistinctSketch], min_users: int = MIN_GROUP_USERS
 ) -> list[str]:
-    """The label under which each user group is reported: its own, or "other".
+    """Chooses the label under which each user group is reported: its own, or "other".
 
     Groups of fewer than ``min_users`` distinct users become "other" and, while that has too few users itself, the next
     smallest groups too. A group without users keeps its label.
@@ -24,6 +24,9 @@ def merged_labels(
       labels: of the groups, distinct; one may be "other".
       users: the users of each group.
       min_users: >= 1. With 1, nothing is merged.
+
+    Returns:
+      A label for each group.
     """
     num_users = [sketch.estimate for sketch in users]
     present = [index for index, count in enumerate(num_users) if count]
@@ -41,7 +44,7 @@ def merged_labels(
 def merge_small_groups(
     ids: np.ndarray, labels: Sequence[str], user_hashes: np.ndarray, min_users: int = MIN_GROUP_USERS
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """User-group ids and labels as reports may show them.
+    """Makes user-group ids and labels such that reports may show them.
 
     Args:
       ids: of each row, int [num_rows], in [0, len(labels)).

@@ -39,7 +39,7 @@ def quantise_tables(model: MethodModel, dataset: DatasetDir, profile: Quantisati
     rows = read_columns(dataset, "test", ["label", "sample_weight"])
     before, bytes_before = predict(model, dataset, "test"), sum(layer.table_bytes for layer in layers)
     for layer in layers:
-        layer.quantise(profile.tables)
+        layer.quantize(profile.tables)
     model.predict_function = None  # Keras would go on with the function that it traced before.
     after = predict(model, dataset, "test")
     found = {

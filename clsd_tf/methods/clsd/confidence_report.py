@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clsd_tf.metrics.significance import bootstrap_interval
-from clsd_tf.pages.plots import COLOURS, LINE_STYLE, panel_grid, render_page, svg, tidy
+from clsd_tf.pages.plots import COLORS, LINE_STYLE, panel_grid, render_page, svg, tidy
 
 _TEMPLATE = pathlib.Path(__file__).with_name("confidence_report.html")
 
@@ -347,22 +347,22 @@ def _reliability_curves(measured: Mapping[str, dict[str, Any]]) -> Figure:
             panels[label] = {form: entry["groups"][name][label] for form, entry in measured.items()}
     figure, grid = panel_grid(len(panels), (2.5, 2.3))
     for axes, (title, forms) in zip(grid, panels.items(), strict=True):
-        for (form, entry), colour in zip(forms.items(), COLOURS, strict=False):
-            _draw_reliability(axes, entry["reliability"], form, colour)
+        for (form, entry), color in zip(forms.items(), COLORS, strict=False):
+            _draw_reliability(axes, entry["reliability"], form, color)
         num_clicks = next(iter(forms.values()))["num_clicks"]
         tidy(axes, f"{title} ({num_clicks:,} clicks)", "mean confidence", "mean intensity")
     grid[0].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
-def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], form: str, colour: str) -> None:
+def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], form: str, color: str) -> None:
     """The label's mean with its interval, or the value's mean where no label is declared."""
     key = "mean_intensity_value" if bins[0]["interval"] is None else "mean_intensity_label"
     drawn = [entry for entry in bins if entry[key] is not None]
     confidence, intensity = ([entry[name] for entry in drawn] for name in ("mean_confidence", key))
-    axes.plot(confidence, intensity, label=form, color=colour, **LINE_STYLE)
+    axes.plot(confidence, intensity, label=form, color=color, **LINE_STYLE)
     if key == "mean_intensity_label":
-        axes.vlines(confidence, *zip(*(entry["interval"] for entry in drawn), strict=True), color=colour, linewidth=1)
+        axes.vlines(confidence, *zip(*(entry["interval"] for entry in drawn), strict=True), color=color, linewidth=1)
 
 
 def _floor_bars(labels: dict[str, dict[str, Any]]) -> Figure:
@@ -372,7 +372,7 @@ def _floor_bars(labels: dict[str, dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     floors = [entry["floor"] for entry in drawn.values()]
     names = [f"{label} ({entry['num_rows']:,} rows)" for label, entry in drawn.items()]
-    bars = axes.barh(names, floors, height=0.6, color=COLOURS[0])
+    bars = axes.barh(names, floors, height=0.6, color=COLORS[0])
     axes.bar_label(bars, [f"{floor:.3f}" for floor in floors], fontsize=8, padding=3)
     axes.invert_yaxis()
     tidy(axes, "", "mean of the lowest scores", "")
