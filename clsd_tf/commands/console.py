@@ -13,23 +13,32 @@ import rich.markup
 import rich.measure
 import rich.progress
 import rich.table
-from absl import app, logging
+from absl import app, flags, logging
 
 from clsd_tf.commands.interruption import EXIT_CODE, TrainingInterruptedError
+from clsd_tf.plugins.loading import load_plugins
 
 console = rich.console.Console(stderr=False, highlight=False)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
+flags.disclaim_key_flags()  # --help lists what ``run`` defines among the flags of the command that calls it.
 
 
 def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Runs a command: a user's mistake ends with its message and status 1, anything else with a traceback.
+    """Runs a command, after its plug-ins are loaded: those of --plugin, a flag of every command, and of entry points.
 
-    Where SIGTERM interrupted training, a line says how to go on, and the status is ``interruption.EXIT_CODE``.
+    A user's mistake ends with its message and status 1, anything else with a traceback. Where SIGTERM interrupted
+    training, a line says how to go on, and the status is ``interruption.EXIT_CODE``.
+
+    Args:
+      main: takes what is left of the command line, the program's name first.
+      flags_parser: from the command line to what ``main`` takes; by default a flag that is not known is an error.
     """
+    flags.DEFINE_multi_string("plugin", [], "Module of yours that registers backbones and the like; may be repeated.")
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
+            load_plugins(plugins())
             main(argv)
         except TrainingInterruptedError as interruption:
             console.print(rich.markup.escape(str(interruption)), soft_wrap=True)
@@ -41,6 +50,11 @@ def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]
             sys.exit(1)
 
     app.run(guarded, flags_parser=flags_parser) if flags_parser else app.run(guarded)
+
+
+def plugins() -> list[str]:
+    """The modules that --plugin names, for processes that a command starts."""
+    return flags.FLAGS.plugin
 
 
 def warn(message: str | None) -> None:
