@@ -55,8 +55,8 @@ class Registry(Mapping[str, Any]):
         """
         if name not in self:
             raise ValueError(
-                f"unknown {self.kind}. Received: {name!r}. Allowed: {', '.join(sorted(self))}. "
-                "One of a module of yours needs --plugin=<module>"
+                f"unknown {self.kind}. Received: {name!r}. Allowed: {', '.join(sorted(self))}; those of your own "
+                "module with --plugin=<module>"
             )
 
     def __getitem__(self, name: str) -> Any:
