@@ -51,7 +51,7 @@ setup(
     python_requires=">=3.10,<3.14",
     # Tests are never installed.
     packages=find_packages(include=[f"{name}{below}" for name in PACKAGES for below in ("", ".*")]),
-    package_data={"": ["*.html", "*.yaml"]},
+    package_data={"": ["*.html", "*.yaml"], "export.servable": ["profiles/*.yaml"]},
     entry_points={"console_scripts": ["clsd = clsd_tf.commands.command_line:clsd"]},
     install_requires=RUNTIME,
     extras_require={"dev": DEVELOPMENT},

@@ -48,8 +48,26 @@ print("tensorflow" in sys.modules)
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
-def test_what_is_installed_has_the_version_of_the_package():
+def setup(*arguments):
     pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", "--version"]
+    command = [sys.executable, "setup.py", "--quiet", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.split()[-1] == clsd_tf.__version__, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_installed_has_the_version_of_the_package():
+    assert setup("--version").split()[-1] == clsd_tf.__version__
+
+
+def test_specs_studies_profiles_and_pages_are_installed_with_the_code(tmp_path):
+    setup("egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib")
+    packages = ("clsd_tf", "pipelines", "feature_specs", "export")
+    needed = {
+        path.relative_to(ROOT)
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".yaml", ".html")
+    }
+    assert needed <= {path.relative_to(tmp_path / "lib") for path in (tmp_path / "lib").rglob("*")}
+    assert not (tmp_path / "lib" / "tests").exists()

@@ -60,7 +60,8 @@ def test_a_module_in_the_current_directory_is_loaded_once(here):
     assert BACKBONES["plain"] == "a factory"
 
 
-def test_a_module_in_the_current_directory_hides_no_installed_one(here):
+def test_a_module_in_the_current_directory_hides_no_installed_one(here, monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     here("colorsys", "raise AssertionError\n")
     load_plugins(["colorsys"])
     assert hasattr(sys.modules["colorsys"], "rgb_to_hsv")
