@@ -94,8 +94,7 @@ def build_backbone(name: str, inputs: ModelInputs, **arguments: Any) -> tf.keras
     """
     factory = BACKBONES[name]
     allowed = _argument_names(factory)
-    unknown = [] if allowed is None else sorted(arguments.keys() - allowed)
-    if unknown:
+    if allowed is not None and (unknown := sorted(arguments.keys() - allowed)):
         raise ValueError(
             f"backbone {name!r} takes no such argument. Received: {', '.join(unknown)}. "
             f"Allowed: {', '.join(sorted(allowed))}"

@@ -113,10 +113,11 @@ def _run_as_main(module: str, program: str, arguments: list[str]) -> None:
     Not by ``runpy``, which names it after its file, and not within click, which takes Ctrl-C for itself.
     """
     spec = importlib.util.find_spec(module)
-    if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
+    code = spec.loader.get_code(module) if spec and isinstance(spec.loader, importlib.abc.InspectLoader) else None
+    if spec is None or code is None:
         raise ModuleNotFoundError(f"this installation of clsd_tf has lost a module. Missing: {module}")
     main = importlib.util.module_from_spec(spec)
     main.__name__ = "__main__"
     sys.modules["__main__"] = main
     sys.argv = [program, *arguments]
-    exec(spec.loader.get_code(module), vars(main))
+    exec(code, vars(main))

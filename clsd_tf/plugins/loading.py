@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.metadata
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -51,12 +50,8 @@ def _load(plugin: str, load: Callable[[], Any]) -> None:
 
 def _place(error: Exception) -> str:
     """The line of the plug-in that failed; nothing for a module that is not there."""
+    importers = ("<frozen", __file__, os.path.dirname(importlib.__file__))
     for frame in traceback.extract_tb(error.__traceback__):
-        if not _is_machinery(frame.filename):
+        if not frame.filename.startswith(importers):
             return f" ({frame.filename}:{frame.lineno})"
     return ""
-
-
-def _is_machinery(filename: str) -> bool:
-    importers = {pathlib.Path(module.__file__).parent for module in (importlib, importlib.metadata)}
-    return filename.startswith("<") or filename == __file__ or pathlib.Path(filename).parent in importers

@@ -59,7 +59,7 @@ class WorkDir:
         """Epoch -> what ``weights_of`` it is there: files, and directories of writes that were killed."""
         files: dict[int, list[pathlib.Path]] = {}
         for path in self.weights_of(0).parent.glob("weights-*"):
-            epoch = int(re.match(r"weights-(\d+)", path.name)[1])
+            epoch = int(re.findall(r"\d+", path.name)[0])
             files.setdefault(epoch, []).append(path)
         return files
 
