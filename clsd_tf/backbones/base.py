@@ -80,7 +80,11 @@ class Backbone(tf.keras.Model):
         return ModelInputs.from_dict(self._config["inputs"])
 
     def field_embeddings(self, inputs: ModelInputs, num_columns: int) -> FieldEmbeddings:
-        """Embeddings of ``inputs`` with ``num_columns`` numbers each, by this backbone's settings."""
+        """Makes the embeddings of ``inputs`` with ``num_columns`` numbers each, by this backbone's settings.
+
+        Returns:
+          A layer from the feature dict to [batch, num_fields, num_columns].
+        """
         config = self._config
         return FieldEmbeddings(
             inputs,
@@ -113,21 +117,38 @@ class Backbone(tf.keras.Model):
 
 
 def require_positive_integers(**arguments: Any) -> None:
-    """Checks that each argument is a whole number of at least 1; raises ValueError otherwise."""
+    """Checks that each argument is a whole number of at least 1.
+
+    Raises:
+      ValueError: names the first that is not.
+    """
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1. Received: {value!r}")
 
 
 def require_unit_sizes(name: str, sizes: Any, *, min_layers: int = 0) -> None:
-    """Checks a sequence of layer sizes; raises ValueError."""
+    """Checks a sequence of layer sizes.
+
+    Args:
+      name: of the argument, for the message.
+      sizes: units of each layer, >= 1.
+      min_layers: how many layers there must be.
+
+    Raises:
+      ValueError: it is another thing, or too short, or a size is out of range.
+    """
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < min_layers:
         raise ValueError(f"{name} must be a list of {min_layers} or more layer sizes. Received: {sizes!r}")
     require_positive_integers(**{f"{name}[{index}]": units for index, units in enumerate(sizes)})
 
 
 def require_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Checks that an argument is one of a closed set of names; raises ValueError otherwise."""
+    """Checks that an argument is one of a closed set of names.
+
+    Raises:
+      ValueError: names the argument, its value and those allowed.
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}. Received: {value!r}")
 
@@ -138,7 +159,12 @@ def field_names(inputs: ModelInputs) -> list[str]:
 
 
 def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
-    """One ``tf.keras.Input`` for each model input, by name: what a functional Keras model starts from."""
+    """Makes what a functional Keras model starts from.
+
+    Returns:
+      A ``tf.keras.Input`` for each model input, by name: ids are int64 [batch] or [batch, num_ids], numbers float32
+      [batch].
+    """
     ids = {
         entry.name: tf.keras.Input([] if entry.num_ids is None else [entry.num_ids], dtype=tf.int64)
         for entry in inputs.categorical
@@ -147,7 +173,11 @@ def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
 
 
 def example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
-    """One row of zeros, user groups included: a model that has seen it has all its variables."""
+    """Makes one row of zeros, user groups included: a model that has seen it has all its variables.
+
+    Returns:
+      Tensors by name, shaped as in a batch of 1.
+    """
     features = {
         entry.name: tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
         for entry in inputs.categorical
@@ -157,7 +187,7 @@ def example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
 
 
 def declared_features(backbone: tf.keras.Model, features: Features) -> Features:
-    """The features that a backbone takes: of a functional model its inputs, since Keras warns of others.
+    """Selects the features that a backbone takes: of a functional model its inputs, since Keras warns of others.
 
     Args:
       backbone: any Keras model from a feature dict to logits.
@@ -174,7 +204,7 @@ def declared_features(backbone: tf.keras.Model, features: Features) -> Features:
 
 
 def concat_fields(embeddings: tf.Tensor) -> tf.Tensor:
-    """[batch, num_fields, embedding_dim] -> [batch, num_fields * embedding_dim]."""
+    """Concatenates fields: [batch, num_fields, embedding_dim] -> [batch, num_fields * embedding_dim]."""
     return tf.reshape(embeddings, [-1, embeddings.shape[1] * embeddings.shape[2]])
 
 
@@ -207,7 +237,16 @@ def pair_products(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 
 
 def mlp(hidden_units: Sequence[int], dropout: float, name: str = "mlp") -> tf.keras.Sequential:
-    """ReLU layers, each followed by dropout."""
+    """Makes ReLU layers, each followed by dropout.
+
+    Args:
+      hidden_units: units of each layer, >= 1.
+      dropout: rate in [0, 1); 0 makes no dropout layer.
+      name: of the model.
+
+    Returns:
+      A model from [batch, n] to [batch, hidden_units[-1]].
+    """
     layers: list[tf.keras.layers.Layer] = []
     for index, units in enumerate(hidden_units):
         layers.append(tf.keras.layers.Dense(units, activation="relu", name=f"hidden_{index}"))
@@ -220,6 +259,9 @@ def stacked_glorot(num_rows: int, num_columns: int) -> tf.keras.initializers.Ini
     """Glorot's uniform initializer for a stack of matrices, [..., num_rows, num_columns].
 
     Keras' own would take the leading dimensions for a receptive field and make the weights too small.
+
+    Args:
+      num_rows, num_columns: of each matrix.
     """
     limit = math.sqrt(6 / (num_rows + num_columns))
     return tf.keras.initializers.RandomUniform(-limit, limit)

@@ -58,13 +58,17 @@ def plugins() -> list[str]:
 
 
 def warn(message: str | None) -> None:
-    """Prints a warning; None prints nothing."""
+    """Prints a warning.
+
+    Args:
+      message: None prints nothing.
+    """
     if message is not None:
         console.print(f"[yellow]warning:[/] {rich.markup.escape(message)}", soft_wrap=True)
 
 
 class _LiveText(rich.progress.ProgressColumn):
-    """What a function says at each refresh."""
+    """The text that a function gives at each refresh."""
 
     def __init__(self, text: Callable[[], str]):
         super().__init__()
@@ -104,7 +108,13 @@ def step(title: str, progress_text: Callable[[], str] = str) -> Iterator[Callabl
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off."""
+    """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off.
+
+    Args:
+      title: a line above it.
+      columns: names.
+      rows: of one value per column: text as it is, numbers as ``format_number`` has them.
+    """
     rows = [list(row) for row in rows]
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
@@ -119,7 +129,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def format_number(value: object) -> str:
-    """Integers with thousands separators, fractions with 4 decimals, nothing for None."""
+    """Formats integers with thousands separators, fractions with 4 decimals, and None as "-"."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
