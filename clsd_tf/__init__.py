@@ -1,25 +1,83 @@
-"""Click-confidence learning (CLSD, arXiv 2309.16322) for CTR models in TensorFlow/Keras.
+"""CTR models in TensorFlow/Keras, with click-confidence learning (CLSD, arXiv 2309.16322) as the first of its methods.
 
-The map of rooms, lowest first; a room imports only rooms above it in this list:
+The packages, lowest first; a package imports only packages above it in this list:
 
-* ``model_inputs``, ``validation``, ``tables``, ``features``: what a data set contains (types only, no TensorFlow)
-* ``artifacts``: the directories that couple the jobs
-* ``columns``, ``hashing``: text -> declared types, and hashes that are the same everywhere
-* ``console``, ``quiet_start``: how commands start, report and fail
-* ``transform``, ``examples``, ``input_pipeline``: raw columns -> ids -> tf.Example -> tf.data
-* ``embeddings``, ``losses``, ``metrics``, ``significance``: parts that know no model
-* ``backbones``: feature dict -> logits
-* ``clsd``: click confidence, AdGate, monitors and ``ClsdModel``
-* ``callbacks``, ``training``, ``evaluation``, ``report``, ``study``: assembly
+* ``plugins``, ``commands``: names that a user's own modules may add to; how commands start, report and fail
+* ``metrics``, ``pages``: numbers of scored rows; plots and the layout of HTML reports
+* ``spec``: what a data set contains: types only, no TensorFlow
+* ``storage``: the directories that couple the jobs
+* ``layers``, ``optimizers``, ``backbones``: embeddings, losses and calibration; optimizers; feature dict -> logits
+* ``data``: raw columns -> ids -> tf.Example -> tf.data
+* ``distributed``, ``statistics``, ``serving``: replicas and strategies; summaries of columns; the loaded servable
+* ``methods``: what training optimizes, a folder a method
+* ``training``, ``evaluation``, ``continual``, ``study``: runs, and what is measured of them
 
-``pipelines`` and ``export`` hold the commands. Importing this package imports no TensorFlow: it only selects the
-Keras that tensorflow-recommenders supports (tf-keras 2), which must happen before TensorFlow's Keras is first touched.
+``pipelines`` and ``export`` hold the commands; ``clsd --help`` lists them.
+
+The names in ``__all__`` can be imported from here. What they need, TensorFlow for most, is imported when one is asked
+for. Importing this package only selects the Keras that tensorflow-recommenders supports (tf-keras 2), which must happen
+before TensorFlow's Keras is first touched.
 """
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # For editors and type checkers, the same names as below.
+    from clsd_tf.backbones import build_backbone as build_backbone
+    from clsd_tf.backbones import register_backbone as register_backbone
+    from clsd_tf.backbones.base import Backbone as Backbone
+    from clsd_tf.backbones.base import feature_inputs as feature_inputs
+    from clsd_tf.data.input_pipeline import batches as batches
+    from clsd_tf.evaluation.evaluate import evaluate as evaluate
+    from clsd_tf.layers.embeddings import FieldEmbeddings as FieldEmbeddings
+    from clsd_tf.methods.clsd.ad_gate import AdGate as AdGate
+    from clsd_tf.methods.clsd.config import AdGateConfig as AdGateConfig
+    from clsd_tf.methods.clsd.config import ClsdConfig as ClsdConfig
+    from clsd_tf.methods.clsd.model import ClsdModel as ClsdModel
+    from clsd_tf.plugins.loading import load_plugins as load_plugins
+    from clsd_tf.spec.feature_spec import FeatureSpec as FeatureSpec
+    from clsd_tf.storage.dataset_dir import DatasetDir as DatasetDir
+    from clsd_tf.storage.work_dir import WorkDir as WorkDir
+    from clsd_tf.training.assembly import build_model as build_model
+    from clsd_tf.training.assembly import load_model as load_model
+    from clsd_tf.training.config import TrainConfig as TrainConfig
+    from clsd_tf.training.config import load_config as load_config
+    from clsd_tf.training.run import train as train
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "backbones": ("build_backbone", "register_backbone"),
+    "backbones.base": ("Backbone", "feature_inputs"),
+    "data.input_pipeline": ("batches",),
+    "evaluation.evaluate": ("evaluate",),
+    "layers.embeddings": ("FieldEmbeddings",),
+    "methods.clsd.ad_gate": ("AdGate",),
+    "methods.clsd.config": ("AdGateConfig", "ClsdConfig"),
+    "methods.clsd.model": ("ClsdModel",),
+    "plugins.loading": ("load_plugins",),
+    "spec.feature_spec": ("FeatureSpec",),
+    "storage.dataset_dir": ("DatasetDir",),
+    "storage.work_dir": ("WorkDir",),
+    "training.assembly": ("build_model", "load_model"),
+    "training.config": ("TrainConfig", "load_config"),
+    "training.run": ("train",),
+}
+_MODULES = {name: f"clsd_tf.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'clsd_tf' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _select_legacy_keras() -> None:

@@ -1,11 +1,11 @@
-"""Asks a model server: this project's (`python -m export.serve`) or TF Serving, over gRPC or REST.
+"""Asks a model server, this project's (`clsd serve`) or TF Serving.
 
 Example:
-  python -m export.client status --model=movielens
-  python -m export.client score --model=movielens --input=rows.parquet --output=scores.parquet
-  python -m export.client rank --model=movielens --user='{"user_id": "7", "age": 31}' --items=items.jsonl
-  python -m export.client compare --model=movielens --input=rows.csv --label=stable --other_label=canary
-  python -m export.client load --model=movielens --input=rows.csv --batch_size=32 --concurrency=8
+  clsd client status --model=movielens
+  clsd client score --model=movielens --input=rows.parquet --output=scores.parquet
+  clsd client rank --model=movielens --user='{"user_id": "7", "age": 31}' --items=items.jsonl
+  clsd client compare --model=movielens --input=rows.csv --label=stable --other_label=canary
+  clsd client load --model=movielens --input=rows.csv --batch_size=32 --concurrency=8
 
 `status` lists the model's versions and signatures. `score` writes the rows with a column ctr; input and output are CSV,
 JSON lines or Parquet, by their ending. `rank` orders items for one user. `compare` sends the same rows to two servers

@@ -1,8 +1,8 @@
 """Checks what TF Serving will make of a SavedModel directory, whoever wrote it.
 
 Example:
-  python -m export.contract demo/servable/movielens
-  python -m export.contract demo/servable/movielens/1700000000 --json=contract.json
+  clsd contract demo/servable/movielens
+  clsd contract demo/servable/movielens/1700000000 --json=contract.json
 
 The path is a model's base directory, which holds numbered versions, or one version. Prints each rule: pass, warning,
 fail or not applicable, what was found, and why it matters. Exits with status 1 if a rule failed. Loads and runs the

@@ -1,12 +1,12 @@
 """Exports a finished run as a TF Serving servable.
 
 Example:
-  python -m export.main --dataset_dir=demo/dataset --work_dir=demo/clsd --servable_dir=demo/servable --name=movielens
+  clsd export --dataset_dir=demo/dataset --work_dir=demo/clsd --servable_dir=demo/servable --name=movielens
 
-Writes <servable_dir>/<name>/<version>/ with the transform inside and five signatures, warm-up requests and a
-manifest; checks it in a fresh process against the training model; publishes it by one rename; and adds the model to
-<servable_dir>/models.config. A published version is never rewritten. With --keep, old versions are deleted, as
-`python -m export.manage prune` does.
+Writes <servable_dir>/<name>/<version>/ with the transform inside and five signatures, warm-up requests and a manifest;
+checks it in a fresh process against the training model; publishes it by one rename; and adds the model to
+<servable_dir>/models.config. A published version is never rewritten. With --keep, old versions are deleted, as `clsd
+manage prune` does.
 """
 
 import pathlib

@@ -1,11 +1,11 @@
 """Lists, promotes, rolls back and deletes the versions of a servable.
 
 Example:
-  python -m export.manage list --servable_dir=demo/servable --name=movielens --check
-  python -m export.manage promote --servable_dir=demo/servable --name=movielens --label=canary
-  python -m export.manage promote --servable_dir=demo/servable --name=movielens --label=stable --version=1764115200
-  python -m export.manage rollback --servable_dir=demo/servable --name=movielens --label=stable
-  python -m export.manage prune --servable_dir=demo/servable --name=movielens --keep=3
+  clsd manage list --servable_dir=demo/servable --name=movielens --check
+  clsd manage promote --servable_dir=demo/servable --name=movielens --label=canary
+  clsd manage promote --servable_dir=demo/servable --name=movielens --label=stable --version=1764115200
+  clsd manage rollback --servable_dir=demo/servable --name=movielens --label=stable
+  clsd manage prune --servable_dir=demo/servable --name=movielens --keep=3
 
 `promote` gives a label to a version (the newest by default) whose files are as its manifest says; `rollback` gives it
 back to the version that it named before. From the first label on, models.config lists the versions that the server

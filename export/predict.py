@@ -1,12 +1,12 @@
-"""Scores a file of raw rows with a servable, in this process: no server needed.
+"""Scores a file of raw rows with a servable, in this process.
 
 Example:
-  python -m export.predict --servable=demo/servable/movielens --input=demo/dataset/serving_sample.parquet \
+  clsd predict --servable=demo/servable/movielens --input=demo/dataset/serving_sample.parquet \\
       --output=scores.csv
 
---servable is a version directory, or a model's directory, whose newest version is taken. Input and output are CSV,
-JSON lines or Parquet, by their ending. The input needs a column per raw input of the model (--help_inputs lists
-them); in CSV a history is text separated by |. The output holds the input's columns and ctr.
+No server is needed. --servable is a version directory, or a model's directory, whose newest version is taken. Input and
+output are CSV, JSON lines or Parquet, by their ending. The input needs a column per raw input of the model
+(--help_inputs lists them); in CSV a history is text separated by |. The output holds the input's columns and ctr.
 """
 
 import pathlib

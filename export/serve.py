@@ -1,12 +1,13 @@
-"""A local server with TF Serving's gRPC and REST interfaces. For development and tests; it does not replace TF Serving.
+"""Serves models on this machine over TF Serving's gRPC and REST interfaces.
 
 Example:
-  python -m export.serve --servable_dir=demo/servable
+  clsd serve --servable_dir=demo/servable
 
 Serves the models of <servable_dir>/models.config (labels and version policies included), or without that file the
 newest version of every model. New versions and changes of models.config are seen while it runs; a version that cannot
 be loaded, or whose warm-up requests fail, leaves the old one serving. Metrics: http://<rest address>/metrics. SIGINT
-and SIGTERM stop it after the running requests. It has no TLS and no authentication: leave --host as it is.
+and SIGTERM stop it after the running requests. It is for development and tests and does not replace TF Serving; it has
+no TLS and no authentication: leave --host as it is.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Builds a dataset directory from raw logs and profile tables with Apache Beam.
 
 Example:
-  python -m pipelines.build_dataset --spec=movielens_100k --input_dir=demo/raw --dataset_dir=demo/dataset
+  clsd build --spec=movielens_100k --input_dir=demo/raw --dataset_dir=demo/dataset
 
 Reads the tables that the spec declares, checks every row (bad ones go to dead_letter.parquet with their reason), joins
 user profiles and item tables as of the event's time, derives histories without looking ahead, splits, counts

@@ -1,8 +1,8 @@
-"""Checks a feature spec against data and prints what it found, without writing a dataset.
+"""Checks a feature spec against data, without writing a dataset.
 
 Example:
-  python -m pipelines.check_spec --spec=movielens_100k --input_dir=demo/raw
-  python -m pipelines.check_spec --print_json_schema > feature_spec.schema.json   # for completion in editors
+  clsd check-spec --spec=movielens_100k --input_dir=demo/raw
+  clsd check-spec --print_json_schema > feature_spec.schema.json   # for completion in editors
 """
 
 import json

@@ -1,13 +1,13 @@
-"""Judges click confidence by an intensity signal that training never read, overall and per user group.
+"""Judges click confidence by an intensity signal that training never read.
 
 Example:
-  python -m pipelines.confidence_report --dataset_dir=demo/dataset --work_dir=demo/clsd
+  clsd confidence-report --dataset_dir=demo/dataset --work_dir=demo/clsd
 
 Does a click of high confidence stand for strong interest? On the training split it takes the teacher's scores, by which
 the run weighted its clicks; where the run has none, and on other splits, predictions of the run's model. Prints a table
-for each form of confidence; leaves confidence_report_<split>.json and confidence_report_<split>.html in the work
-directory. The spec must declare intensity_label or intensity_value. Rows of sample weight 0 are left out; all others
-count alike.
+for each form of confidence, overall and per user group; leaves confidence_report_<split>.json and
+confidence_report_<split>.html in the work directory. The spec must declare intensity_label or intensity_value. Rows of
+sample weight 0 are left out; all others count alike.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Lays out the public KuaiRand-Pure release as the feature spec kuairand reads it.
 
 Example:
-  python -m pipelines.convert_kuairand --release_dir=KuaiRand-Pure/data --output_dir=kuairand
+  clsd convert-kuairand --release_dir=KuaiRand-Pure/data --output_dir=kuairand
 
 The release (https://kuairand.com) holds CSV files. Takes the impressions of the standard policy from 25 April to
 5 May 2022, and the user and basic video features as they are: log.parquet, users.csv and videos.csv. Of the impressions

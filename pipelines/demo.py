@@ -1,10 +1,11 @@
-"""The whole job on MovieLens-100k, from raw files to a served model: what `make demo` runs.
+"""Runs the whole job on MovieLens-100k, from raw files to a served model.
 
 Example:
-  python -m pipelines.demo --demo_dir=demo
+  clsd demo --demo_dir=demo
 
-Each step is an ordinary command, printed before it runs. A step whose result is there already is kept, so a second
-run is fast; `make clean-demo` starts over. Without network the simulated feed takes the place of MovieLens.
+`make demo` runs this. Each step is an ordinary command, printed before it runs. A step whose result is there already is
+kept, so a second run is fast; `make clean-demo` starts over. Without network the simulated feed takes the place of
+MovieLens.
 """
 
 import pathlib
@@ -42,6 +43,7 @@ def run_step(title: str, result: pathlib.Path, *arguments: str) -> None:
     if result.exists():
         console.console.print(f"kept {result}")
         return
+    arguments = (*arguments, *(f"--plugin={module}" for module in console.plugins()))
     console.console.print(f"$ python -m {shlex.join(arguments)}", style="dim", soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", *arguments], check=False)
     if done.returncode:

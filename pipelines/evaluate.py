@@ -1,9 +1,9 @@
-"""Evaluates a trained run on a split, overall and per user group, and writes an HTML report with plots.
+"""Evaluates a trained run on a split, overall and per user group.
 
 Example:
-  python -m pipelines.evaluate --dataset_dir=demo/dataset --work_dir=demo/clsd --split=test
+  clsd evaluate --dataset_dir=demo/dataset --work_dir=demo/clsd --split=test
 
-Prints a table; leaves evaluation_<split>.json and report.html in the work directory.
+Prints a table; leaves evaluation_<split>.json and report.html, with plots, in the work directory.
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
 """Fetches MovieLens-100k (with user profiles) into a directory.
 
 Example:
-  python -m pipelines.fetch_movielens --raw_dir=demo/raw
+  clsd fetch-movielens --raw_dir=demo/raw
 
 GroupLens forbids redistribution, so the files are taken from the RecBole package on the Python package index at run
 time (`pip download --no-deps recbole==1.2.1`, 2 MB, nothing is installed) and checked against a known digest.

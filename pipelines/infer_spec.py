@@ -1,9 +1,9 @@
-"""Looks at files that nobody prepared and writes a feature spec that only needs to be checked and edited.
+"""Writes a feature spec for files that nobody prepared, to be checked and edited.
 
 Example:
-  python -m pipelines.infer_spec --log=raw/log.csv --user=raw/users.csv --item=raw/items.csv --output=my_feed.yaml
-  python -m pipelines.check_spec --spec=my_feed.yaml
-  python -m pipelines.build_dataset --spec=my_feed.yaml --dataset_dir=dataset
+  clsd infer-spec --log=raw/log.csv --user=raw/users.csv --item=raw/items.csv --output=my_feed.yaml
+  clsd check-spec --spec=my_feed.yaml
+  clsd build --spec=my_feed.yaml --dataset_dir=dataset
 
 The format comes from the name's ending (.csv, .tsv, .txt, .jsonl, .parquet, .avro, .tfrecord; text also .gz, .zst,
 .bz2), the delimiter from the first lines. A path may be a glob pattern such as 'log/date=*/*.parquet'. Guessed are the

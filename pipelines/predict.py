@@ -1,7 +1,7 @@
 """Scores files of any size with a servable, with Apache Beam.
 
 Example:
-  python -m pipelines.predict --servable=demo/servable/movielens --input='requests/*.parquet' --output=scored
+  clsd predict-bulk --servable=demo/servable/movielens --input='requests/*.parquet' --output=scored
 
 Reads CSV, TSV, JSON lines, Parquet, Avro or TFRecords of tf.Example, by the names' ending or --format; .gz, .zst and
 .bz2 of text. The input needs a column per raw input of the model; other columns reach the output, as text unless the
@@ -9,7 +9,7 @@ input is Parquet (of JSON lines and TFRecords those that occur in the first 1,00
 scores/part-*.parquet, whose rows, by the files' names, are in the order of the input, with the columns ctr and
 servable_version; dead_letter.parquet names rows that could not be scored; manifest.json says what was scored by what.
 The directory appears under its name only when it is complete. Flags that are not listed here go to Beam, for example
---runner=FlinkRunner; by default DirectRunner uses all cores. For a small file export.predict starts faster.
+--runner=FlinkRunner; by default DirectRunner uses all cores. For a small file `clsd predict` starts faster.
 """
 
 import pathlib

@@ -1,16 +1,16 @@
-"""Ranks user-profile features by how much the confidence of clicks differs with them: candidates for AdGate.
+"""Ranks user-profile features by how much click confidence differs with them.
 
 Example:
-  python -m pipelines.rank_profile_features --dataset_dir=demo/dataset --work_dir=demo/clsd
+  clsd rank-profile-features --dataset_dir=demo/dataset --work_dir=demo/clsd
 
 AdGate corrects click confidence for users whose clicks score higher or lower than those of others. The ranking tells
 which features these users differ by: analysis of variance, over each feature, of the users' mean of 1 - score. It reads
 clicks of the training split with the teacher's scores, or of the validation split with the model's predictions where
-the run has none. Candidates are all user groups and all single-valued features of the user table.
+the run has none. Ranked are all user groups and all single-valued features of the user table.
 
 What to do with it: train with the few features at the top whose p (Holm) is small and whose omega squared is worth it
 (.01 is a small effect, .06 a medium one), for example
-  python -m pipelines.train ... --set 'method.ad_gate.features=[age_group, occupation]'
+  clsd train ... --set 'method.ad_gate.features=[age_group, occupation]'
 Of a feature and a group made from the same column, take one. Prints a table; leaves profile_features.json in the work
 directory.
 """

@@ -1,13 +1,13 @@
-"""Writes a simulated feed: a log of impressions with genuine, accidental and click-bait clicks, users and items.
+"""Writes a simulated feed: impressions, users, items, and why each click was made.
 
 Example:
-  python -m pipelines.simulate_feed --raw_dir=/tmp/feed --num_rows=50000 --click_bait_share=0.1
-  python -m pipelines.build_dataset --spec=simulated_feed --input_dir=/tmp/feed --dataset_dir=/tmp/feed_dataset
+  clsd simulate-feed --raw_dir=/tmp/feed --num_rows=50000 --click_bait_share=0.1
+  clsd build --spec=simulated_feed --input_dir=/tmp/feed --dataset_dir=/tmp/feed_dataset
 
-Only a simulation knows why each click was made. The truth is written beside the log, and no dataset holds it:
-truth.parquet (per row of the log: probability of genuine interest, cause of the click) and truth.json (the planted
-parameters). Rows are streamed, so any number fits in memory. The spec simulated_pairs reads the same files and sees
-nothing but the ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
+Clicks are genuine, accidental or click-bait, and only a simulation knows which. The truth is written beside the log,
+and no dataset holds it: truth.parquet (per row of the log: probability of genuine interest, cause of the click) and
+truth.json (the planted parameters). Rows are streamed, so any number fits in memory. The spec simulated_pairs reads the
+same files and sees nothing but the ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
 """
 
 import pathlib

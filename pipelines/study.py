@@ -1,15 +1,15 @@
-"""Runs a study: data x backbone x method x seed from one YAML file, and the tables that tell what it shows.
+"""Runs a study, data x backbone x method x seed, and writes what it shows.
 
 Example:
-  python -m pipelines.study --study=small --study_dir=study
-  python -m pipelines.study --study=full --study_dir=study_full --input_dir=kuairand=path/to/kuairand
+  clsd study --study=small --study_dir=study
+  clsd study --study=full --study_dir=study_full --input_dir=kuairand=path/to/kuairand
 
---study is the name of a study that comes with the package or the path of a YAML file; pipelines/studies/small.yaml is
-the one to copy. Datasets are fetched, simulated or read from --input_dir, and built below <study_dir>/data; every run
-has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed study goes on where it was (SIGTERM
-saves the running ones and ends with status 75), and a study that grew by a method only runs what is new. Leaves
-results.parquet (every measured number), tables.md, user_groups.md and report.html (both, with plots) in the study
-directory.
+--study is the name of a study that comes with the package or the path of a YAML file, which declares all of it;
+pipelines/studies/small.yaml is the one to copy. Datasets are fetched, simulated or read from --input_dir, and built
+below <study_dir>/data; every run has a directory of its own below <study_dir>/runs. Finished runs are kept: a killed
+study goes on where it was (SIGTERM saves the running ones and ends with status 75), and a study that grew by a method
+only runs what is new. Leaves results.parquet (every measured number), tables.md, user_groups.md and report.html (both,
+with plots) in the study directory.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import pyarrow.parquet
 import rich.progress
 from absl import flags
 
+import clsd_tf
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.commands.interruption import TrainingInterruptedError, handling_sigterm
 from clsd_tf.storage.dataset_dir import DatasetDir
@@ -104,7 +105,9 @@ def _run_batch(tasks: dict[str, tuple[Callable, ...]], progress: _Progress) -> N
     context = multiprocessing.get_context("spawn")
     with (
         handling_sigterm(_stop_workers),
-        concurrent.futures.ProcessPoolExecutor(_NUM_PROCESSES.value, context, start_worker) as pool,
+        concurrent.futures.ProcessPoolExecutor(
+            _NUM_PROCESSES.value, context, start_worker, (console.plugins(),)
+        ) as pool,
     ):
         pending = {pool.submit(run_task, *task): label for label, task in tasks.items()}
         try:
@@ -194,13 +197,11 @@ def _teacher_tasks(cells: Iterable[Cell], located: dict[Cell, PreparedData]) -> 
 
 
 def _facts(study: StudyConfig, session_seconds: float, all_seconds: float) -> dict[str, str]:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("clsd_tf", "tensorflow", "tf-keras", "numpy")
-    )
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "tf-keras", "numpy"))
     return {
         "command": shlex.join(["python", "-m", "pipelines.study", *sys.argv[1:]]),
         "date": dt.date.today().isoformat(),
-        "versions": f"Python {platform.python_version()}, {versions}",
+        "versions": f"Python {platform.python_version()}, clsd_tf {clsd_tf.__version__}, {libraries}",
         "seeds": "; ".join(f"{grid.seeds or study.seeds} ({grid.title})" for grid in study.grids),
         "split": study.split,
         "this session took": f"{dt.timedelta(seconds=round(session_seconds))} with {_NUM_PROCESSES.value} processes",

@@ -1,8 +1,10 @@
-"""Trains a CTR model on a dataset directory: loss warm-up with BCE, then clicks weighted by confidence (CLSD).
+"""Trains a CTR model on a dataset directory, by default with click confidence.
 
 Example:
-  python -m pipelines.train --dataset_dir=demo/dataset --work_dir=demo/clsd --set method.mu=0.5
+  clsd train --dataset_dir=demo/dataset --work_dir=demo/clsd --set method.mu=0.5
   tensorboard --logdir demo/clsd/tensorboard
+
+The loss is BCE during loss warm-up; from then on clicks are weighted by their confidence (CLSD).
 
 A killed run goes on at the batch behind its newest checkpoint, and ends with the same bits as one that was not killed:
 start the same command again. There is a checkpoint at each epoch's end and every checkpoint_every_minutes,

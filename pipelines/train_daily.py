@@ -1,14 +1,15 @@
-"""Walks a range of days: each is scored by the model of the day before, which then goes on training on it.
+"""Trains day by day; each day is first scored by the model of the day before.
 
 Example:
-  python -m pipelines.build_dataset --spec=feed --input_dir=raw/2026-11-02 --dataset_dir=datasets/2026-11-02 \\
+  clsd build --spec=feed --input_dir=raw/2026-11-02 --dataset_dir=datasets/2026-11-02 \\
     --grow_from=datasets/2026-11-01
-  python -m pipelines.train_daily --datasets=datasets/{date} --work_dirs=runs/{date} --first_date=2026-11-01 \\
+  clsd train-daily --datasets=datasets/{date} --work_dirs=runs/{date} --first_date=2026-11-01 \\
     --last_date=2026-11-02 --set max_epochs=1
 
-The datasets, one a day (UTC), each grown from the one before, must be there. Prints how well each day was predicted
-ahead (prequential evaluation), and leaves it as days.json and days.html in the work directory of the last day, with
-its lineage. A killed walk goes on when the same command is started again; days that are done stay as they are.
+The model then goes on training on that day. The datasets, one a day (UTC), each grown from the one before, must be
+there. Prints how well each day was predicted ahead (prequential evaluation), and leaves it as days.json and days.html
+in the work directory of the last day, with its lineage. A killed run goes on when the same command is started again;
+days that are done stay as they are.
 
 Runs train on the training splits alone, and validation rows stop and calibrate them. Since every row of a day is a test
 of the model before it, the datasets need no large test split: say split: {rule: random, train: 0.98, validation: 0.01,

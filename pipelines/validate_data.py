@@ -1,13 +1,13 @@
-"""Checks the data of a dataset directory: expectations of its spec, drift and skew; JSON, tables and an HTML page.
+"""Checks the data of a dataset directory: expectations of its spec, drift and skew.
 
 Example:
-  python -m pipelines.validate_data --dataset_dir=demo/dataset
-  python -m pipelines.validate_data --dataset_dir=today --baseline_dir=yesterday --requests=served.parquet \
+  clsd validate-data --dataset_dir=demo/dataset
+  clsd validate-data --dataset_dir=today --baseline_dir=yesterday --requests=served.parquet \\
       --fail_on=anomaly
 
 Compares validation and test rows with training rows; with --baseline_dir training rows with those of another dataset
 (another day); with --requests training rows with served requests: a file of raw inputs (.csv, .jsonl, .parquet) as
-export.predict reads, or a directory of such files: of what export.serve logs, a model's directory,
+`clsd predict` reads, or a directory of such files: of what `clsd serve` logs, a model's directory,
 <request_log_dir>/<model>. Raw inputs that a log declares to leave out (the user's key) are named and not compared; any
 other raw input without a column is an error. Writes data_report.json and data_report.html to --report_dir. The spec
 declares what is expected: `expect` of a column, and `drift`. With --fail_on=anomaly the exit status is 1 if there is

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from clsd_tf import backbones
-from clsd_tf.backbones import BACKBONES, build_backbone
+from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
 from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs
 
@@ -53,8 +53,10 @@ def registry():
     own = dict(BACKBONES)
     exec(compile(_documented_example(), "docstring", "exec"), {})
     yield
-    BACKBONES.clear()
-    BACKBONES.update(own)
+    for name in [name for name in BACKBONES if BACKBONES[name] is not own.get(name)]:
+        del BACKBONES[name]
+    for name in own.keys() - BACKBONES.keys():
+        register_backbone(name)(own[name])
 
 
 def randomise(backbone, scale):

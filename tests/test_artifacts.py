@@ -1,7 +1,10 @@
 """The directories that couple the jobs: complete or refused, and changed contents are noticed."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -126,6 +129,14 @@ def test_unknown_split_names_the_known_ones(feed_dataset):
         feed_dataset.record_files("dev")
 
 
+def test_a_dataset_directory_shows_its_path_its_rows_and_its_fingerprint(feed_dataset):
+    train, validation, test = (feed_dataset.num_rows(split) for split in ("train", "validation", "test"))
+    assert repr(feed_dataset) == (
+        f"DatasetDir('{feed_dataset.path}': {train:,} train, {validation:,} validation, {test:,} test rows, "
+        f"fingerprint {feed_dataset.fingerprint})"
+    )
+
+
 # --- Staging ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +256,13 @@ def test_run_on_another_dataset_is_refused_with_both_fingerprints(work_dir, feed
     assert "Allowed: 0123456789abcdef" in message
 
 
+def test_a_work_directory_shows_its_path_and_how_far_it_is(work_dir, tmp_path):
+    assert repr(work_dir) == f"WorkDir('{work_dir.path}': complete, fingerprint 0123456789abcdef)"
+    work_dir.success.unlink()
+    assert repr(work_dir) == f"WorkDir('{work_dir.path}': not finished)"
+    assert repr(WorkDir(tmp_path / "nowhere")) == f"WorkDir('{tmp_path / 'nowhere'}': not started)"
+
+
 def test_json_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
@@ -264,3 +282,38 @@ def test_a_work_directory_is_held_by_one_process(tmp_path):
         pass
     with work_dir.exclusive():  # Free again.
         assert work_dir.path.is_dir()
+
+
+# --- Without locks ---------------------------------------------------------------------------------------------------
+
+_WITHOUT_FCNTL = """
+import pathlib, sys
+
+class NoFcntl:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fcntl":
+            raise ModuleNotFoundError("No module named 'fcntl'")
+
+sys.modules.pop("fcntl", None)
+sys.meta_path.insert(0, NoFcntl())
+from clsd_tf import DatasetDir, WorkDir
+from clsd_tf.storage.files import ArtifactError, locked, staged_directory
+
+print(DatasetDir(sys.argv[1]).num_rows("train"))
+here = pathlib.Path(sys.argv[2])
+for lock in (WorkDir(here / "run").exclusive(), staged_directory(here / "new"), locked(here, wait=False)):
+    try:
+        with lock:
+            print("held")
+    except ArtifactError as error:
+        print(error)
+"""
+
+
+def test_where_the_platform_has_no_locks_reading_works_and_locking_says_what_is_missing(feed_dataset, tmp_path):
+    command = [sys.executable, "-c", _WITHOUT_FCNTL, feed_dataset.path, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows, *refusals = done.stdout.splitlines()
+    assert rows == str(feed_dataset.num_rows("train")), done.stderr
+    refusal = r"needs the Python module fcntl\. Received: platform \w+, which has none\. Use Linux"
+    assert [bool(re.search(refusal, line)) for line in refusals] == [True] * 3

@@ -1,5 +1,7 @@
 """The registry of backbones, and arguments that are refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,7 +15,7 @@ from backbone_inputs import (
 )
 
 from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
-from clsd_tf.backbones.base import feature_inputs
+from clsd_tf.backbones.base import declared_features, example_features, feature_inputs
 from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import ModelInputs
@@ -74,6 +76,43 @@ def test_the_documented_example_trains_as_any_backbone():
     assert np.isfinite(history["loss"]).all()
     assert all((old != new).any() for old, new in zip(before, model.backbone.get_weights(), strict=True))
     assert model(FEATURES | EXTRAS).shape == [7]
+
+
+def test_a_functional_backbone_is_given_the_features_that_it_declares():
+    backbone = build_backbone("two_layers", INPUTS, **ARGUMENTS)
+    received = declared_features(backbone, FEATURES | EXTRAS)
+    assert received.keys() == FEATURES.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(backbone(received), backbone(FEATURES))
+
+
+def test_a_functional_backbone_of_named_inputs_is_given_those():
+    price, age = tf.keras.Input([], name="price"), tf.keras.Input([], name="age")
+    backbone = tf.keras.Model([price, age], price - age)
+    received = declared_features(backbone, FEATURES | EXTRAS)
+    assert received.keys() == {"price", "age"}
+    np.testing.assert_array_equal(backbone(received), FEATURES["price"] - FEATURES["age"])
+
+
+def test_a_subclassed_backbone_is_given_all_features():
+    backbone = build_backbone("dnn", INPUTS)
+    backbone(FEATURES)
+    assert declared_features(backbone, FEATURES | EXTRAS) == FEATURES | EXTRAS
+
+
+def test_a_missing_feature_of_a_functional_backbone_is_named():
+    backbone = build_backbone("two_layers", INPUTS, **ARGUMENTS)
+    with pytest.raises(ValueError, match="price"):
+        backbone(declared_features(backbone, {name: FEATURES[name] for name in FEATURES if name != "price"}))
+
+
+def test_example_features_are_named_and_shaped_as_a_row_of_a_batch():
+    received = example_features(build_backbone("dnn", INPUTS).model_inputs)
+    row = {name: values[:1] for name, values in {**FEATURES, "age_group": EXTRAS["age_group"]}.items()}
+    assert {name: (value.shape, value.dtype) for name, value in received.items()} == {
+        name: (value.shape, value.dtype) for name, value in row.items()
+    }
 
 
 def test_feature_inputs_are_named_and_shaped_as_the_batches():

@@ -63,6 +63,11 @@ class Backbone(tf.keras.Model):
             "dropout": dropout,
         }
 
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """The inputs that it was made for."""
+        return ModelInputs.from_dict(self._config["inputs"])
+
     def field_embeddings(self, inputs: ModelInputs, num_columns: int) -> FieldEmbeddings:
         """Creates the layer that embeds ``inputs``, by this backbone's settings.
 
@@ -158,6 +163,37 @@ def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
         for entry in inputs.categorical
     }
     return ids | {name: tf.keras.Input([], dtype=tf.float32) for name in inputs.numeric}
+
+
+def example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
+    """Makes one row of zeros, user groups included: a model that has seen it has all its variables.
+
+    Returns:
+      Tensors by name, shaped as in a batch of 1.
+    """
+    features = {
+        entry.name: tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
+        for entry in inputs.categorical
+    }
+    features |= {name: tf.zeros([1]) for name in inputs.numeric}
+    return features | {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
+
+
+def declared_features(backbone: tf.keras.Model, features: Features) -> Features:
+    """Selects the features that a backbone takes: of a functional model its inputs, since Keras warns of others.
+
+    Args:
+      backbone: any Keras model from a feature dict to logits.
+      features: all that a batch has, user groups, row ids and teacher scores included.
+
+    Returns:
+      A part of ``features``; for a subclassed model all of them.
+    """
+    if not backbone.inputs:  # Subclassed: what it takes is in its code.
+        return features
+    declared = backbone.input
+    names = declared if isinstance(declared, Mapping) else backbone.input_names
+    return {name: features[name] for name in names if name in features}
 
 
 def concat_fields(embeddings: tf.Tensor) -> tf.Tensor:

@@ -13,23 +13,32 @@ import rich.markup
 import rich.measure
 import rich.progress
 import rich.table
-from absl import app, logging
+from absl import app, flags, logging
 
 from clsd_tf.commands.interruption import EXIT_CODE, TrainingInterruptedError
+from clsd_tf.plugins.loading import load_plugins
 
 console = rich.console.Console(stderr=False, highlight=False)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, RuntimeError)
+flags.disclaim_key_flags()  # --help lists what ``run`` defines among the flags of the command that calls it.
 
 
 def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Runs a command: a user's mistake ends with its message and status 1, anything else with a traceback.
+    """Runs a command, after its plug-ins are loaded: those of --plugin, a flag of every command, and of entry points.
 
-    Where SIGTERM interrupted training, a line says how to go on, and the status is ``interruption.EXIT_CODE``.
+    A user's mistake ends with its message and status 1, anything else with a traceback. Where SIGTERM interrupted
+    training, a line says how to go on, and the status is ``interruption.EXIT_CODE``.
+
+    Args:
+      main: takes what is left of the command line, the program's name first.
+      flags_parser: from the command line to what ``main`` takes; by default a flag that is not known is an error.
     """
+    flags.DEFINE_multi_string("plugin", [], "Module of yours that registers backbones and the like; may be repeated.")
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
+            load_plugins(plugins())
             main(argv)
         except TrainingInterruptedError as interruption:
             console.print(rich.markup.escape(str(interruption)), soft_wrap=True)
@@ -43,14 +52,23 @@ def run(main: Callable[[Sequence[str]], None], flags_parser: Callable[[list[str]
     app.run(guarded, flags_parser=flags_parser) if flags_parser else app.run(guarded)
 
 
+def plugins() -> list[str]:
+    """The modules that --plugin names, for processes that a command starts."""
+    return flags.FLAGS.plugin
+
+
 def warn(message: str | None) -> None:
-    """Prints a warning; None prints nothing."""
+    """Prints a warning.
+
+    Args:
+      message: None prints nothing.
+    """
     if message is not None:
         console.print(f"[yellow]warning:[/] {rich.markup.escape(message)}", soft_wrap=True)
 
 
 class _LiveText(rich.progress.ProgressColumn):
-    """What a function says at each refresh."""
+    """The text that a function gives at each refresh."""
 
     def __init__(self, text: Callable[[], str]):
         super().__init__()
@@ -90,7 +108,13 @@ def step(title: str, progress_text: Callable[[], str] = str) -> Iterator[Callabl
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off."""
+    """Prints a table at its full width: text left-aligned, numbers right-aligned, nothing cut off.
+
+    Args:
+      title: a line above it.
+      columns: names.
+      rows: of one value per column: text as it is, numbers as ``format_number`` has them.
+    """
     rows = [list(row) for row in rows]
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
@@ -105,7 +129,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def format_number(value: object) -> str:
-    """Integers with thousands separators, fractions with 4 decimals, nothing for None."""
+    """Formats integers with thousands separators, fractions with 4 decimals, and None as "-"."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -44,6 +44,9 @@ def handling_sigterm(handler: Callable[..., None]) -> Iterator[None]:
     """Calls ``handler`` on SIGTERM, and puts back what was there before.
 
     Does nothing where Python cannot: outside the main thread, and where another language has set the handler.
+
+    Args:
+      handler: takes the signal's number and the frame that it interrupts.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before is None or threading.current_thread() is not threading.main_thread():

@@ -16,7 +16,7 @@ class Registry(Mapping[str, Any]):
     without it.
 
     Args:
-      kind: what the objects are, for messages: "backbone".
+      kind: what the objects are, for messages: "backbone", whose registry is the variable ``BACKBONES``.
       built_in: name -> where it is, ``package.module:attribute``.
     """
 
@@ -26,17 +26,21 @@ class Registry(Mapping[str, Any]):
         self._objects: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Returns a decorator that adds an object under ``name``.
+        """Registers an object: ``@registry.register("mine")`` above its definition.
+
+        Returns:
+          A decorator that gives back what it is put on.
 
         Raises:
-          ValueError: the name is taken.
+          ValueError: the name is taken; from the decorator.
         """
 
         def add(value: T) -> T:
             if name in self:
+                variable = f"{self.kind.upper().replace(' ', '_')}S"
                 raise ValueError(
-                    f"a {self.kind} of this name is registered already. Received: {name!r}. Choose another name, or "
-                    f"remove the old one first: del the registry's [{name!r}]"
+                    f"a {self.kind} of this name is registered already. Received: {name!r}. "
+                    f"Choose another name, or remove the old one first: del {variable}[{name!r}]"
                 )
             self._objects[name] = value
             return value
@@ -44,7 +48,11 @@ class Registry(Mapping[str, Any]):
         return add
 
     def require(self, name: str) -> None:
-        """Raises ValueError for a name that is not registered; the message lists the known ones."""
+        """Checks a name.
+
+        Raises:
+          ValueError: it is not registered; the message lists those that are.
+        """
         if name not in self:
             raise ValueError(
                 f"unknown {self.kind}. Received: {name!r}. Allowed: {', '.join(sorted(self))}; those of your own "

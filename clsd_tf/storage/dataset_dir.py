@@ -37,6 +37,7 @@ class DatasetLayout:
         self.success = root / SUCCESS
 
     def vocabulary(self, name: str) -> pathlib.Path:
+        """File of a vocabulary: a value a line, in the order of ids."""
         return self.vocabularies / f"{name}.txt"
 
     def vocabulary_values(self, name: str) -> list[str]:
@@ -46,6 +47,7 @@ class DatasetLayout:
         return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
     def shard(self, split: str, index: int, num_shards: int, compressed: bool) -> pathlib.Path:
+        """File of the records of a split number ``index``, counted from 0."""
         suffix = ".tfrecord.gz" if compressed else ".tfrecord"
         return self.records / f"{split}-{index:05d}-of-{num_shards:05d}{suffix}"
 
@@ -64,6 +66,9 @@ class DatasetLayout:
 
 class DatasetDir:
     """Reader of a complete dataset directory.
+
+    Args:
+      path: of the directory.
 
     Raises:
       ArtifactError: no such directory, no ``_SUCCESS``, or contents that differ from what was written.
@@ -85,6 +90,11 @@ class DatasetDir:
         self.statistics = Statistics.from_json(self.layout.statistics.read_text(encoding="utf-8"))
         self.inputs: ModelInputs = self.spec.model_inputs(self.statistics.vocabulary_lengths)
 
+    def __repr__(self) -> str:
+        counts = self.counts["splits"]
+        rows = ", ".join(f"{counts[split]['rows']:,} {split}" for split in SPLITS)
+        return f"DatasetDir({str(self.path)!r}: {rows} rows, fingerprint {self.fingerprint})"
+
     def _read_spec(self) -> FeatureSpec:
         try:
             return parse_spec(read_json(self.layout.spec), str(self.layout.spec))
@@ -105,13 +115,20 @@ class DatasetDir:
 
     @property
     def counts(self) -> dict[str, Any]:
+        """What became of the rows: per split, per table, and in all."""
         return read_json(self.layout.counts)
 
     def num_rows(self, split: str) -> int:
+        """Rows of a split, those of sample weight 0 included."""
         return self.counts["splits"][split]["rows"]
 
     def record_files(self, split: str) -> list[str]:
-        """TFRecord shards of a split, in order."""
+        """TFRecord shards of a split, in order.
+
+        Raises:
+          ValueError: an unknown split.
+          ArtifactError: a shard is missing.
+        """
         if split not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}. Received: {split!r}")
         found = [*self.layout.records.glob(f"{split}-*.tfrecord"), *self.layout.records.glob(f"{split}-*.tfrecord.gz")]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: what needs no lock works there.
+    fcntl = None  # type: ignore[assignment]
 
 SUCCESS = "_SUCCESS"
 
@@ -21,6 +26,13 @@ class ArtifactError(RuntimeError):
 
 
 def incomplete(kind: str, path: pathlib.Path, remedy: str) -> ArtifactError:
+    """Returns the error for a directory without ``_SUCCESS``.
+
+    Args:
+      kind: "dataset" or "work".
+      path: the directory, which may not exist.
+      remedy: what to do, a sentence without its period.
+    """
     state = "has none" if path.is_dir() else "does not exist"
     return ArtifactError(
         f"a {kind} directory is complete when it holds {SUCCESS}. Received: {path}, which {state}. {remedy}"
@@ -28,7 +40,11 @@ def incomplete(kind: str, path: pathlib.Path, remedy: str) -> ArtifactError:
 
 
 def require_absent(path: pathlib.Path) -> None:
-    """Refuses an output path that exists, so that nothing is ever overwritten."""
+    """Refuses an output path that exists, so that nothing is ever overwritten.
+
+    Raises:
+      FileExistsError: it does.
+    """
     if path.exists():
         raise FileExistsError(
             f"an output directory must not exist yet. Received: {path}. Choose another name or remove it first"
@@ -37,9 +53,16 @@ def require_absent(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling of ``final`` that becomes ``final`` by one rename, only if the block succeeds.
+    """A temporary sibling of ``final`` that becomes ``final`` by one rename, only if the block succeeds.
 
     Siblings that processes left which were killed are removed: a living process holds a lock on its own.
+
+    Yields:
+      The sibling, an empty directory.
+
+    Raises:
+      FileExistsError: ``final`` exists, before the block or after it.
+      ArtifactError: this platform has no locks.
     """
     require_absent(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -60,17 +83,52 @@ def staged_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(directory: pathlib.Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a directory's lock, which ends with the process and its children; yields whether it could be had."""
+    """Holds a directory's lock, which ends with the process and its children.
+
+    Args:
+      directory: exists.
+      wait: until another process that holds the lock lets go.
+
+    Yields:
+      Whether the lock could be had: not where another process has it, or the file system knows none.
+
+    Raises:
+      ArtifactError: this platform has no locks.
+    """
+    _require_locks()
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock(descriptor, wait=wait)
         held = True
-    except OSError:  # Another process has it, or the file system knows no locks.
+    except OSError:
         held = False
     try:
         yield held
     finally:
         os.close(descriptor)
+
+
+def lock(file: Any, *, wait: bool) -> None:
+    """Locks a file for this process until it is closed.
+
+    Args:
+      file: descriptor, or what has a ``fileno``.
+      wait: until another process that holds the lock lets go.
+
+    Raises:
+      OSError: the lock could not be had.
+      ArtifactError: this platform has no locks.
+    """
+    _require_locks()
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _require_locks() -> None:
+    if fcntl is None:
+        raise ArtifactError(
+            "a directory is locked by the process that writes it, which needs the Python module fcntl. "
+            f"Received: platform {sys.platform}, which has none. Use Linux, macOS or the Windows Subsystem for Linux"
+        )
 
 
 def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
@@ -117,4 +175,5 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
+    """Reads JSON in UTF-8."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -6,18 +6,21 @@ A killed run must be able to resume, so it is written in place and gets ``_SUCCE
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from clsd_tf.storage.dataset_dir import DatasetDir
-from clsd_tf.storage.files import SUCCESS, ArtifactError, incomplete, read_json, write_json
+from clsd_tf.storage.files import SUCCESS, ArtifactError, incomplete, lock, read_json, write_json
 
 
 class WorkDir:
-    """What one training run leaves: config, lineage, checkpoints, events, history, best weights, evaluations."""
+    """What one training run leaves: config, lineage, checkpoints, events, history, best weights, evaluations.
+
+    Args:
+      path: of the directory, which need not exist yet.
+    """
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
@@ -34,7 +37,17 @@ class WorkDir:
         self.days_report = self.path / "days.html"
         self.success = self.path / SUCCESS
 
+    def __repr__(self) -> str:
+        return f"WorkDir({str(self.path)!r}: {self._state})"
+
+    @property
+    def _state(self) -> str:
+        if self.is_complete:
+            return f"complete, fingerprint {self.fingerprint}"
+        return "not finished" if self.config.is_file() else "not started"
+
     def evaluation(self, split: str) -> pathlib.Path:
+        """Where the measures of a split are kept."""
         return self.path / f"evaluation_{split}.json"
 
     def weights_of(self, epoch: int) -> pathlib.Path:
@@ -46,7 +59,7 @@ class WorkDir:
         """Epoch -> what ``weights_of`` it is there: files, and directories of writes that were killed."""
         files: dict[int, list[pathlib.Path]] = {}
         for path in self.weights_of(0).parent.glob("weights-*"):
-            epoch = int(re.match(r"weights-(\d+)", path.name)[1])
+            epoch = int(re.findall(r"\d+", path.name)[0])
             files.setdefault(epoch, []).append(path)
         return files
 
@@ -63,12 +76,12 @@ class WorkDir:
           wait: until another process that holds it lets go.
 
         Raises:
-          ArtifactError: another process holds it.
+          ArtifactError: another process holds it, or this platform has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a") as lock:
+        with (self.path / ".lock").open("a") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                lock(file, wait=wait)
             except OSError as error:
                 raise ArtifactError(
                     f"only one process may train in a work directory. Received: {self.path}, which another one holds. "
@@ -78,14 +91,20 @@ class WorkDir:
 
     @property
     def has_checkpoint(self) -> bool:
+        """Whether there is one to resume from."""
         return (self.checkpoints / "checkpoint").is_file()
 
     @property
     def is_complete(self) -> bool:
+        """Whether the run has finished."""
         return self.success.is_file()
 
     def mark_complete(self, fingerprint: str) -> None:
-        """Writes ``_SUCCESS``; the last thing that a run does."""
+        """Writes ``_SUCCESS``; the last thing that a run does.
+
+        Args:
+          fingerprint: of what the run has become, 16 hex digits.
+        """
         fingerprints = {
             "dataset_fingerprint": self.resolved_config["dataset_fingerprint"],
             "work_fingerprint": fingerprint,
@@ -99,10 +118,15 @@ class WorkDir:
 
     @property
     def resolved_config(self) -> dict[str, Any]:
+        """The run's settings (``train``) and the ``dataset_fingerprint`` of what it was trained on."""
         return read_json(self.config)
 
     def require_finished(self) -> None:
-        """Raises ArtifactError for a run that has not finished."""
+        """Refuses a run that has not finished.
+
+        Raises:
+          ArtifactError: names the directory and what to do.
+        """
         if not self.is_complete:
             raise incomplete("work", self.path, "Run `python -m pipelines.train` (again) first")
 
@@ -116,6 +140,11 @@ class WorkDir:
         self.require_same_dataset(dataset)
 
     def require_same_dataset(self, dataset: DatasetDir) -> None:
+        """Refuses a run that was trained on another dataset.
+
+        Raises:
+          ArtifactError: names both fingerprints.
+        """
         trained_on = self.resolved_config["dataset_fingerprint"]
         if trained_on != dataset.fingerprint:
             raise ArtifactError(

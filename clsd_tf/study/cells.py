@@ -22,6 +22,7 @@ from clsd_tf.data import input_pipeline
 from clsd_tf.methods import DEFAULT_METHOD, METHODS, method_of
 from clsd_tf.methods.method import MethodGuardError
 from clsd_tf.metrics.user_errors import difference_errors
+from clsd_tf.plugins.loading import load_plugins
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
@@ -120,15 +121,19 @@ def with_placebos(rows: Sequence[Row], shared: Mapping[str, Any]) -> list[Row]:
     return [*rows, *(placebo for placebo in placebos.values() if placebo.name not in known)]
 
 
-def start_worker() -> None:
+def start_worker(plugins: Sequence[str] = ()) -> None:
     """Prepares a process that runs cells side by side with others: one thread, and an end with its parent.
 
     One thread each: runs side by side on few cores finish sooner than one on all.
+
+    Args:
+      plugins: modules that register what the cells' configs name, beside those of installed packages.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     make_deterministic()
+    load_plugins(plugins)
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import clsd_tf
 from clsd_tf.evaluation.evaluate import measure, rows_by_label, scored_rows
 from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics.user_intervals import user_intervals
@@ -23,7 +24,7 @@ from export.servable.card_types import CARD_MARKDOWN, Calibration, Data, Export,
 
 _SPLIT = "test"
 _SCORES = {"before": "uncalibrated", "after": "pctr"}  # Of the calibration -> columns.
-_LIBRARIES = ("clsd_tf", "tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
+_LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
 
 
 def write_model_card(
@@ -68,7 +69,7 @@ def write_model_card(
         export=Export(
             profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
         ),
-        libraries={"python": platform.python_version(), **{name: _library_version(name) for name in _LIBRARIES}},
+        libraries=_versions(),
     )
     (directory / CARD_JSON).parent.mkdir(exist_ok=True)
     write_json(directory / CARD_JSON, card.model_dump(mode="json"))
@@ -137,8 +138,13 @@ def _changes(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
             yield f"{prefix}{key}", json.dumps(value)
 
 
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "clsd_tf": clsd_tf.__version__}
+    return {**versions, **{name: _library_version(name) for name in _LIBRARIES}}
+
+
 def _library_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # clsd_tf itself, run from its sources.
+    except importlib.metadata.PackageNotFoundError:  # Another build of it, say tensorflow-cpu.
         return None

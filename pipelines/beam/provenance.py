@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import clsd_tf
 from clsd_tf.data.examples import packed_columns
 from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.spec.model_inputs import Statistics
@@ -101,13 +102,13 @@ def _split(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def code_versions() -> dict[str, str | None]:
     """What a manifest says of the code that ran: this project's version and commit, and its main libraries."""
-    return {"clsd_tf": _version("clsd_tf"), "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}}
+    return {"clsd_tf": clsd_tf.__version__, "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # clsd_tf itself, run from its sources.
+    except importlib.metadata.PackageNotFoundError:  # Another build of it, say tensorflow-cpu.
         return None
 
 
