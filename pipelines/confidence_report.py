@@ -45,7 +45,7 @@ def scored_columns(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[
     return {name: values[kept] for name, values in columns.items()}, source
 
 
-def analyse(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[str, Any], dict[str, Any]]:
+def analyze(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[str, Any], dict[str, Any]]:
     """(form of confidence -> its measures, noise floor of each user group)."""
     groups = {
         group.name: merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
@@ -72,7 +72,7 @@ def main(argv) -> None:
     dataset, work_dir, split = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value), _SPLIT.value
     with console.step(f"measure click confidence on {split}") as note:
         columns, source = scored_columns(work_dir, dataset, split)
-        measured, noise_floor = analyse(columns, dataset)
+        measured, noise_floor = analyze(columns, dataset)
         note(source)
     if split == "train" and source == MODEL:
         console.warn("the model was trained on the clicks it judges here, and is overconfident. Use --split=validation")

@@ -136,7 +136,7 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
         soft_wrap=True,
     )
     bad = sum(sum(table["bad"].values()) for table in DatasetDir(demo / "dataset").counts["tables"].values())
-    artefacts = [
+    artifacts = [
         ("dataset", f"{demo / 'dataset'} ({bad:,} bad rows)"),
         ("runs, TensorBoard", f"{demo / 'study'} (tensorboard --logdir {demo / 'study'})"),
         ("study", f"{demo / 'study' / 'report.html'}, tables.md and results.parquet"),
@@ -145,7 +145,7 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
         ("model card", str(version / "assets.extra" / "model_card.md")),
         ("scores", str(demo / "scores.csv")),
     ]
-    console.print_table("Where everything lies", ["artefact", "path"], artefacts)
+    console.print_table("Where everything lies", ["artifact", "path"], artifacts)
 
 
 def main(argv) -> None:

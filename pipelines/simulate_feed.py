@@ -4,10 +4,10 @@ Example:
   clsd simulate-feed --raw_dir=/tmp/feed --num_rows=50000 --click_bait_share=0.1
   clsd build --spec=simulated_feed --input_dir=/tmp/feed --dataset_dir=/tmp/feed_dataset
 
-Clicks are genuine, accidental or click-bait, and only a simulation knows which. The truth is written beside the log,
-and no dataset holds it: truth.parquet (per row of the log: probability of genuine interest, cause of the click) and
-truth.json (the planted parameters). Rows are streamed, so any number fits in memory. The spec simulated_pairs reads the
-same files and sees nothing but the ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
+Only a simulation knows why each click was made. The ground truth is written beside the log, and no dataset holds it:
+truth.parquet (per row of the log: probability of genuine interest, cause of the click) and truth.json (the true
+parameters). Rows are streamed, so any number fits in memory. The spec simulated_pairs reads the same files and sees
+nothing but the ids of user and item. Age groups are <18, 18-30, 30-45, 45-60 and >=60.
 """
 
 import pathlib
@@ -72,7 +72,8 @@ def main(argv) -> None:
     seconds = time.monotonic() - start
     console.console.print(f"[green]done[/] simulate {config.num_rows:,} impressions [dim]{seconds:.1f} s[/]")
     console.console.print(
-        f"log.csv, users.csv and items.csv in {raw_dir}; the truth in truth.parquet and truth.json", soft_wrap=True
+        f"log.csv, users.csv and items.csv in {raw_dir}; the ground truth in truth.parquet and truth.json",
+        soft_wrap=True,
     )
 
 

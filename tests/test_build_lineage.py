@@ -36,7 +36,7 @@ def test_numbers_keep_their_meaning_when_a_dataset_grows_from_another(shop_spec,
     before = shop_dataset.statistics.numeric
     grown = build(shop_spec, raw, tmp_path / "dataset", grow_from=shop_dataset.path)
     assert grown.statistics.numeric == before
-    # Standardised log1p of the new prices by the old mean and deviation.
+    # Standardized log1p of the new prices by the old mean and deviation.
     prices = {np.log1p(np.float32(row["price"])) for row in dearer}
     expected = sorted((price - before["item_price"].mean) / before["item_price"].std for price in prices)
     found = np.unique(read_columns(grown, "train", ["item_price"])["item_price"])

@@ -22,7 +22,7 @@ from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json
 from pipelines.beam import dataset as build_module
 from pipelines.beam.dataset import BuildConfig, build_dataset
-from pipelines.beam.engines import Spread, make_pipeline
+from pipelines.beam.engines import EvenReshuffle, make_pipeline
 from pipelines.beam.results import WriteTogether
 from pipelines.public_data.feed import FeedConfig, simulate_feed
 
@@ -166,7 +166,7 @@ class SlowToPickle:
 
 def test_elements_that_are_slow_to_pickle_arrive_whole(tmp_path):
     with make_pipeline(("--direct_num_workers=2", "--direct_running_mode=multi_threading")) as pipeline:
-        elements = pipeline | beam.Create([(number, number) for number in range(2)]) | "Deal" >> Spread()
+        elements = pipeline | beam.Create([(number, number) for number in range(2)]) | "Deal" >> EvenReshuffle()
         slow = elements | beam.Map(SlowToPickle)
         _ = slow | WriteTogether(tmp_path / "numbers.json", lambda found: sorted(entry.number for entry in found))
     assert read_json(tmp_path / "numbers.json") == [0, 1]

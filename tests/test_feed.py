@@ -1,4 +1,4 @@
-"""The simulated feed: the log follows the planted equations, and no dataset holds the truth beside it."""
+"""The simulated feed: the log follows its equations, and no dataset holds the ground truth beside it."""
 
 import fnmatch
 import json
@@ -112,7 +112,7 @@ def test_an_existing_directory_is_refused(feed):
         simulate_feed(CONFIG, feed.path)
 
 
-def test_the_planted_parameters_are_written_by_age_group(feed):
+def test_the_true_parameters_are_written_by_age_group(feed):
     assert parse_feed_config(feed.parameters["config"], "truth.json") == CONFIG
     assert list(AGE_GROUPS) == ["<18", "18-30", "30-45", "45-60", ">=60"]
     counts = np.bincount([group_of(age) for age in feed.users["age"]], minlength=5)
@@ -161,10 +161,10 @@ def test_a_click_has_one_cause_and_only_clicks_are_read_and_only_genuine_ones_li
     assert len(clicked) == config["num_rows"]
 
 
-# --- The planted equations -------------------------------------------------------------------------------------------
+# --- The equations ---------------------------------------------------------------------------------------------------
 
 
-def test_genuine_clicks_come_with_their_planted_probability(feed):
+def test_genuine_clicks_come_with_their_true_probability(feed):
     probability, genuine = feed.truth["genuine_probability"], feed.truth["is_genuine"]
     for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.0)):
         inside = (low <= probability) & (probability < high)
@@ -219,11 +219,13 @@ def test_without_interest_a_logit_is_base_logit_plus_item_bias(tmp_path):
 
 def test_interest_adds_a_product_of_the_rank_with_unit_variance_times_the_scale(tmp_path):
     shape = {"num_rows": 40_000, "num_users": 60, "num_items": 40, "rank": 3, "popularity_exponent": 0.0, "seed": 2}
-    without, planted = (simulated(tmp_path / str(scale), interest_scale=scale, **shape) for scale in (0.0, 1.5))
+    without, with_interest = (simulated(tmp_path / str(scale), interest_scale=scale, **shape) for scale in (0.0, 1.5))
     # u7 -> 7
-    users, items = (np.array([int(name[1:]) for name in planted.log[column]]) for column in ("user_id", "item_id"))
+    users, items = (
+        np.array([int(name[1:]) for name in with_interest.log[column]]) for column in ("user_id", "item_id")
+    )
     interest = np.full([60, 40], np.nan)
-    interest[users, items] = planted.logits - without.logits
+    interest[users, items] = with_interest.logits - without.logits
     assert np.isfinite(interest).all()  # Every pair was shown.
     values = np.linalg.svd(interest, compute_uv=False)
     assert values[2] > 1
@@ -338,8 +340,8 @@ def test_the_command_plants_what_its_flags_say(tmp_path):
     expected = FeedConfig(
         num_rows=50, base_logit=-1.0, accidental_click_rate=(0.1, 0.0, 0.0, 0.0, 0.3), rank=2, popularity_exponent=0.0
     )
-    planted = json.loads((tmp_path / "feed" / "truth.json").read_text())["config"]
-    assert parse_feed_config(planted, "truth.json") == expected
+    parameters = json.loads((tmp_path / "feed" / "truth.json").read_text())["config"]
+    assert parse_feed_config(parameters, "truth.json") == expected
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def two_layers(inputs, *, embedding_dim, hidden_units, dropout):
     hidden = tf.keras.layers.Dense(hidden_units[0], "relu")(hidden)
     return tf.keras.Model(features, tf.keras.layers.Dense(1)(hidden))
 """
-_SETTINGS = ("backbone=mine", "hidden_units=[4]", "embedding_dim=2", "batch_size=512", "max_epochs=1", "method=bce")
+_SETTINGS = ("backbone=mine", "hidden_units=[4]", "embeddings.dim=2", "batch_size=512", "max_epochs=1", "method=bce")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.backbones import build_backbone
+from clsd_tf.backbones.base import declared_features, example_features
 from clsd_tf.data import input_pipeline
 from clsd_tf.layers.calibration import Calibration, CalibrationLayer
 from clsd_tf.methods import method_of
@@ -46,12 +47,12 @@ def build_model(config: TrainConfig, inputs: ModelInputs) -> MethodModel:
     # A generator per random layer, which checkpoints can hold: before any layer is made.
     tf.keras.backend.experimental.enable_tf_random_generator()
     tf.keras.utils.set_random_seed(config.seed)
-    example = _example_features(config, inputs)
+    example = example_features(inputs) | {run.feature: tf.zeros([1]) for run in config.teacher_runs}
 
     def new_backbone() -> tf.keras.Model:
         with _precision(config.precision):
             backbone = _build_backbone(config, inputs)
-            backbone(example)  # Within: layers may make others when they are first called.
+            backbone(declared_features(backbone, example))  # Within: layers may make others when they are first called.
         return backbone
 
     model = method_of(config.method).build(config.method, ModelParts(inputs, new_backbone, example))
@@ -80,15 +81,6 @@ def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
         dropout=config.dropout,
         **config.backbone_arguments,
     )
-
-
-def _example_features(config: TrainConfig, inputs: ModelInputs) -> dict[str, tf.Tensor]:
-    """One row of zeros: a model that has seen it has all its variables."""
-    features = {run.feature: tf.zeros([1]) for run in config.teacher_runs}
-    for entry in inputs.categorical:
-        features[entry.name] = tf.zeros([1] if entry.num_ids is None else [1, entry.num_ids], tf.int64)
-    features |= {name: tf.zeros([1]) for name in inputs.numeric}
-    return features | {group.name: tf.zeros([1], tf.int64) for group in inputs.groups}
 
 
 def load_model(work_dir: WorkDir, dataset: DatasetDir) -> MethodModel:

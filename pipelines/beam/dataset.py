@@ -1,7 +1,7 @@
 """Builds a dataset directory: three Beam pipelines with plain checks between them.
 
-1. ingest: read, check -> exchange files, partitioned by user
-2. join and fit: profiles, histories, splits; vocabularies and statistics -> exchange files, by shard
+1. ingest: read, check -> shuffle files, partitioned by user
+2. join and fit: profiles, histories, splits; vocabularies and statistics -> shuffle files, by shard
 3. encode: the one transform -> TFRecord shards
 
 Between the pipelines the driver looks at small JSON results, so that bad input ends with an ordinary error as soon as
@@ -40,7 +40,7 @@ from pipelines.rows.splits import expected_rows, split_cut_offs
 from pipelines.rows.vocabularies import check_compatible, previous_numbers
 
 _BYTES_PER_PARTITION = 16 << 20
-_MAX_PARTITIONS = 4096  # Every exchange file has a part for each: beyond 64 GB of log partitions grow instead.
+_MAX_PARTITIONS = 4096  # Every shuffle file has a part for each: beyond 64 GB of log partitions grow instead.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class _Build:
             say(f"{self.counts['tables']['log']['rows']:,} rows")
 
     def _ingest(self) -> None:
-        exchange, dead_letters = self._directory("by_user"), self._directory("dead_letters")
+        by_user, dead_letters = self._directory("by_user"), self._directory("dead_letters")
         files, num_bytes, tfds_builder = self._list_inputs()
         self._num_partitions = self._partitions_for(num_bytes)
         with self._pipeline() as pipeline:
@@ -172,7 +172,7 @@ class _Build:
                 | "AllBatches" >> beam.Flatten()
                 | "CheckRows" >> ingest.CheckRows(self.spec, self._salt, dead_letters)
             )
-            rows = checked.rows | "Exchange" >> ingest.ExchangeRows(self.spec, exchange, self._num_partitions)
+            rows = checked.rows | "Shuffle" >> ingest.WriteShuffleFiles(self.spec, by_user, self._num_partitions)
             for found in inputs:
                 self._collect("inputs", found)
             self._collect("files", rows.files)
@@ -183,9 +183,9 @@ class _Build:
         self.counts["tables"] = outcome.table_counts(self._collected("counts", {}), roles)
         outcome.require_good_tables(self.counts["tables"], self.config.max_bad_fraction)
         self._times = Histogram.from_dict(read_json(self._result("times")))
-        self._exchanged: dict[str, list[str]] = {}
+        self._by_user: dict[str, list[str]] = {}
         for role, path in sorted(self._collected("files", [])):
-            self._exchanged.setdefault(role, []).append(path)
+            self._by_user.setdefault(role, []).append(path)
 
     def _list_inputs(self):
         """(files, bytes of the tables that are partitioned by user, TFDS builder or None)."""
@@ -229,7 +229,7 @@ class _Build:
         )
         plan = joining.JoinPlan(
             spec=self.spec,
-            files=self._exchanged,
+            files=self._by_user,
             num_partitions=self._num_partitions,
             cut_offs=cut_offs,
             buckets=self._buckets,

@@ -25,7 +25,7 @@ from clsd_tf.data.transform import FeatureTransform
 from clsd_tf.spec.feature_spec import FeatureSpec, HistoryFeature
 from clsd_tf.spec.model_inputs import RawInput, Statistics
 from clsd_tf.storage.dataset_dir import DatasetLayout
-from pipelines.beam.engines import Spread
+from pipelines.beam.engines import EvenReshuffle
 from pipelines.beam.joining import Buckets
 from pipelines.beam.shuffle_files import read_partition, temporary_name
 from pipelines.rows.joins import EVENT_TIME
@@ -64,7 +64,7 @@ class EncodeShards(beam.PTransform):
         written = (
             pipeline
             | "Shards" >> beam.Create(list(enumerate(self._buckets.shards())))
-            | "SpreadShards" >> Spread()
+            | "ReshuffleShards" >> EvenReshuffle()
             | "WriteShards" >> beam.ParDo(self._fn).with_outputs(_SAMPLE, main="shards")
         )
         _ = (

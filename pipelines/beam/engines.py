@@ -46,7 +46,7 @@ def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
     return beam.Pipeline(runner=_DirectRunner(), options=options)
 
 
-class Spread(beam.PTransform):
+class EvenReshuffle(beam.PTransform):
     """(key, task), keys all different -> tasks, spread over workers.
 
     Beam's own Reshuffle draws lots; on DirectRunner, which deals keys out in turn, this gives each worker as many.

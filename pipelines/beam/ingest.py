@@ -1,8 +1,8 @@
-"""The first pipeline of a build: source files -> checked rows in exchange files.
+"""The first pipeline of a build: source files -> checked rows in shuffle files.
 
-Files are cut into slices, slices are read and checked side by side. Good rows go to the exchange: those of the log and
-of tables by user are partitioned by user, so that a partition holds all that is known of its users; tables by item are
-kept whole. Bad rows go to the dead letter, batch by batch.
+Files are cut into slices, slices are read and checked side by side. Good rows go to shuffle files: those of the log
+and of tables by user are partitioned by user, so that a partition holds all that is known of its users; tables by item
+are kept whole. Bad rows go to the dead letter, batch by batch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.spec.tables import Table
 from clsd_tf.statistics.sketches import Histogram
 from pipelines.beam.dead_letters import write_dead_letter
-from pipelines.beam.engines import Spread
-from pipelines.beam.shuffle_files import ExchangeWriter
+from pipelines.beam.engines import EvenReshuffle
+from pipelines.beam.shuffle_files import ShuffleFileWriter
 from pipelines.rows.checks import parse_rows
 from pipelines.rows.joins import USER_HASH, microseconds
 from pipelines.sources import RawBatch, SourceFile, plan_file, read_slice, tfds_batches
@@ -46,13 +46,13 @@ class ReadTables(beam.PTransform):
         planned = (
             pipeline
             | "ListFiles" >> beam.Create(list(enumerate(self._files)))
-            | "SpreadFiles" >> Spread()
+            | "ReshuffleFiles" >> EvenReshuffle()
             | "PlanFiles" >> beam.ParDo(_PlanFn(tables)).with_outputs(_INPUTS, main="slices")
         )
         batches = (
             planned.slices
             | "NumberSlices" >> beam.Map(lambda part: ((part.file.role, part.file.index, part.start), part))
-            | "SpreadSlices" >> Spread()
+            | "ReshuffleSlices" >> EvenReshuffle()
             | "ReadSlices" >> beam.FlatMap(lambda part: read_slice(part, tables[part.file.role]))
         )
         return batches, planned.inputs
@@ -150,28 +150,28 @@ def _report(counts: Counter) -> None:
         beam.metrics.Metrics.counter("build_dataset", name.replace("/", "_")).inc(count)
 
 
-class ExchangeRows(beam.PTransform):
-    """Checked rows -> ``files`` (role, path of an exchange file) and ``times`` (Histogram of the log's event times).
+class WriteShuffleFiles(beam.PTransform):
+    """Checked rows -> ``files`` (role, path of a shuffle file) and ``times`` (Histogram of the log's event times).
 
     Tables by user get the column ``user_hash``, whose remainder is the partition.
     """
 
     def __init__(self, spec: FeatureSpec, directory: pathlib.Path, num_partitions: int):
         super().__init__()
-        self._fn = _ExchangeFn(spec, directory, num_partitions)
+        self._fn = _WriteShuffleFilesFn(spec, directory, num_partitions)
 
     def expand(self, rows):
         return rows | beam.ParDo(self._fn).with_outputs(_TIMES, main="files")
 
 
-class _ExchangeFn(beam.DoFn):
+class _WriteShuffleFilesFn(beam.DoFn):
     def __init__(self, spec: FeatureSpec, directory: pathlib.Path, num_partitions: int):
         self._spec = spec
         self._directory = directory
         self._num_partitions = num_partitions
 
     def start_bundle(self):
-        self._writers: dict[str, ExchangeWriter] = {}
+        self._writers: dict[str, ShuffleFileWriter] = {}
         self._times = Histogram.of_integers(np.empty(0, np.int64))
 
     def process(self, row: tuple[str, pa.Table]) -> Iterator[tuple[str, str]]:
@@ -186,7 +186,9 @@ class _ExchangeFn(beam.DoFn):
             users = hash_keys(table.column(self._spec.user_key))
             table = table.append_column(USER_HASH, pa.array(users))
             partitions = users % self._num_partitions
-        writer = self._writers.setdefault(role, ExchangeWriter(self._directory, self._num_partitions if by_user else 1))
+        writer = self._writers.setdefault(
+            role, ShuffleFileWriter(self._directory, self._num_partitions if by_user else 1)
+        )
         for path in writer.add(table, partitions):
             yield role, path
 

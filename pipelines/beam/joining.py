@@ -25,8 +25,8 @@ from clsd_tf.statistics.data_statistics import write_data_statistics
 from clsd_tf.statistics.sketches import COUNT_SCHEMA, TopValues
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetLayout
 from pipelines.beam import results
-from pipelines.beam.engines import Spread
-from pipelines.beam.shuffle_files import ExchangeWriter, read_partition, write_batches
+from pipelines.beam.engines import EvenReshuffle
+from pipelines.beam.shuffle_files import ShuffleFileWriter, read_partition, write_batches
 from pipelines.rows.checks import parsed_schema
 from pipelines.rows.duplicates import without_duplicates
 from pipelines.rows.fitting import FitSummary
@@ -117,7 +117,7 @@ class JoinAndFit(beam.PTransform):
         done = (
             pipeline
             | "Units" >> beam.Create(list(enumerate(plan.units())))
-            | "SpreadUnits" >> Spread()
+            | "ReshuffleUnits" >> EvenReshuffle()
             | "Join" >> beam.ParDo(_JoinFn(plan)).with_outputs("files", "units", main="summaries")
         )
         _ = done.summaries | "FitSummary" >> results.WriteTogether(
@@ -126,7 +126,7 @@ class JoinAndFit(beam.PTransform):
         errors = (
             pipeline
             | "Vocabularies" >> beam.Create(list(enumerate(plan.spec.vocabularies)))
-            | "SpreadVocabularies" >> Spread()
+            | "ReshuffleVocabularies" >> EvenReshuffle()
             | "FitVocabulary"
             >> beam.Map(
                 lambda name, units: _fit_vocabulary(name, sorted(units), plan, layout), beam.pvalue.AsList(done.units)
@@ -149,7 +149,7 @@ class _JoinFn(beam.DoFn):
     def process(self, unit: tuple[int, list[int]]) -> Iterator:
         number, partitions = unit
         plan = self._plan
-        writer = ExchangeWriter(plan.directory, plan.buckets.total)
+        writer = ShuffleFileWriter(plan.directory, plan.buckets.total)
         summary, vocabularies = FitSummary.empty(), [_no_counts(plan.spec)]
         for partition in partitions:
             joined, counts = self._join(partition)
@@ -214,7 +214,7 @@ def _num_rows(table: pa.Table | None) -> int:
     return 0 if table is None else table.num_rows
 
 
-def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: ExchangeWriter) -> Iterator[str]:
+def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: ShuffleFileWriter) -> Iterator[str]:
     for split, table in by_split.items():
         row_ids = table.column(ROW_ID).to_numpy()
         splits = np.full(table.num_rows, SPLITS.index(split))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,8 +28,7 @@ def find_files(pattern: str) -> list[SourceFile]:
     Raises:
       FileNotFoundError: none does.
     """
-    if "://" not in pattern:
-        pattern = os.path.abspath(pattern)  # Workers may have another working directory.
+    pattern = sources.resolve_path(pattern)
     paths = sources.match_files(pattern)
     if not paths:
         raise FileNotFoundError(f"--input must match at least one file. Received: {pattern}")

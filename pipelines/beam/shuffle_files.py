@@ -60,7 +60,7 @@ def read_partition(paths: Sequence[str], partition: int) -> Iterator[pa.Table]:
 
 
 @dataclasses.dataclass
-class ExchangeWriter:
+class ShuffleFileWriter:
     """Collects tables and writes a partitioned file whenever ``flush_bytes`` have come together.
 
     Attributes:

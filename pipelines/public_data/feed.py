@@ -1,4 +1,4 @@
-"""A simulated feed with planted truth: which clicks are genuine, which are slips, which were drawn by a title."""
+"""A simulated feed with its ground truth: which clicks are genuine, which are slips, which were drawn by a title."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _one_per_age_group(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 _LISTED = pydantic.BeforeValidator(_as_tuple)
-_SPREAD = pydantic.AfterValidator(_one_per_age_group)
+_PER_AGE_GROUP = pydantic.AfterValidator(_one_per_age_group)
 
 
 class FeedConfig(StrictModel):
@@ -81,8 +81,8 @@ class FeedConfig(StrictModel):
     num_items: int = pydantic.Field(200, ge=1)
     rank: int = pydantic.Field(3, ge=1)
     interest_scale: _Number = pydantic.Field(1.3, ge=0)
-    base_logit: Annotated[tuple[_Number, ...], _LISTED, _SPREAD] = (-2.0, -2.0, -2.0, -2.0, -2.0)
-    accidental_click_rate: Annotated[tuple[_Rate, ...], _LISTED, _SPREAD] = (0.25, 0.08, 0.08, 0.08, 0.25)
+    base_logit: Annotated[tuple[_Number, ...], _LISTED, _PER_AGE_GROUP] = (-2.0, -2.0, -2.0, -2.0, -2.0)
+    accidental_click_rate: Annotated[tuple[_Rate, ...], _LISTED, _PER_AGE_GROUP] = (0.25, 0.08, 0.08, 0.08, 0.25)
     click_bait_share: _Rate = 0.0
     click_bait_rate: _Rate = 0.3
     popularity_exponent: _Number = pydantic.Field(1.0, ge=0)
@@ -104,7 +104,7 @@ def parse_feed_config(content: dict[str, Any], source: str) -> FeedConfig:
 def simulate_feed(
     config: FeedConfig, raw_dir: pathlib.Path, on_chunk: Callable[[int], object] = lambda num_rows: None
 ) -> None:
-    """Writes the tables that ``feature_specs/simulated_feed.yaml`` describes, and the truth behind them.
+    """Writes the tables that ``feature_specs/simulated_feed.yaml`` describes, and the ground truth behind them.
 
     For user u of age group g and item i, independently for each impression:
 
@@ -120,7 +120,7 @@ def simulate_feed(
     ``log.csv``, ``users.csv`` and ``items.csv`` are what a model may learn from. ``truth.parquet`` has a row for each
     row of the log, in its order: ``row_id`` (as in a dataset built from it), ``genuine_probability`` = sigmoid(logit),
     and the one cause of a click: ``is_genuine``, else ``is_accidental_click`` (slip), else ``is_click_bait_click``
-    (bait). ``truth.json`` has the planted parameters. Rows are written chunk by chunk in time order: memory holds the
+    (bait). ``truth.json`` has the parameters. Rows are written chunk by chunk in time order: memory holds the
     users, the items and one chunk.
 
     Args:
@@ -164,7 +164,7 @@ _TRUTH_SCHEMA = pa.schema(
 
 
 class _World:
-    """Users and items with their planted interests, and the impressions drawn from them.
+    """Users and items with their true interests, and the impressions drawn from them.
 
     How much is drawn depends on no rate, share, base logit or scale, so that feeds of one seed are comparable.
     """
@@ -187,7 +187,7 @@ class _World:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What is planted, for ``truth.json``."""
+        """True parameters, the content of ``truth.json``."""
         config, num_users = self._config, np.bincount(self._age_groups, minlength=len(AGE_GROUPS))
         return {
             "config": config.model_dump(mode="json"),
@@ -205,7 +205,7 @@ class _World:
         }
 
     def impressions(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Chunks of the log and of the truth behind them."""
+        """Chunks of the log and of its ground truth."""
         config = self._config
         for start in range(0, config.num_rows, _ROWS_PER_CHUNK):
             rows = np.arange(start, min(start + _ROWS_PER_CHUNK, config.num_rows))

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from clsd_tf.spec.tables import Table
 from pipelines.sources import columnar, delimited, jsonl, records, text, tf_examples
+from pipelines.sources.file_systems import common_folder, match_files, resolve_path
 from pipelines.sources.files import (
     READ_ERRORS,
     ROW_ID,
@@ -28,12 +28,9 @@ from pipelines.sources.files import (
     SourceFile,
     SourceSlice,
     UnreadableError,
-    common_folder,
     file_index,
     first_bytes,
     hash_file,
-    join_path,
-    match_files,
     row_number,
     size_in_bytes,
     until_unreadable,
@@ -48,15 +45,16 @@ __all__ = [
     "RawBatch",
     "SourceFile",
     "SourceSlice",
+    "common_folder",
     "discover_columns",
     "file_index",
     "first_bytes",
     "hash_file",
-    "join_path",
     "list_files",
     "match_files",
     "plan_file",
     "read_slice",
+    "resolve_path",
     "row_number",
     "size_in_bytes",
     "tfds_batches",
@@ -112,9 +110,7 @@ def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
       FileNotFoundError: nothing matches the path.
       ValueError: a file lacks a declared column (the message lists the columns it has) or cannot be read.
     """
-    pattern = join_path(input_dir, table.path)
-    if "://" not in pattern:
-        pattern = os.path.abspath(pattern)  # Workers may have another working directory.
+    pattern = resolve_path(table.path, input_dir)
     paths = match_files(pattern)
     if not paths:
         raise FileNotFoundError(
@@ -167,7 +163,7 @@ def _or_refuse(look: Callable[[SourceFile, Table], Any], file: SourceFile, table
     except UnreadableError as error:
         reason = str(error)
     except READ_ERRORS as error:
-        if file.name in str(error):
+        if isinstance(error, ValueError) and file.name in str(error):
             raise
         reason = " ".join(str(error).split())
     raise ValueError(

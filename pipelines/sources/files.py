@@ -1,21 +1,19 @@
-"""Files of any Beam file system: finding them, opening them, and the place of a row in them."""
+"""Files of a table: opening them, the place of a row in them, and the batches that formats read from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
 from clsd_tf.spec.tables import Table
+from pipelines.sources.file_systems import file_size, open_file
 
 ROW_ID = "row_id"
 ROWS_PER_BATCH = 65_536
@@ -138,39 +136,20 @@ def row_number(row_id: int) -> int:
 
 def size_in_bytes(file: SourceFile, table: Table) -> int:
     """Size of a file; of a compressed one about what it holds."""
-    size = FileSystems.match([file.path])[0].metadata_list[0].size_in_bytes
+    size = file_size(file.path)
     return size * 5 if file.compression or table.format in ("parquet", "avro") else size
 
 
-def join_path(directory: str, path: str) -> str:
-    return FileSystems.join(directory, path) if directory else path
-
-
-def common_folder(paths: Sequence[str]) -> str:
-    """The folder that several paths share, with a / at its end; "" for one path."""
-    shared = os.path.commonprefix(paths)  # noqa: RUF071 - commonpath would damage gs://.
-    return shared.rpartition("/")[0] + "/" if len(paths) > 1 else ""
-
-
-def match_files(pattern: str) -> list[str]:
-    """Paths that match, sorted, without what writers leave beside the data (``_SUCCESS``, ``.x.crc``)."""
-    paths = sorted(match.path for match in FileSystems.match([pattern])[0].metadata_list)
-    wildcard = re.search(r"[*?\[]", pattern)
-    if wildcard is None:
-        return paths
-    num_fixed = pattern.count("/", 0, wildcard.start())  # Folders that the pattern names.
-    return [path for path in paths if not any(part[:1] in ("_", ".") for part in path.split("/")[num_fixed:])]
-
-
-def open_bytes(file: SourceFile):
-    """The file as it is stored: an object with ``read`` and ``seek``."""
-    return FileSystems.open(file.path, compression_type=CompressionTypes.UNCOMPRESSED)
+def open_bytes(file: SourceFile) -> BinaryIO:
+    """The file as it is stored."""
+    return open_file(file.path)
 
 
 def open_arrow(file: SourceFile) -> pa.NativeFile:
     """The file as an Arrow stream, decompressed by its ending."""
     stream = pa.PythonFile(open_bytes(file), mode="r")
     if file.compression and not stream.size():  # Arrow takes it for compressed text of no rows.
+        stream.close()
         raise OSError(f"0 bytes, which is no {file.compression} file")
     return pa.CompressedInputStream(stream, file.compression) if file.compression else stream
 

@@ -63,7 +63,7 @@ def _text_feature(role: str, column: ColumnProfile) -> Entry:
     mostly_unique = column.num_distinct > 0.9 * (column.num_rows - column.values.null_count)
     if mostly_unique and column.num_distinct > 20 and not _ID_NAME.search(column.name.lower()):
         return Entry(
-            role, column.name, None, f"nearly every value is another, so ids cannot be learnt: {column.evidence()}"
+            role, column.name, None, f"nearly every value is another, so ids cannot be learned: {column.evidence()}"
         )
     if mean_length > 60:
         return Entry(

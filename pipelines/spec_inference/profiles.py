@@ -149,7 +149,7 @@ def profile_table(role: str, path: str, input_dir: str, max_rows: int) -> TableP
       FileNotFoundError: no file matches.
       ValueError: the files cannot be read, or hold no rows.
     """
-    paths = sources.match_files(sources.join_path(input_dir, path))
+    paths = sources.match_files(sources.resolve_path(path, input_dir))
     if not paths:
         raise FileNotFoundError(
             f"--{role} must match at least one file. Received: {path}, relative to {input_dir or '.'}"

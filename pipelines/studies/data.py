@@ -39,7 +39,7 @@ class PreparedData:
 
     @property
     def truth(self) -> str | None:
-        """The planted truth of a simulated feed."""
+        """Ground truth of a simulated feed: path of a Parquet file; None where it is not known."""
         is_ours = self.data.simulate is not None and self.given_dataset_dir is None and self.given_input_dir is None
         return str(self._directory / "raw" / "truth.parquet") if is_ours else None
 

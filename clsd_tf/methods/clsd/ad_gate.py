@@ -53,6 +53,11 @@ class AdGate(tf.keras.layers.Layer):
         self._output = tf.keras.layers.Dense(1, kernel_initializer="zeros", name="correction")
 
     @property
+    def model_inputs(self) -> ModelInputs:
+        """The inputs that it was made for."""
+        return self._inputs
+
+    @property
     def row_ranges(self) -> dict[str, range]:
         """Feature with ids -> its rows in the one variable of all tables."""
         return {name: range(start, start + self._sizes[name]) for name, start in self._offsets.items()}

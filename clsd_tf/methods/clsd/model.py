@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from clsd_tf.backbones.base import Features
+from clsd_tf.backbones.base import Features, declared_features
 from clsd_tf.distributed.replicas import in_own_row, sum_over_replicas
 from clsd_tf.layers.losses import weighted_mean
 from clsd_tf.methods.clsd.ad_gate import AdGate
@@ -211,7 +211,8 @@ class ClsdModel(PointwiseModel):
         if self.config.teacher == "self" or not self.config.weights_clicks:
             return tf.stop_gradient(tf.sigmoid(logits))
         if self.config.teacher == "ema":
-            return tf.stop_gradient(tf.sigmoid(as_logits(self._teacher_backbone(features))))
+            slow = self._teacher_backbone
+            return tf.stop_gradient(tf.sigmoid(as_logits(slow(declared_features(slow, features)))))
         if "teacher_score" not in features:
             raise ValueError(
                 f"teacher={self.config.teacher!r} needs features['teacher_score']. Received: {sorted(features)}. Add "

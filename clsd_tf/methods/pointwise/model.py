@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from clsd_tf.backbones.base import Features
+from clsd_tf.backbones.base import Features, declared_features, example_features
 from clsd_tf.distributed.replicas import num_replicas, sum_over_replicas
 from clsd_tf.layers.losses import bce_from_logits, loss_function, weighted_mean
 from clsd_tf.methods.method_model import MethodModel
@@ -132,7 +132,16 @@ class PointwiseModel(MethodModel):
         Raises:
           ValueError: any other shape.
         """
-        return as_logits(self.backbone(features, training=training))
+        return as_logits(self.backbone(declared_features(self.backbone, features), training=training))
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """As ``tf.keras.Model.summary``; a model that has seen no rows is built first, where its inputs are known."""
+        if not self.built:
+            known = [part.model_inputs for part in self.parts.values() if hasattr(part, "model_inputs")]
+            if known:
+                self.debug_outputs(example_features(known[0]))
+            self.built = self.backbone.built
+        super().summary(*args, **kwargs)
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
         """What the signature ``debug`` tells of each row beside ``ctr``, each float32 [batch]: the logit."""

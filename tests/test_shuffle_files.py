@@ -1,4 +1,4 @@
-"""Rows that go through exchange files: each partition comes back whole, in order, and nothing half-written is read."""
+"""Rows that go through shuffle files: each partition comes back whole, in order, and nothing half-written is read."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.beam.shuffle_files import ExchangeWriter, read_partition, write_partitions
+from pipelines.beam.shuffle_files import ShuffleFileWriter, read_partition, write_partitions
 
 
 def table_of(numbers):
@@ -21,7 +21,7 @@ def numbers_of(paths, partition):
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(5, 7))
 @settings(max_examples=60, deadline=None)
 def test_a_partition_holds_its_rows_in_their_order(tmp_path_factory, partitions, num_partitions):
-    path = str(tmp_path_factory.mktemp("exchange") / "rows.arrow")
+    path = str(tmp_path_factory.mktemp("shuffle") / "rows.arrow")
     write_partitions(path, table_of(range(len(partitions))), np.array(partitions, np.int64), num_partitions)
     for partition in range(num_partitions):
         expected = [row for row, own in enumerate(partitions) if own == partition]
@@ -37,7 +37,7 @@ def test_an_empty_partition_keeps_the_types(tmp_path):
 
 
 def test_a_writer_flushes_what_has_come_together_and_loses_nothing(tmp_path):
-    writer = ExchangeWriter(tmp_path, num_partitions=2, flush_bytes=table_of([1, 2, 3]).nbytes * 2)
+    writer = ShuffleFileWriter(tmp_path, num_partitions=2, flush_bytes=table_of([1, 2, 3]).nbytes * 2)
     written = []
     for start in range(0, 15, 3):
         written += writer.add(table_of(range(start, start + 3)), np.arange(start, start + 3) % 2)
