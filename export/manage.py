@@ -24,8 +24,9 @@ from collections.abc import Callable
 from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from export.publishing.listing import list_versions
 from export.publishing.promotion import Promotion, PromotionError, promote, rollback
-from export.publishing.retention import list_versions, prune
+from export.publishing.retention import prune
 from export.publishing.server_status import wait_until_available
 from export.publishing.versions import ModelVersions
 

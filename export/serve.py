@@ -19,8 +19,8 @@ import tensorflow as tf
 from absl import flags, logging
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
+from export.server.local_server import LocalServer
 from export.server.request_log import RequestLog
 
 _SERVABLE_DIR = flags.DEFINE_string(

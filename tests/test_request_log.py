@@ -23,7 +23,7 @@ from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
 from clsd_tf.statistics.data_checks import contrast
 from clsd_tf.statistics.data_statistics import read_data_statistics
 from clsd_tf.storage.files import read_json, write_json
-from export.server.app import LocalServer
+from export.server.local_server import LocalServer
 from export.server.request_log import RequestLog
 from pipelines.validate_data import statistics_of_requests
 

@@ -17,8 +17,9 @@ from tensorflow_serving.apis import input_pb2
 from clsd_tf.data.examples import encode_raw_rows
 from clsd_tf.data.request_files import rows_of, typed_rows
 from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
+from export.clients.grpc_transport import GrpcTransport
 from export.clients.rest_transport import RestTransport
-from export.clients.transport import Endpoint, GrpcTransport, VersionStatus
+from export.clients.transport import Endpoint, VersionStatus
 
 _DTYPES = {types_pb2.DT_STRING: "string", types_pb2.DT_INT64: "int64", types_pb2.DT_FLOAT: "float"}
 _ARROW_DTYPES = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}

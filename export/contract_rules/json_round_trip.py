@@ -20,7 +20,7 @@ from export.contract_rules.version import Version
 from export.server.errors import RequestError
 from export.server.json_format.answers import predict_answer
 from export.server.json_format.tensors import PredictRequest
-from export.server.servable import signature_of
+from export.server.loaded_version import signature_of
 
 _ROWS = 2
 _TOLERANCE = 1e-5

@@ -18,10 +18,10 @@ import numpy as np
 
 from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
 from export.server.errors import RequestError, invalid_argument
+from export.server.loaded_version import LoadedVersion, Signature
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.servable import LoadedVersion, Signature
-from export.server.tensors import num_bytes
+from export.server.tensor_protos import num_bytes
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_pb2
 
 from export.server.errors import RequestError, invalid_argument
-from export.server.servable import LoadedVersion, Signature
+from export.server.loaded_version import LoadedVersion, Signature
 
 INPUTS = "inputs"  # The one input of classify and regress.
 

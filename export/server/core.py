@@ -28,11 +28,11 @@ from export.server.checks import (
     signature_name,
 )
 from export.server.errors import RequestError, internal_error, invalid_argument
+from export.server.loaded_version import LoadedVersion, Signature
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.registry import Registry
 from export.server.request_log import RequestLog
-from export.server.servable import LoadedVersion, Signature
+from export.server.version_manager import VersionManager
 from export.server.warmup_replay import replay_warmup_requests
 
 # TensorFlow's words for the feature of a tf.Example that it cannot use. Its other words may quote the request.
@@ -80,12 +80,12 @@ class PredictionCore:
     Its coroutines all run in one event loop.
 
     Args:
-      registry: of the versions.
+      manager: of the versions.
       request_log: gets every answered request; None for no log.
     """
 
-    def __init__(self, registry: Registry[ServedVersion], request_log: RequestLog | None = None):
-        self._registry = registry
+    def __init__(self, manager: VersionManager[ServedVersion], request_log: RequestLog | None = None):
+        self._manager = manager
         self.request_log = request_log
 
     async def predict(
@@ -106,7 +106,7 @@ class PredictionCore:
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             name = signature_name(spec)
             if name not in served.loaded.signatures:
                 raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.')
@@ -124,7 +124,7 @@ class PredictionCore:
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             return await self._infer(served, spec, CLASSIFY, examples, timeout_seconds)
 
     async def regress(
@@ -135,7 +135,7 @@ class PredictionCore:
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             return await self._infer(served, spec, REGRESS, examples, timeout_seconds)
 
     async def multi_inference(
@@ -156,7 +156,7 @@ class PredictionCore:
             signatures that TensorFlow 2 saved never go together.
         """
         check_tasks(tasks)
-        with self._registry.lease(tasks[0][0]) as served:
+        with self._manager.lease(tasks[0][0]) as served:
             check_same_tensor(served.loaded, tasks)
             return [
                 await self._infer(served, spec, EXAMPLE_METHODS[method], examples, timeout_seconds)
@@ -170,7 +170,7 @@ class PredictionCore:
           RequestError: no such version.
         """
         response = get_model_metadata_pb2.GetModelMetadataResponse()
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             response.model_spec.name = served.loaded.model_name
             response.model_spec.version.value = served.loaded.version
             signatures = get_model_metadata_pb2.SignatureDefMap()
@@ -186,7 +186,7 @@ class PredictionCore:
           RequestError: no such model or version.
         """
         response = get_model_status_pb2.GetModelStatusResponse()
-        for number, state in self._registry.states(spec).items():
+        for number, state in self._manager.states(spec).items():
             status = response.model_version_status.add(version=number, state=state.state)
             if state.error:
                 status.status.error_code = grpc.StatusCode.UNKNOWN.value[0]

@@ -27,9 +27,9 @@ from tensorflow_serving.apis import (
 
 from export.server.core import Answer, PredictionCore
 from export.server.errors import RequestError, internal_error, invalid_argument
+from export.server.loaded_version import Signature
 from export.server.metrics import Metrics
-from export.server.servable import Signature
-from export.server.tensors import examples_of, to_array, to_proto
+from export.server.tensor_protos import examples_of, to_array, to_proto
 
 _SERVICES = ("", "tensorflow.serving.PredictionService")  # What health checks may ask for.
 _WATCHERS_HEAR_SECONDS = 0.1

@@ -15,7 +15,7 @@ from tensorflow_serving.apis import input_pb2
 
 from clsd_tf.data.examples import parse_raw_examples, tensors_to_arrow
 from clsd_tf.spec.model_inputs import RawInput
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
 
 _OF_EXAMPLES = ("serving_default", "classify", "regress")
 _OF_TENSORS = "predict_raw"

@@ -21,8 +21,8 @@ from export.server.checks import (
     signature_name,
 )
 from export.server.errors import RequestError
-from export.server.servable import LoadedVersion, Signature
-from export.server.tensors import examples_of, to_array
+from export.server.loaded_version import LoadedVersion, Signature
+from export.server.tensor_protos import examples_of, to_array
 
 _MAX_RECORDS = 1000
 _MAX_TENSOR_BYTES = 1 << 30  # The file is the publisher's, not a client's.

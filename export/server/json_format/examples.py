@@ -16,7 +16,7 @@ import tensorflow as tf
 from export.server.errors import invalid_argument
 from export.server.json_format.tensors import decode_base64, signature_name_of
 from export.server.json_format.text import Constant, parse_object, shown, type_name
-from export.server.tensors import with_context
+from export.server.tensor_protos import with_context
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _KINDS = {

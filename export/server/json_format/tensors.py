@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from export.server.errors import RequestError, invalid_argument
 from export.server.json_format.text import Constant, parse_object, shown, type_name
-from export.server.servable import Signature
+from export.server.loaded_version import Signature
 
 _MAX_RANK = 32
 _DIGITS = {np.dtype(np.float32): 24, np.dtype(np.float64): 53}

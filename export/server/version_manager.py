@@ -14,8 +14,8 @@ from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
 from export.publishing.models_config import CONFIG_FILE
+from export.server.aspired_versions import AspiredVersions, read_aspired_versions
 from export.server.errors import RequestError, invalid_argument
-from export.server.models_config import WantedModel, read_wanted_models
 
 State = get_model_status_pb2.ModelVersionStatus.State
 V = TypeVar("V")
@@ -36,10 +36,10 @@ class _Served(Generic[V]):
     is_retired: bool = False
 
 
-class Registry(Generic[V]):
+class VersionManager(Generic[V]):
     """The versions in memory.
 
-    One thread calls `follow`; requests call the rest from any thread.
+    One thread calls `poll`; requests call the rest from any thread.
 
     Args:
       servable_dir: holds models.config, or one directory per model.
@@ -84,7 +84,7 @@ class Registry(Generic[V]):
             return {name: sorted(served) for name, served in self._served.items() if served}
 
     def states(self, spec: model_pb2.ModelSpec) -> dict[int, VersionState]:
-        """The states of all versions of a model that were ever wanted, or of the one that the request means.
+        """The states of all versions of a model that were ever aspired, or of the one that the request means.
 
         Raises:
           RequestError: as `lease`.
@@ -119,7 +119,7 @@ class Registry(Generic[V]):
             raise RequestError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {wanted}")
         return number
 
-    def follow(self) -> None:
+    def poll(self) -> None:
         """Compares the servable directory with what is loaded; loads, labels and retires versions.
 
         A new version is loaded before an old one retires. A broken version or models.config is logged and changes
@@ -127,22 +127,22 @@ class Registry(Generic[V]):
         """
         self._told, self._problems = self._problems, set()
         try:
-            models = read_wanted_models(self._servable_dir)
-            wanted = {model: model.versions() for model in models or ()}
+            models = read_aspired_versions(self._servable_dir)
+            aspired = {model: model.versions() for model in models or ()}
         except (ValueError, OSError) as error:
             self._tell(f"the served models stay as they were: {error}")
             return
         if models is None:
             self._tell(f"the served models stay as they were: {CONFIG_FILE} is empty")
             return
-        for model, versions in wanted.items():
+        for model, versions in aspired.items():
             self._apply(model, versions.keys())  # Labels do not wait for versions that load.
             for number, path in versions.items():
                 if number not in self._loaded(model.name) and not self._is_stopped:
                     self._try_to_load(model.name, number, path)
                     self._apply(model, versions.keys())
             self._tell_missing(model, versions.keys())
-        for name in self.versions().keys() - {model.name for model in wanted}:
+        for name in self.versions().keys() - {model.name for model in aspired}:
             self._publish(name, keep=set(), labels={})
 
     def stop(self) -> None:
@@ -177,14 +177,14 @@ class Registry(Generic[V]):
         with self._lock:
             self._states.setdefault(name, {})[number] = state
 
-    def _apply(self, model: WantedModel, wanted: Set[int]) -> None:
-        """Moves labels to versions that are loaded, and retires what is no longer wanted."""
+    def _apply(self, model: AspiredVersions, aspired: Set[int]) -> None:
+        """Moves labels to versions that are loaded, and retires those that are no longer aspired."""
         loaded = set(self._loaded(model.name))
         before = self._labels.get(model.name, {})
         after = {label: number if number in loaded else before.get(label) for label, number in model.labels.items()}
         labels = {label: number for label, number in after.items() if number in loaded}
-        # Nothing retires before something that is wanted can take over.
-        keep = wanted | set(labels.values()) if not wanted or wanted & loaded else loaded
+        # Nothing retires before an aspired version can take over.
+        keep = aspired | set(labels.values()) if not aspired or aspired & loaded else loaded
         self._publish(model.name, keep, labels)
 
     def _publish(self, name: str, keep: Set[int], labels: dict[str, int]) -> None:
@@ -199,7 +199,7 @@ class Registry(Generic[V]):
         if retired:
             logging.info("versions %s of model %r retire", retired, name)
 
-    def _tell_missing(self, model: WantedModel, found: Set[int]) -> None:
+    def _tell_missing(self, model: AspiredVersions, found: Set[int]) -> None:
         if not found:
             self._tell(f"model {model.name!r} has no version to serve. Its versions are directories named by a number")
         for number in sorted(set(model.entry.model_version_policy.specific.versions) - found):
