@@ -32,7 +32,11 @@ _RETRY_BUFFER_BYTES = 64 << 20  # By default gRPC does not repeat requests of mo
 
 
 class GrpcTransport:
-    """TF Serving's PredictionService and ModelService; gRPC itself repeats attempts, with jitter."""
+    """Transport over TF Serving's PredictionService and ModelService; gRPC itself repeats attempts, with jitter.
+
+    Args:
+      endpoint: server, model, version and deadline.
+    """
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -41,6 +45,11 @@ class GrpcTransport:
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
 
     def predict(self, signature: str, name: str, values: Sequence[bytes], outputs: Sequence[str]) -> dict[str, Any]:
+        """Calls a signature, with the arguments and errors of ``Transport.predict``.
+
+        Returns:
+          Output -> array; object arrays of bytes for strings.
+        """
         request = predict_pb2.PredictRequest(model_spec=self._model_spec(signature), output_filter=outputs)
         shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=len(values))])
         tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, tensor_shape=shape, string_val=values)

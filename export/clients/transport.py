@@ -21,10 +21,17 @@ _REMEDIES = {
 
 
 class ServingError(RuntimeError):
-    """A request without an answer; ``code`` is the name of gRPC's status code, over REST as well.
+    """A request without an answer.
 
     Over REST several codes share an HTTP status, and ``code`` is the likeliest: INVALID_ARGUMENT may have been
     FAILED_PRECONDITION, INTERNAL may have been UNKNOWN, UNAVAILABLE may have been RESOURCE_EXHAUSTED.
+
+    Args:
+      code: the name of gRPC's status code, over REST as well.
+      message: of the server, or of this process where none answered.
+
+    Attributes:
+      code: as given.
     """
 
     def __init__(self, code: str, message: str):
@@ -35,14 +42,17 @@ class ServingError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Which model of which server is called, and how long.
+    """Address of a model on a server, and how long its answers may take.
 
     Attributes:
       address: ``host:port``.
       model_name: as the server knows the model.
-      version, label: which version answers; at most one is given. Without: the newest that is served.
-      timeout_seconds: for all attempts of a request together.
+      version, label: of the version that answers; at most one is given. Without: the newest that is served.
+      timeout_seconds: for all attempts of a request together, above 0.
       max_attempts: of a request that the server refuses as unavailable or full, in [1, 5].
+
+    Raises:
+      ValueError: an attribute out of its range.
     """
 
     address: str
@@ -65,7 +75,13 @@ class Endpoint:
 
 @dataclasses.dataclass(frozen=True)
 class VersionStatus:
-    """A version that a server knows: its state (``AVAILABLE``, ``LOADING``, ...), and what went wrong, if anything."""
+    """Status of a version that a server knows.
+
+    Attributes:
+      version: its number.
+      state: a name of TF Serving's ModelVersionStatus.State, ``AVAILABLE``, ``LOADING``, ...
+      error: message; empty if nothing went wrong.
+    """
 
     version: int
     state: str
@@ -73,20 +89,33 @@ class VersionStatus:
 
 
 class Transport(Protocol):
-    """What both protocols offer. Every method raises ``ServingError``."""
+    """Calls that both protocols offer. Every method raises ``ServingError``."""
 
     def predict(self, signature: str, name: str, values: Sequence[bytes], outputs: Sequence[str]) -> dict[str, Any]:
-        """Calls a signature with one string tensor [batch] called ``name`` -> arrays or lists by output."""
+        """Calls a signature that takes one string tensor [batch].
 
-    def metadata(self) -> get_model_metadata_pb2.SignatureDefMap: ...
+        Args:
+          signature: its name.
+          name: of the tensor.
+          values: of the tensor.
+          outputs: wanted ones.
 
-    def status(self) -> list[VersionStatus]: ...
+        Returns:
+          Output -> array or nested lists. Over REST possibly also other outputs.
+        """
 
-    def close(self) -> None: ...
+    def metadata(self) -> get_model_metadata_pb2.SignatureDefMap:
+        """Signatures of the version that answers."""
+
+    def status(self) -> list[VersionStatus]:
+        """Versions that the server knows of the model."""
+
+    def close(self) -> None:
+        """Closes the connections."""
 
 
 def statuses_of(response: get_model_status_pb2.GetModelStatusResponse) -> list[VersionStatus]:
-    """What an answer to GetModelStatus says."""
+    """Returns the versions in ``response``, an answer to GetModelStatus."""
     state_name = get_model_status_pb2.ModelVersionStatus.State.Name
     return [
         VersionStatus(entry.version, state_name(entry.state), entry.status.error_message)

@@ -116,7 +116,7 @@ def _require_json_dtypes(requests: Requests) -> None:
 
 
 def _parsed(value: Any, like: np.ndarray) -> np.ndarray:
-    """What a client reads from nested lists; the shape tells the later dimensions of a list without rows."""
+    """Array that a client reads from nested lists; the shape tells the later dimensions of a list without rows."""
     if like.dtype != object:
         return np.array(value, like.dtype).reshape(like.shape)
     result = np.empty(like.shape, object)

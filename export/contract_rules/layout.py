@@ -1,4 +1,4 @@
-"""Rules of names and of the parts of a SavedModel: what TF Serving looks for, and where."""
+"""Rules of names and of the parts of a SavedModel that TF Serving looks for."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def no_leftovers_beside(base: Base) -> Finding:
 
 
 def _is_being_written(path: pathlib.Path) -> bool:
-    """Whether a process holds its lock, as an export does of the directory that it writes."""
+    """Tells whether a process holds its lock, as an export does of the directory that it writes."""
     with contextlib.suppress(OSError), locked(path, wait=False) as is_free:
         return not is_free
     return False

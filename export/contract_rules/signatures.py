@@ -28,7 +28,18 @@ Tensor = tuple[str, meta_graph_pb2.TensorInfo]
 
 
 def api_signatures(version: Version, method: str) -> dict[str, meta_graph_pb2.SignatureDef]:
-    """Signatures meant for Classify or Regress: by method name, or by name, since TF 2 always writes Predict."""
+    """Finds signatures meant for Classify or Regress: by method name, or by name, since TF 2 always writes Predict.
+
+    Args:
+      version: that has the signatures.
+      method: method name, ``CLASSIFY`` or ``REGRESS``.
+
+    Returns:
+      Name -> signature; at least one.
+
+    Raises:
+      NotApplicable: there is none.
+    """
     found = {
         name: signature
         for name, signature in version.signatures.items()
@@ -40,7 +51,7 @@ def api_signatures(version: Version, method: str) -> dict[str, meta_graph_pb2.Si
 
 
 def is_sendable(info: meta_graph_pb2.TensorInfo) -> bool:
-    """Whether a TensorProto can carry the dtype: handles and references stay inside a process."""
+    """Returns whether a TensorProto can carry the dtype of ``info``: handles and references stay inside a process."""
     return info.dtype not in _UNSENDABLE and info.dtype < _FIRST_REFERENCE_DTYPE
 
 

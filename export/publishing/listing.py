@@ -36,11 +36,14 @@ class PublishedVersion:
 
 
 def list_versions(versions: ModelVersions, *, check: bool = False) -> list[PublishedVersion]:
-    """The published versions, newest first.
+    """Lists the published versions.
 
     Args:
       versions: of the model.
       check: read every file and compare it with its manifest.
+
+    Returns:
+      Newest first.
     """
     published = versions.published()
     config = ModelsConfig(versions.servable_dir / CONFIG_FILE)

@@ -15,7 +15,12 @@ MIN_AGE_SECONDS = 600  # Of a version that may be deleted: a server may be loadi
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """Versions that were deleted, and those that were not for another reason than their newness: version -> reason."""
+    """Outcome of a deletion.
+
+    Attributes:
+      deleted: versions.
+      kept: versions that are old enough but needed -> the reason.
+    """
 
     deleted: tuple[int, ...]
     kept: Mapping[int, str]
@@ -26,6 +31,13 @@ def prune(versions: ModelVersions, keep: int) -> Pruned:
 
     Older ones stay that a server loads, that a label names or would name after a rollback, or that are younger than
     ten minutes, since a server that has not looked again may still be loading one.
+
+    Args:
+      versions: of the model.
+      keep: how many of the newest stay in any case, >= 1.
+
+    Returns:
+      Versions that were deleted, and those that had to stay.
 
     Raises:
       ValueError: ``keep`` < 1.

@@ -64,7 +64,13 @@ BatchingParameters = _message_class()
 
 
 def read_batching_parameters(path: pathlib.Path) -> Message:
-    """Parses and checks a batching file; a number that is not set has no field (``HasField``).
+    """Reads and checks a batching file.
+
+    Args:
+      path: of the text proto.
+
+    Returns:
+      A BatchingParameters; a number that is not set has no field (``HasField``).
 
     Raises:
       ValueError: the text is not a BatchingParameters text proto, or breaks a rule of TF Serving.
@@ -75,7 +81,13 @@ def read_batching_parameters(path: pathlib.Path) -> Message:
 
 
 def parse_batching_parameters(path: pathlib.Path) -> Message:
-    """As ``read_batching_parameters``, whatever the numbers are.
+    """Reads a batching file as ``read_batching_parameters`` does, whatever the numbers are.
+
+    Args:
+      path: of the text proto.
+
+    Returns:
+      A BatchingParameters.
 
     Raises:
       ValueError: the text is not a BatchingParameters text proto.
@@ -90,7 +102,10 @@ def parse_batching_parameters(path: pathlib.Path) -> Message:
 
 
 def check_batching_parameters(parameters: Message) -> None:
-    """Rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
+    """Applies the rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
+
+    Args:
+      parameters: a BatchingParameters.
 
     Raises:
       ValueError: a number below its smallest, or allowed_batch_sizes that do not rise, or do not end at the largest
@@ -108,12 +123,15 @@ def check_batching_parameters(parameters: Message) -> None:
 
 
 def largest_request(parameters: Message) -> int:
-    """Rows of the largest request that batching takes, with large batch splitting too (shared_batch_scheduler.h)."""
+    """Returns the rows that a request may have by ``parameters``.
+
+    They are the same with large batch splitting (shared_batch_scheduler.h).
+    """
     return parameters.max_batch_size.value if parameters.HasField("max_batch_size") else _DEFAULT_MAX_BATCH_SIZE
 
 
 def _largest_batch(parameters: Message) -> int:
-    """With large batch splitting the largest batch that is run, else the largest request."""
+    """Rows of the largest batch that is run; with large batch splitting requests may be larger."""
     splits = parameters.enable_large_batch_splitting.value
     if splits and parameters.HasField("max_execution_batch_size"):
         return parameters.max_execution_batch_size.value
@@ -121,7 +139,12 @@ def _largest_batch(parameters: Message) -> int:
 
 
 def write_batching_parameters(version_dir: pathlib.Path, profile: BatchingProfile) -> None:
-    """Writes a version's batching file; without padding, which would repeat a history's first value."""
+    """Writes a version's batching file; without padding, which would repeat a history's first value.
+
+    Args:
+      version_dir: the version.
+      profile: the numbers; None leaves one to the server.
+    """
     parameters = BatchingParameters(allowed_batch_sizes=profile.allowed_batch_sizes)
     for name in ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"):
         if (value := getattr(profile, name)) is not None:

@@ -1,4 +1,4 @@
-"""Warm-up requests: what TF Serving replays before a version takes traffic."""
+"""Warm-up requests, which TF Serving replays before a version takes traffic."""
 
 from __future__ import annotations
 
@@ -77,7 +77,15 @@ def _texts(values: Sequence[bytes]) -> np.ndarray:
 
 
 def rank_request(user: bytes, items: Sequence[bytes]) -> bytes:
-    """A request of the signature ``rank`` from serialized tf.Examples."""
+    """Makes a request of the signature ``rank``.
+
+    Args:
+      user: serialized tf.Example, the context.
+      items: serialized tf.Examples.
+
+    Returns:
+      A serialized ExampleListWithContext.
+    """
     parse = tf.train.Example.FromString
     message = input_pb2.ExampleListWithContext(context=parse(user), examples=[parse(item) for item in items])
     return message.SerializeToString()

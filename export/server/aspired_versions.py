@@ -1,4 +1,7 @@
-"""What a servable directory says should be served: models.config, or without it every model's newest version."""
+"""Aspired versions: those that a servable directory says should be served, as TF Serving calls them.
+
+models.config names them; without it they are every model's newest version.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from export.publishing.versions import version_number
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AspiredVersions:
-    """One model that should be served.
+    """Aspired versions of one model.
 
     Attributes:
       entry: of models.config: the name, which versions to serve, and their labels; the newest one by default.
@@ -32,7 +35,7 @@ class AspiredVersions:
         return dict(self.entry.version_labels)
 
     def versions(self) -> dict[int, pathlib.Path]:
-        """The versions on disk that should be served: number -> directory."""
+        """Aspired versions that are on disk: number -> directory."""
         found = _versions_on_disk(self.path)
         return {number: found[number] for number in sorted(loaded_versions(self.entry, found))}
 
@@ -40,8 +43,11 @@ class AspiredVersions:
 def read_aspired_versions(servable_dir: pathlib.Path) -> list[AspiredVersions] | None:
     """Reads models.config, or lists the directories of numbered versions.
 
+    Args:
+      servable_dir: holds models.config, or one directory per model.
+
     Returns:
-      None for an empty models.config, upon which TF Serving takes no action (server_core.cc).
+      Those of each model; None for an empty models.config, upon which TF Serving takes no action (server_core.cc).
 
     Raises:
       FileNotFoundError: no such directory.

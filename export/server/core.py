@@ -1,4 +1,4 @@
-"""What the server answers, whatever the protocol: gRPC and REST both call `PredictionCore`."""
+"""Answers to requests, whatever the protocol: gRPC and REST both call `PredictionCore`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ _REFUSALS = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.error
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Outputs of one request, and who gave them; string outputs are object arrays of bytes."""
+    """Answer to one request.
+
+    Attributes:
+      outputs: output -> array; object arrays of bytes for strings.
+      model_name, version, signature_name: of what answered.
+    """
 
     outputs: dict[str, np.ndarray]
     model_name: str
@@ -53,7 +58,23 @@ class Answer:
 
 
 class ServedVersion:
-    """A loaded version that has replayed its warm-up requests, with a queue for each signature."""
+    """A loaded version that has replayed its warm-up requests, with a queue for each signature.
+
+    Args:
+      path: the version's directory.
+      model_name: as requests give it.
+      batching: limits of batches; None leaves a number to the version.
+      max_request_bytes: of a batch, too.
+      threads: shared by all queues of the server.
+      metrics: told of batches and of the queues' lengths.
+
+    Attributes:
+      loaded: the model.
+      queues: signature name -> queue.
+
+    Raises:
+      Exception: whatever is wrong with the files, the model or its warm-up requests.
+    """
 
     def __init__(
         self,
@@ -100,8 +121,11 @@ class PredictionCore:
         Args:
           spec: model, version or label, and signature; no signature means serving_default.
           inputs_of: converts the request to arrays for the signature; raises RequestError that names the field.
-          output_filter: the outputs wanted; all when empty.
+          output_filter: outputs that the client asks for; empty for all.
           timeout_seconds: what is left of the client's deadline; None for no deadline.
+
+        Returns:
+          The filtered outputs.
 
         Raises:
           RequestError: with TF Serving's code.
@@ -119,7 +143,15 @@ class PredictionCore:
     async def classify(
         self, spec: model_pb2.ModelSpec, examples: Sequence[bytes], timeout_seconds: float | None = None
     ) -> Answer:
-        """Answers Classify: ``classes`` string [batch, C] and/or ``scores`` float32 [batch, C].
+        """Answers Classify.
+
+        Args:
+          spec: as in `predict`.
+          examples: serialized tf.Examples.
+          timeout_seconds: as in `predict`.
+
+        Returns:
+          ``classes``, bytes [num_examples, num_classes], and/or ``scores``, float32 of the same shape.
 
         Raises:
           RequestError: with TF Serving's code.
@@ -130,7 +162,15 @@ class PredictionCore:
     async def regress(
         self, spec: model_pb2.ModelSpec, examples: Sequence[bytes], timeout_seconds: float | None = None
     ) -> Answer:
-        """Answers Regress: ``outputs`` float32 [batch] or [batch, 1].
+        """Answers Regress.
+
+        Args:
+          spec: as in `predict`.
+          examples: serialized tf.Examples.
+          timeout_seconds: as in `predict`.
+
+        Returns:
+          ``outputs``, float32 [num_examples] or [num_examples, 1].
 
         Raises:
           RequestError: with TF Serving's code.
@@ -151,6 +191,9 @@ class PredictionCore:
           examples: serialized tf.Examples.
           timeout_seconds: as in `predict`.
 
+        Returns:
+          An answer per task.
+
         Raises:
           RequestError: with TF Serving's code. As there, the signatures must read the same tensor of the graph, so two
             signatures that TensorFlow 2 saved never go together.
@@ -164,7 +207,13 @@ class PredictionCore:
             ]
 
     def metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        """The signatures of a version, as GetModelMetadata answers ``signature_def``.
+        """Answers GetModelMetadata of ``signature_def``.
+
+        Args:
+          spec: model, and version or label.
+
+        Returns:
+          The signatures of the version.
 
         Raises:
           RequestError: no such version.
@@ -180,7 +229,13 @@ class PredictionCore:
         return response
 
     def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
-        """The states of the versions of a model, or of one version.
+        """Answers GetModelStatus.
+
+        Args:
+          spec: model, and version or label; without, all versions are meant.
+
+        Returns:
+          State and error of each version.
 
         Raises:
           RequestError: no such model or version.

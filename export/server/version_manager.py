@@ -1,4 +1,4 @@
-"""Which versions take requests: follows the servable directory, and never lets go of a version that still answers."""
+"""Versions that take requests: loads the aspired ones, and never lets go of a version that still answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ V = TypeVar("V")
 
 @dataclasses.dataclass(frozen=True)
 class VersionState:
-    """The state of a version, as GetModelStatus tells it; ``error`` is "" unless it could not be loaded."""
+    """State of a version, as GetModelStatus tells it.
+
+    Attributes:
+      state: a value of ModelVersionStatus.State.
+      error: "" unless the version could not be loaded.
+    """
 
     state: int
     error: str = ""
@@ -37,7 +42,7 @@ class _Served(Generic[V]):
 
 
 class VersionManager(Generic[V]):
-    """The versions in memory.
+    """Versions in memory, kept as the servable directory says.
 
     One thread calls `poll`; requests call the rest from any thread.
 
@@ -60,7 +65,13 @@ class VersionManager(Generic[V]):
 
     @contextlib.contextmanager
     def lease(self, spec: model_pb2.ModelSpec) -> Iterator[V]:
-        """Lends the version that a request means: its number, its label, or the largest loaded.
+        """Lends the version that a request means, which is not unloaded meanwhile.
+
+        Args:
+          spec: the model, and a version's number or label; without, the largest loaded version is meant.
+
+        Yields:
+          The version.
 
         Raises:
           RequestError: NOT_FOUND, no such model or version; INVALID_ARGUMENT, no name or an unknown label.
@@ -84,7 +95,13 @@ class VersionManager(Generic[V]):
             return {name: sorted(served) for name, served in self._served.items() if served}
 
     def states(self, spec: model_pb2.ModelSpec) -> dict[int, VersionState]:
-        """The states of all versions of a model that were ever aspired, or of the one that the request means.
+        """States of all versions of a model that were ever aspired, or of the one that the request means.
+
+        Args:
+          spec: the model, and a version's number or label.
+
+        Returns:
+          Version -> state, ascending.
 
         Raises:
           RequestError: as `lease`.
@@ -216,6 +233,6 @@ class VersionManager(Generic[V]):
 
 
 def _files(path: pathlib.Path) -> frozenset:
-    """What tells a repaired version from the broken one."""
+    """Facts that tell a repaired version from the broken one."""
     stats = [(str(file), file.lstat()) for file in path.rglob("*")]
     return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

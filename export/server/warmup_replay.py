@@ -33,7 +33,13 @@ class _BrokenRecordError(ValueError):
 
 
 def replay_warmup_requests(version: LoadedVersion) -> int:
-    """Runs every record of assets.extra/tf_serving_warmup_requests once. Returns their number; 0 without a file.
+    """Runs every record of assets.extra/tf_serving_warmup_requests once.
+
+    Args:
+      version: that has the file, or none.
+
+    Returns:
+      The number of records; 0 without a file.
 
     Raises:
       ValueError: a record cannot be replayed. One bad record fails the version, as in TF Serving. TensorFlow's messages

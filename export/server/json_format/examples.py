@@ -43,11 +43,17 @@ class ExamplesRequest:
 
     @classmethod
     def parse(cls, body: bytes, max_bytes: int) -> ExamplesRequest:
-        """Raises RequestError that names example and feature, never a value.
+        """Parses a body.
 
         Args:
           body: JSON.
           max_bytes: that the examples may take, each with the context.
+
+        Returns:
+          The request.
+
+        Raises:
+          RequestError: INVALID_ARGUMENT, naming example and feature, never a value.
         """
         content = parse_object(body)
         context = _serialized(content["context"], "context") if "context" in content else b""
@@ -75,7 +81,11 @@ def _serialized(features: Any, place: str) -> bytes:
 
 
 def _fill(feature: tf.train.Feature, values: list) -> None:
-    """Raises ValueError: what the values must be, and what was received."""
+    """Gives a feature its values.
+
+    Raises:
+      ValueError: what the values must be, and what was received.
+    """
     kinds = {_KINDS.get(kind) for kind in set(map(type, values))}
     if len(kinds) > 1 or None in kinds:
         received = " and ".join(dict.fromkeys(map(type_name, values)))
