@@ -45,7 +45,7 @@ _MAX_ENQUEUED_BATCHES = flags.DEFINE_integer(
     "max_enqueued_batches",
     None,
     "Batches that may wait; beyond, requests are refused, and no request may have more rows; default: the version's or "
-    "10.",
+    "64.",
     1,
 )
 _REQUEST_LOG_DIR = flags.DEFINE_string(

@@ -39,7 +39,7 @@ def raw_inputs(feed_dataset):
 
 @pytest.fixture(scope="module")
 def rows(feed_dataset):
-    """Requests of users whose ids can be recognised."""
+    """Requests of users whose ids can be recognized."""
     found = pyarrow.parquet.read_table(feed_dataset.layout.serving_sample)
     users = pa.array([f"secret-{user}" for user in found.column("user_id").to_pylist()])
     return found.set_column(found.column_names.index("user_id"), "user_id", users)

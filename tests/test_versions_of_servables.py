@@ -546,7 +546,7 @@ def test_what_a_killed_deletion_left_is_removed_and_its_number_stays_used(feed):
 # The list and the command.
 
 
-def test_the_list_says_what_is_loaded_labelled_and_damaged(feed):
+def test_the_list_says_what_is_loaded_labeled_and_damaged(feed):
     publish(feed, 1, 2)
     promote(feed, "stable", 1)
     damage(feed.path / "2")

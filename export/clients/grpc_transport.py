@@ -89,7 +89,7 @@ class GrpcTransport:
 
 def _channel_options(max_attempts: int) -> list[tuple[str, Any]]:
     reconnect_ms = int(1000 * INITIAL_BACKOFF_SECONDS)  # By default a second, in which attempts fail unsent.
-    options = [
+    options: list[tuple[str, Any]] = [
         ("grpc.initial_reconnect_backoff_ms", reconnect_ms),
         ("grpc.min_reconnect_backoff_ms", reconnect_ms),
         ("grpc.max_reconnect_backoff_ms", int(1000 * MAX_BACKOFF_SECONDS)),

@@ -101,7 +101,7 @@ def generate_load(
         answers = list(itertools.chain.from_iterable(threads.map(sender, range(concurrency))))
     seconds = time.monotonic() - start
     latencies = np.array([1000 * latency for code, latency in answers if code == _OK], np.float64)
-    unsent = 0 if rate_per_second is None else num_due - len(answers)
+    unsent = 0 if rate_per_second is None else int(num_due) - len(answers)
     return LoadResult(seconds, Counter(code for code, _ in answers), latencies, unsent)
 
 

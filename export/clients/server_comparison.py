@@ -84,5 +84,6 @@ def compare(
     if not num_rows:
         raise ValueError("there must be rows to compare. Received: none")
     return Comparison(
-        tuple(np.concatenate(side) for side in scores), tuple(np.array(side, np.float64) for side in latencies)
+        (np.concatenate(scores[0]), np.concatenate(scores[1])),
+        (np.array(latencies[0], np.float64), np.array(latencies[1], np.float64)),
     )

@@ -21,9 +21,14 @@ from export.clients.grpc_transport import GrpcTransport
 from export.clients.rest_transport import RestTransport
 from export.clients.transport import Endpoint, VersionStatus
 
-_DTYPES = {types_pb2.DT_STRING: "string", types_pb2.DT_INT64: "int64", types_pb2.DT_FLOAT: "float"}
-_ARROW_DTYPES = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}
 Protocol = Literal["grpc", "rest"]
+_Dtype = Literal["string", "int64", "float"]  # Of RawInput.
+_DTYPES: Mapping[int, _Dtype] = {
+    types_pb2.DT_STRING: "string",
+    types_pb2.DT_INT64: "int64",
+    types_pb2.DT_FLOAT: "float",
+}
+_ARROW_DTYPES: Mapping[pa.DataType, _Dtype] = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}
 
 
 class ServingClient:
@@ -81,8 +86,8 @@ class ServingClient:
         """
         signatures = self.metadata()
         inputs = signatures["predict_raw"].inputs if "predict_raw" in signatures else {}
-        found = tuple(_raw_input(name, inputs[name]) for name in sorted(inputs))
-        if not found or None in found:
+        found = tuple(entry for name in sorted(inputs) if (entry := _raw_input(name, inputs[name])))
+        if not found or len(found) < len(inputs):
             raise ValueError(
                 "names and types of a row's values are the inputs of the signature predict_raw: text, int64 or float32 "
                 f"[batch], and lists of text [batch, any]. Received: others, or none, of {self.endpoint.model_name}. "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.contract_rules.behaviour import call, each_signature
+from export.contract_rules.behavior import call, each_signature
 from export.contract_rules.findings import Finding, NotApplicable
 from export.contract_rules.requests import Inputs, Requests
 from export.contract_rules.rules import version_rule

@@ -14,6 +14,7 @@ from export.contract_rules.findings import NotApplicable
 from export.contract_rules.graph import Feature, StringUse, string_use
 from export.contract_rules.signatures import is_sendable
 from export.contract_rules.version import Version
+from export.server.checks import signature_name
 
 Inputs = dict[str, np.ndarray]
 
@@ -107,7 +108,7 @@ class Requests:
         """
         self._require_examples()
         self._require_free_strings()
-        values = _plain_values(self.use.features)
+        values = _plain_values(self.use.features or {})
         for name in sorted(values):
             others = {key: value for key, value in values.items() if key != name}
             yield name, self._with_examples(self._plain(1), _serialized(others, self.use))
@@ -184,18 +185,14 @@ def recorded_inputs(log: prediction_log_pb2.PredictionLog) -> list[tuple[str, In
     if kind == "predict_log":
         request = log.predict_log.request
         inputs = {name: _array(value) for name, value in request.inputs.items()}
-        return [(_signature_name(request), inputs)]
+        return [(signature_name(request.model_spec), inputs)]
     if kind in ("classify_log", "regress_log"):
         request = getattr(log, kind).request
-        return [(_signature_name(request), {"inputs": _examples(request.input)})]
+        return [(signature_name(request.model_spec), {"inputs": _examples(request.input)})]
     if kind == "multi_inference_log":
         request = log.multi_inference_log.request
-        return [(_signature_name(task), {"inputs": _examples(request.input)}) for task in request.tasks]
+        return [(signature_name(task.model_spec), {"inputs": _examples(request.input)}) for task in request.tasks]
     return []
-
-
-def _signature_name(request) -> str:
-    return request.model_spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
 
 
 def _array(value: tf.compat.v1.TensorProto) -> np.ndarray:

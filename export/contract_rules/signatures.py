@@ -148,7 +148,8 @@ def classify_signature(version: Version) -> Finding:
             problems.append(f"{name} has outputs {listed(sorted(outputs)) or 'none'}. Allowed: scores, classes or both")
         for key in expected.keys() & outputs.keys():
             problems += _tensor_problems(f"{name}, output {key}", outputs[key], expected[key], ranks=(2,))
-        sizes = {_last_size(outputs[key]) for key in expected.keys() & outputs.keys()} - {None}
+        last_sizes = [_last_size(outputs[key]) for key in expected.keys() & outputs.keys()]
+        sizes = {size for size in last_sizes if size is not None}
         if len(sizes) > 1:
             problems.append(f"{name} has another number of scores than of classes: {sorted(sizes)}")
     return judged(problems, listed(found))

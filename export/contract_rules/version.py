@@ -10,16 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 from google.protobuf import text_format
-from google.protobuf.message import Message
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from export.contract_rules.findings import NotApplicable
 from export.publishing.versions import version_number
-from export.servable.batching_parameters import BATCHING_FILE, parse_batching_parameters
-from export.servable.warmup import WARMUP_FILE
+from export.servable.batching_parameters import BATCHING_FILE, BatchingParameters, parse_batching_parameters
+from export.servable.warmup import MAX_WARMUP_RECORDS, WARMUP_FILE
 
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")  # The first that is there is read (reader.cc).
-MAX_WARMUP_RECORDS = 1000  # WarmupConsts::kMaxNumRecords in saved_model_warmup_util.h.
 _DEFAULT_BATCH = 64
 _LARGEST_BATCH_TRIED = 4096
 _TIMEOUT_MILLISECONDS = 60_000
@@ -152,14 +150,14 @@ class Version:
             raise NotApplicable("the warm-up file cannot be read, see the rule warmup_file") from error
 
     @property
-    def batching(self) -> Message:
+    def batching(self) -> BatchingParameters:
         """BatchingParameters, whatever the numbers are."""
         if isinstance(self.parsed_batching, Exception):
             raise NotApplicable("the batching file cannot be read, see the rule batching_file")
         return self.parsed_batching
 
     @functools.cached_property
-    def parsed_batching(self) -> Message | Exception:
+    def parsed_batching(self) -> BatchingParameters | Exception:
         """BatchingParameters, or why the file cannot be read."""
         if self.batching_file is None:
             raise NotApplicable(f"there is no {BATCHING_FILE}, and none was given")
@@ -192,8 +190,9 @@ class Version:
         return size, source
 
     def close(self) -> None:
-        if isinstance(self.__dict__.get("loading"), LoadedModel):
-            self.loading.close()
+        loading = self.__dict__.get("loading")
+        if isinstance(loading, LoadedModel):
+            loading.close()
 
 
 def saved_model_file(version: pathlib.Path) -> pathlib.Path | None:

@@ -31,7 +31,8 @@ class ModelsConfig:
     def __init__(self, path: pathlib.Path):
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)[0]
+        header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)
+        self._header = header[0] if header else ""
         self._body = text[len(self._header) :]
         self._read = parse_models_config(text, path)
         self._config = parse_models_config(text, path)

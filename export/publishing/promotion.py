@@ -73,7 +73,7 @@ def promote(versions: ModelVersions, label: str, version: int | None = None) -> 
         raise ValueError(f"a label has letters, digits and _ only. Received: {label!r}")
     if version is None:
         version = max(versions.published(), default=None)
-    _check_version(versions, version)
+    version = _check_version(versions, version)
     with versions.exclusive():
         return _move(versions, "promote", label, version)
 
@@ -152,7 +152,7 @@ def _last_place(named: Sequence[int], version: int) -> int:
     return places[-1] if places else len(named)
 
 
-def _move(versions: ModelVersions, action: str, label: str, version: int | None) -> Promotion:
+def _move(versions: ModelVersions, action: str, label: str, version: int) -> Promotion:
     """Moves a label, or has the server load the version first; the caller holds the lock."""
     _require_published(versions, version)  # Its files were checked before the lock was taken.
     config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
@@ -182,19 +182,19 @@ def _before_move(versions: ModelVersions, action: str, label: str, previous: int
     return version_before(versions.history(), label, version)
 
 
-def _require_published(versions: ModelVersions, version: int | None) -> pathlib.Path:
+def _require_published(versions: ModelVersions, version: int | None) -> tuple[int, pathlib.Path]:
     published = versions.published()
     if version not in published:
         raise PromotionError(
             f"only a published version gets a label. Received: {version} of {versions.name}. "
             f"Allowed: {', '.join(map(str, published)) or 'none, export one first'}"
         )
-    return published[version]
+    return version, published[version]
 
 
-def _check_version(versions: ModelVersions, version: int | None) -> None:
-    """Reads all files, which takes long for a large model."""
-    directory = _require_published(versions, version)
+def _check_version(versions: ModelVersions, version: int | None) -> int:
+    """Returns the version; reads all its files, which takes long for a large model."""
+    version, directory = _require_published(versions, version)
     problems = problems_of(versions.name, directory)
     if problems:
         more = f" and {len(problems) - _MAX_NAMED_PROBLEMS} more" if len(problems) > _MAX_NAMED_PROBLEMS else ""
@@ -202,6 +202,7 @@ def _check_version(versions: ModelVersions, version: int | None) -> None:
             f"a version gets a label only if its files are as its manifest says. Received: {directory}: "
             f"{'; '.join(problems[:_MAX_NAMED_PROBLEMS])}{more}. Export the run again, or promote another version"
         )
+    return version
 
 
 def problems_of(name: str, directory: pathlib.Path) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import grpc
 import numpy as np
 
-from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.servable.batching_parameters import BATCHING_FILE, DEFAULT_MAX_BATCH_SIZE, read_batching_parameters
 from export.server.errors import RequestError, invalid_argument
 from export.server.loaded_version import LoadedVersion, Signature
 from export.server.metrics import Metrics
@@ -49,7 +49,7 @@ class BatchingOptions:
 
 
 # TF Serving's queue of 10 batches would be full while a version loads, which takes time from requests here.
-_DEFAULTS = BatchingOptions(1000, 0.0, 64)
+_DEFAULTS = BatchingOptions(DEFAULT_MAX_BATCH_SIZE, 0.0, 64)
 _MAX_QUEUED_REQUEST_SIZES = 4  # The bytes that wait for a signature, in requests of the largest size.
 
 

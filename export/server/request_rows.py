@@ -117,7 +117,8 @@ def parts(kind: RequestKind, requests: Sequence[Request]) -> Iterator[Sequence[R
     Yields:
       Requests of at most 1024 rows together, or one that has more.
     """
-    part, total = [], 0
+    part: list[Request] = []
+    total = 0
     for request in requests:
         rows = num_rows(kind, request)
         if part and total + rows > _ROWS_PER_PART:

@@ -1,8 +1,8 @@
 """TF Serving's JSON of predict requests, in rows (``instances``) or columns (``inputs``) -> arrays.
 
-The rules are those of TF Serving's ``json_tensor.cc``. Stricter, beside what ``json_format.text`` lists: a name in ``inputs``
-that the signature does not have is refused (there it is passed over), and an integer that is too large for int8, int16
-or uint8. Errors name the input and the place, never the value.
+The rules are those of TF Serving's ``json_tensor.cc``. Stricter, beside what ``json_format.text`` lists: a name in
+``inputs`` that the signature does not have is refused (there it is passed over), and an integer that is too large for
+int8, int16 or uint8. Errors name the input and the place, never the value.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def _require_names(received: Mapping[str, Any], names: Sequence[str], place: str
     unknown = [shown(name) for name in itertools.islice(received, len(names) + 1) if name not in names]
     if missing or unknown:
         parts = ("no " + ", ".join(missing) if missing else "", "unknown " + ", ".join(unknown) if unknown else "")
-        received = " and ".join(filter(None, parts))
-        raise invalid_argument(f"{place} must have the signature's inputs {', '.join(names)}. Received: {received}")
+        found = " and ".join(filter(None, parts))
+        raise invalid_argument(f"{place} must have the signature's inputs {', '.join(names)}. Received: {found}")
 
 
 def _find_wrong_row(rows: Sequence[Any], names: Sequence[str]) -> None:
