@@ -11,7 +11,7 @@ Example:
 back to the version that it named before. From the first label on, models.config lists the versions that the server
 loads, and new exports wait for their promotion. A label moves to loaded versions only: with --server the command waits
 for it, without it says when to ask again. `prune` deletes old versions, but none that is loaded, labeled, the
-goal of a rollback, or younger than ten minutes.
+target of a rollback, or younger than ten minutes.
 
 Start TF Serving with --model_config_file_poll_wait_seconds=60 --allow_version_labels_for_unavailable_models. Requests
 without a label go to the largest loaded version, a canary too; clients that want stable must say so. To end a canary,
