@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2
 
-from export.server.servable import Signature
+from export.server.loaded_version import Signature
 
 RAW, EXAMPLES, RANK = "predict_raw", "serving_default", "rank"
 ROWS = 3

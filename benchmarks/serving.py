@@ -40,12 +40,13 @@ from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import write_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import load_model, predict
+from export.clients.grpc_transport import GrpcTransport
 from export.clients.load_generator import percentiles
 from export.clients.serving_client import ServingClient
-from export.clients.transport import Endpoint, GrpcTransport
+from export.clients.transport import Endpoint
 from export.servable.ranking import sides_of
 from export.servable.warmup import rank_request
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
 
 _DATASET_DIR = flags.DEFINE_string("dataset_dir", None, "Dataset of the run.", required=True)
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "The run that was exported.", required=True)

@@ -21,9 +21,9 @@ from absl import flags
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.data.request_files import read_rows
 from clsd_tf.storage.files import write_json
-from export.clients.comparison import compare
+from export.clients.file_scoring import score_file
 from export.clients.load_generator import generate_load
-from export.clients.scoring import score_file
+from export.clients.server_comparison import compare
 from export.clients.serving_client import ServingClient
 from export.clients.transport import Endpoint
 

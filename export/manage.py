@@ -10,8 +10,8 @@ Example:
 `promote` gives a label to a version (the newest by default) whose files are as its manifest says; `rollback` gives it
 back to the version that it named before. From the first label on, models.config lists the versions that the server
 loads, and new exports wait for their promotion. A label moves to loaded versions only: with --server the command waits
-for it, without it says when to ask again. `prune` deletes old versions, but none that is loaded, labelled, the
-goal of a rollback, or younger than ten minutes.
+for it, without it says when to ask again. `prune` deletes old versions, but none that is loaded, labeled, the
+target of a rollback, or younger than ten minutes.
 
 Start TF Serving with --model_config_file_poll_wait_seconds=60 --allow_version_labels_for_unavailable_models. Requests
 without a label go to the largest loaded version, a canary too; clients that want stable must say so. To end a canary,
@@ -24,8 +24,9 @@ from collections.abc import Callable
 from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
+from export.publishing.listing import list_versions
 from export.publishing.promotion import Promotion, PromotionError, promote, rollback
-from export.publishing.retention import list_versions, prune
+from export.publishing.retention import prune
 from export.publishing.server_status import wait_until_available
 from export.publishing.versions import ModelVersions
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.serving.servable import LocalServable
-from export.clients.scoring import score_file
+from export.clients.file_scoring import score_file
 
 _SERVABLE = flags.DEFINE_string("servable", None, "Version directory, or directory of a model.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "Rows to score: .csv, .jsonl or .parquet.")

@@ -20,8 +20,8 @@ import tensorflow as tf
 from absl import flags, logging
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
+from export.server.local_server import LocalServer
 from export.server.request_log import RequestLog
 
 _SERVABLE_DIR = flags.DEFINE_string(
@@ -46,7 +46,7 @@ _MAX_ENQUEUED_BATCHES = flags.DEFINE_integer(
     "max_enqueued_batches",
     None,
     "Batches that may wait; beyond, requests are refused, and no request may have more rows; default: the version's or "
-    "10.",
+    "64.",
     1,
 )
 _REQUEST_LOG_DIR = flags.DEFINE_string(

@@ -36,6 +36,10 @@ class VerificationError(RuntimeError):
 def verify(servable: pathlib.Path, sample_path: pathlib.Path) -> dict[str, object]:
     """Checks all signatures and the warm-up file.
 
+    Args:
+      servable: directory of the version.
+      sample_path: Parquet file with examples and expected outputs, written by ``export.servable.verification_sample``.
+
     Returns:
       ``rows``, ``warmup_records`` and ``max_difference`` per signature output.
 

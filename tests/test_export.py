@@ -20,7 +20,7 @@ from clsd_tf.layers.calibration import Calibration
 from clsd_tf.serving.servable import LocalServable
 from clsd_tf.storage.files import read_json
 from clsd_tf.training.assembly import load_model, predict
-from export.clients.scoring import score_file
+from export.clients.file_scoring import score_file
 from export.contract_rules import check_servable
 from export.contract_rules.graph import string_use
 from export.contract_rules.version import Version

@@ -16,7 +16,7 @@ from export.server.errors import RequestError
 from export.server.json_format.answers import classify_answer, predict_answer, regress_answer
 from export.server.json_format.examples import ExamplesRequest
 from export.server.json_format.tensors import PredictRequest
-from export.server.servable import Signature
+from export.server.loaded_version import Signature
 
 MAX_BYTES = 1 << 20
 

@@ -15,7 +15,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 import feature_specs
 from clsd_tf.commands.command_line import COMMANDS
 from clsd_tf.data.examples import parse_raw_examples, raw_tensor_specs
-from export.server.app import LocalServer
+from export.server.local_server import LocalServer
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

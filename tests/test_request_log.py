@@ -23,7 +23,7 @@ from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
 from clsd_tf.statistics.data_checks import contrast
 from clsd_tf.statistics.data_statistics import read_data_statistics
 from clsd_tf.storage.files import read_json, write_json
-from export.server.app import LocalServer
+from export.server.local_server import LocalServer
 from export.server.request_log import RequestLog
 from pipelines.validate_data import statistics_of_requests
 
@@ -39,7 +39,7 @@ def raw_inputs(feed_dataset):
 
 @pytest.fixture(scope="module")
 def rows(feed_dataset):
-    """Requests of users whose ids can be recognised."""
+    """Requests of users whose ids can be recognized."""
     found = pyarrow.parquet.read_table(feed_dataset.layout.serving_sample)
     users = pa.array([f"secret-{user}" for user in found.column("user_id").to_pylist()])
     return found.set_column(found.column_names.index("user_id"), "user_id", users)

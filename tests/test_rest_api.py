@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from tiny_servables import example, save_tiny, write_config
 
-from export.server.app import LocalServer
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
+from export.server.local_server import LocalServer
 
 MAX_BYTES = 1 << 20
 CONFIG = """model_config_list { config {

@@ -37,8 +37,8 @@ from tensorflow_serving.apis import (
 from tiny_servables import example, examples, rank_request, save_tiny
 
 from export.servable.warmup import WARMUP_FILE
-from export.server.app import LocalServer
-from export.server.registry import VersionState
+from export.server.local_server import LocalServer
+from export.server.version_manager import VersionState
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -450,7 +450,7 @@ def test_stopping_does_not_wait_for_a_version_that_loads(servable_dir, tmp_path)
     staging.rename(tmp_path / "tiny" / "8")
 
     def state():
-        return server.registry.states(model_spec("tiny")).get(8, VersionState(0)).state
+        return server.manager.states(model_spec("tiny")).get(8, VersionState(0)).state
 
     wait_until(lambda: state() == get_model_status_pb2.ModelVersionStatus.LOADING)
     with prediction_stub(server.grpc_address) as stub:

@@ -14,12 +14,12 @@ import tensorflow as tf
 from grpc_calls import model_spec, outputs, predict_request, prediction_stub, refused, slow_request, wait_until
 from tiny_servables import examples, rank_request, save_tiny
 
-from export.server.app import LocalServer
 from export.server.batching import BatchingOptions, SignatureQueue, version_options
 from export.server.errors import RequestError
+from export.server.loaded_version import LoadedVersion
+from export.server.local_server import LocalServer
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.servable import LoadedVersion
 
 OPTIONS = BatchingOptions(max_batch_size=4, batch_timeout_seconds=0.0, max_enqueued_batches=2)
 MAX_BYTES = 1 << 20

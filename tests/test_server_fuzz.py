@@ -15,9 +15,9 @@ from tiny_servables import save_tiny
 from benchmarks.malformed_grpc import grpc_request
 from benchmarks.malformed_requests import Target
 from benchmarks.malformed_rest import rest_request
-from export.server.app import LocalServer
 from export.server.errors import RequestError
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
+from export.server.local_server import LocalServer
 
 RANDOM = st.randoms(use_true_random=False)
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

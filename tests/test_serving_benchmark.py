@@ -15,8 +15,8 @@ from benchmarks.serving_load import Checked, Probe, overload, peak_memory, swap
 from clsd_tf.data.examples import encode_raw_rows
 from export.clients.serving_client import ServingClient
 from export.clients.transport import Endpoint, ServingError
-from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
+from export.server.local_server import LocalServer
 
 
 def requests_of(*xs):

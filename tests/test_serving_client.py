@@ -17,14 +17,14 @@ from feed_servables import RAW_INPUTS, save_feed_model
 from clsd_tf.data.examples import encode_raw_rows
 from clsd_tf.data.request_files import typed_rows
 from clsd_tf.serving.servable import LocalServable
-from export.clients.comparison import compare
+from export.clients.file_scoring import score_file
 from export.clients.load_generator import generate_load
-from export.clients.scoring import score_file
+from export.clients.server_comparison import compare
 from export.clients.serving_client import ServingClient
 from export.clients.transport import Endpoint, ServingError
 from export.servable.saved_model import export_servable
-from export.server.app import LocalServer
 from export.server.batching import BatchingOptions
+from export.server.local_server import LocalServer
 
 PROTOCOLS = ("grpc", "rest")
 ROWS = pa.table(

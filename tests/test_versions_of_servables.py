@@ -22,10 +22,11 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from clsd_tf.storage.files import locked, write_json
 from export.publishing import promotion
+from export.publishing.listing import list_versions
 from export.publishing.manifest import MANIFEST_FILE, file_entries
 from export.publishing.models_config import ModelsConfig, require_room_for
 from export.publishing.promotion import PromotionError, promote, rollback, version_before
-from export.publishing.retention import list_versions, prune
+from export.publishing.retention import prune
 from export.publishing.server_status import ServerStatusError, wait_until_available
 from export.publishing.versions import ModelVersions
 
@@ -545,7 +546,7 @@ def test_what_a_killed_deletion_left_is_removed_and_its_number_stays_used(feed):
 # The list and the command.
 
 
-def test_the_list_says_what_is_loaded_labelled_and_damaged(feed):
+def test_the_list_says_what_is_loaded_labeled_and_damaged(feed):
     publish(feed, 1, 2)
     promote(feed, "stable", 1)
     damage(feed.path / "2")

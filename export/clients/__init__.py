@@ -1,1 +1,1 @@
-"""Calling a server, ours or TF Serving."""
+"""Clients of a model server, this project's or TF Serving."""

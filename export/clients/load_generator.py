@@ -21,12 +21,12 @@ Request = TypeVar("Request")
 
 @dataclasses.dataclass(frozen=True)
 class LoadResult:
-    """What came of a run.
+    """Outcome of a run.
 
     Attributes:
       seconds: from the first request to the last answer.
-      codes: answers by status code.
-      latencies_ms: of the good answers.
+      codes: number of answers by status code.
+      latencies_ms: of the good answers, float64 [num_good], in milliseconds.
       unsent: requests whose set time came and that found no sender until the end; their waiting is in no latency.
     """
 
@@ -41,6 +41,7 @@ class LoadResult:
         return len(self.latencies_ms) / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything that was measured, as JSON has it."""
         return {
             "seconds": self.seconds,
             "codes": dict(self.codes),
@@ -51,7 +52,7 @@ class LoadResult:
 
 
 def percentiles(latencies_ms: np.ndarray) -> dict[str, float | None]:
-    """p50, p90, p99 and the largest; None where there is none."""
+    """Returns p50, p90, p99 and max of ``latencies_ms``, each None where there is none."""
     if not len(latencies_ms):
         return dict.fromkeys(("p50", "p90", "p99", "max"))
     found = {f"p{share}": float(np.percentile(latencies_ms, share)) for share in (50, 90, 99)}
@@ -68,9 +69,9 @@ def generate_load(
 ) -> LoadResult:
     """Sends requests in turn, over and over, from ``concurrency`` threads.
 
-    Without a rate a sender sends as soon as it has an answer, so a slow server gets fewer requests. With one, requests
-    have set times, and the latency of one that had to wait for a sender counts from its set time: otherwise a server
-    that stalls would hide it.
+    Without a rate (a closed loop) a sender sends as soon as it has an answer, so a slow server gets fewer requests.
+    With one (an open loop) requests have set times, and the latency of one that had to wait for a sender counts from
+    its set time: otherwise a server that stalls would hide it (coordinated omission).
 
     Args:
       send: sends one request and waits for the answer; raises ``ServingError``.
@@ -78,6 +79,9 @@ def generate_load(
       concurrency: requests in flight, at most.
       duration_seconds: for how long requests are sent; those that are late by then are not.
       rate_per_second: requests a second of all senders together.
+
+    Returns:
+      Answers by code, and latencies.
     """
     numbers = itertools.count()  # Counting up is one step of the interpreter: no two senders get the same.
     start = time.monotonic()
@@ -97,7 +101,7 @@ def generate_load(
         answers = list(itertools.chain.from_iterable(threads.map(sender, range(concurrency))))
     seconds = time.monotonic() - start
     latencies = np.array([1000 * latency for code, latency in answers if code == _OK], np.float64)
-    unsent = 0 if rate_per_second is None else num_due - len(answers)
+    unsent = 0 if rate_per_second is None else int(num_due) - len(answers)
     return LoadResult(seconds, Counter(code for code, _ in answers), latencies, unsent)
 
 

@@ -66,11 +66,15 @@ class _ConnectionPool(urllib3.HTTPConnectionPool):
 
 
 class RestTransport:
-    """TF Serving's REST API.
+    """Transport over TF Serving's REST API.
 
     ``urllib3.Retry`` decides which attempts are repeated, and when; the loop is here, since urllib3's own gives each
     attempt the whole timeout. A single output comes without its name, which the model's metadata then tell: they are
     asked once per signature.
+
+    Args:
+      endpoint: server, model, version and deadline.
+      num_connections: that are kept open.
     """
 
     def __init__(self, endpoint: Endpoint, num_connections: int):
@@ -94,6 +98,11 @@ class RestTransport:
         self._output_names: dict[str, str] = {}  # Of signatures with one output.
 
     def predict(self, signature: str, name: str, values: Sequence[bytes], outputs: Sequence[str]) -> dict[str, Any]:
+        """Calls a signature, with the arguments and errors of ``Transport.predict``.
+
+        Returns:
+          Output -> nested lists.
+        """
         encoded = [{"b64": base64.b64encode(value).decode("ascii")} for value in values]
         body = {"signature_name": signature, "inputs": {name: encoded}}
         deadline = self._deadline()

@@ -17,16 +17,22 @@ from tensorflow_serving.apis import input_pb2
 from clsd_tf.data.examples import encode_raw_rows
 from clsd_tf.data.request_files import rows_of, typed_rows
 from clsd_tf.spec.model_inputs import MISSING_INT64, RawInput
+from export.clients.grpc_transport import GrpcTransport
 from export.clients.rest_transport import RestTransport
-from export.clients.transport import Endpoint, GrpcTransport, VersionStatus
+from export.clients.transport import Endpoint, VersionStatus
 
-_DTYPES = {types_pb2.DT_STRING: "string", types_pb2.DT_INT64: "int64", types_pb2.DT_FLOAT: "float"}
-_ARROW_DTYPES = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}
 Protocol = Literal["grpc", "rest"]
+_Dtype = Literal["string", "int64", "float"]  # Of RawInput.
+_DTYPES: Mapping[int, _Dtype] = {
+    types_pb2.DT_STRING: "string",
+    types_pb2.DT_INT64: "int64",
+    types_pb2.DT_FLOAT: "float",
+}
+_ARROW_DTYPES: Mapping[pa.DataType, _Dtype] = {pa.string(): "string", pa.int64(): "int64", pa.float64(): "float"}
 
 
 class ServingClient:
-    """Calls one model of a server; may be used by several threads.
+    """Client of one model of a server; may be used by several threads. A context manager, which closes it.
 
     No feature spec is needed: names and types of a row's values come from the server, by the model's signature
     ``predict_raw``. Rows are sent to ``serving_default``, as serialized tf.Examples: one string a row, so that a server
@@ -35,8 +41,11 @@ class ServingClient:
     Args:
       endpoint: server, model, version and deadline.
       protocol: ``grpc`` or ``rest``.
-      batch_size: rows of a request.
-      concurrency: requests of ``score`` in flight.
+      batch_size: rows of a request, >= 1.
+      concurrency: requests of ``score`` in flight, >= 1.
+
+    Raises:
+      ValueError: an argument out of its range.
     """
 
     def __init__(self, endpoint: Endpoint, *, protocol: Protocol = "grpc", batch_size: int = 512, concurrency: int = 4):
@@ -70,15 +79,15 @@ class ServingClient:
 
     @functools.cached_property
     def raw_inputs(self) -> tuple[RawInput, ...]:
-        """What a row is made of, asked once.
+        """The columns that a row needs, in the order of their names; asked once.
 
         Raises:
           ValueError: the model does not say it as those of this project do.
         """
         signatures = self.metadata()
         inputs = signatures["predict_raw"].inputs if "predict_raw" in signatures else {}
-        found = tuple(_raw_input(name, inputs[name]) for name in sorted(inputs))
-        if not found or None in found:
+        found = tuple(entry for name in sorted(inputs) if (entry := _raw_input(name, inputs[name])))
+        if not found or len(found) < len(inputs):
             raise ValueError(
                 "names and types of a row's values are the inputs of the signature predict_raw: text, int64 or float32 "
                 f"[batch], and lists of text [batch, any]. Received: others, or none, of {self.endpoint.model_name}. "
@@ -87,23 +96,28 @@ class ServingClient:
         return found
 
     def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]; a null or "" is a missing value.
+        """Scores rows; columns are read by the rules of the build, and those that the model does not read are not sent.
 
-        Columns are read by the rules of the build; those that the model does not read are not sent.
+        Args:
+          rows: a column per raw input; a null or "" is a missing value.
+
+        Returns:
+          ctr, float32 [num_rows].
 
         Raises:
           ValueError: a raw input has no column, or a value that does not fit its type.
+          ServingError: a request failed.
         """
         scores = self._senders.map(self.score_examples, self.requests(rows))
         return np.concatenate([np.zeros(0, np.float32), *scores])
 
     def requests(self, rows: pa.Table) -> list[list[bytes]]:
-        """Rows as serialized tf.Examples, ``batch_size`` a request; raises as ``score`` does."""
+        """Returns ``rows`` as serialized tf.Examples, ``batch_size`` a request; raises ValueError as ``score``."""
         examples = encode_raw_rows(typed_rows(rows, self.raw_inputs), self.raw_inputs)
         return [examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size)]
 
     def score_examples(self, examples: Sequence[bytes]) -> np.ndarray:
-        """ctr of each serialized tf.Example, float32 [num_examples], by one request."""
+        """Returns ctr of each of ``examples``, serialized tf.Examples, by one request: float32 [num_examples]."""
         ctr = self._predict("serving_default", "examples", examples, "ctr")["ctr"]
         return np.asarray(ctr, np.float32)
 

@@ -11,25 +11,32 @@ import pathlib
 from collections.abc import Sequence
 from typing import get_args
 
-from export.contract_rules import batching, behaviour, files, json_round_trip, layout, signatures, warmup
+from export.contract_rules import batching, behavior, files, json_round_trip, layout, signatures, warmup
 from export.contract_rules.findings import Finding, NotApplicable, Status, reason_of
 from export.contract_rules.rules import Rule
 from export.contract_rules.version import Base, Version, saved_model_file, version_number
 
 # In the order in which rules are applied and shown.
-_MODULES = (layout, files, signatures, behaviour, json_round_trip, warmup, batching)
+_MODULES = (layout, files, signatures, behavior, json_round_trip, warmup, batching)
 RULES = tuple(entry for module in _MODULES for entry in vars(module).values() if isinstance(entry, Rule))
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A rule and its finding; ``version`` is a directory's name, None for the base directory."""
+    """A rule and its finding.
+
+    Attributes:
+      version: name of the version's directory, None for the base directory.
+      rule: that was applied.
+      finding: its outcome.
+    """
 
     version: str | None
     rule: Rule
     finding: Finding
 
     def to_dict(self) -> dict[str, str | None]:
+        """Names and texts, as ``export.contract --json`` writes them."""
         return {
             "version": self.version,
             "rule": self.rule.id,
@@ -49,6 +56,9 @@ def check_servable(path: pathlib.Path, batching_file: pathlib.Path | None = None
       path: base directory, or directory of one version.
       batching_file: TF Serving's --batching_parameters_file; by default each version's own.
 
+    Returns:
+      A result per rule and directory: the base directory first, then its versions, ascending.
+
     Raises:
       FileNotFoundError: no directory there.
     """
@@ -66,13 +76,24 @@ def check_servable(path: pathlib.Path, batching_file: pathlib.Path | None = None
 
 
 def is_version(path: pathlib.Path) -> bool:
-    """Whether a directory is one version: it holds a SavedModel, or its name is a number and its children's are not."""
+    """Returns whether the directory ``path`` is one version, not a model's base directory.
+
+    It holds a SavedModel, or its name is a number and its children's are not.
+    """
     holds_versions = any(version_number(child.name) is not None for child in path.iterdir())
     return saved_model_file(path) is not None or (version_number(path.name) is not None and not holds_versions)
 
 
 def check_version(path: pathlib.Path, batching_file: pathlib.Path | None = None) -> list[Result]:
-    """Applies the rules of versions to one directory."""
+    """Applies the rules of versions to one directory.
+
+    Args:
+      path: the version.
+      batching_file: as ``check_servable`` takes it.
+
+    Returns:
+      A result per rule.
+    """
     version = Version(path, batching_file)
     try:
         return [Result(path.name, rule, _applied(rule, version)) for rule in RULES if rule.subject == "version"]
@@ -90,9 +111,10 @@ def _applied(rule: Rule, subject: Base | Version) -> Finding:
 
 
 def failures(results: Sequence[Result]) -> list[Result]:
+    """Returns those of ``results`` that failed."""
     return [result for result in results if result.finding.status == "fail"]
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
-    """Status -> number of rules."""
+    """Returns status -> number of ``results``, also for a status that none has."""
     return {status: sum(result.finding.status == status for result in results) for status in get_args(Status)}

@@ -58,10 +58,10 @@ def _for_others(mode: int) -> bool:
     why="Sizes and SHA-256 show a copy that was cut off or changed, which TensorFlow may load all the same.",
 )
 def manifest_files(version: Version) -> Finding:
-    if not (version.path / MANIFEST_FILE).is_file():
-        raise NotApplicable(f"there is no {MANIFEST_FILE}")
     try:
         manifest = read_manifest(version.path)
     except ManifestError as error:
         return failed(str(error))
+    if manifest is None:
+        raise NotApplicable(f"there is no {MANIFEST_FILE}")
     return judged(check_files(version.path, manifest), f"{len(manifest.get('files', ()))} files have their SHA-256")

@@ -1,4 +1,4 @@
-"""What a rule finds, and how it is said."""
+"""Findings of rules, and the sentences that tell them."""
 
 from __future__ import annotations
 
@@ -27,36 +27,58 @@ class NotApplicable(Exception):  # noqa: N818 - no error: the rule has nothing t
 
 
 def passed(found: str) -> Finding:
+    """Returns a pass that tells what was ``found``."""
     return Finding("pass", found)
 
 
 def warned(found: str) -> Finding:
+    """Returns a warning that tells what was ``found``."""
     return Finding("warning", found)
 
 
 def failed(found: str) -> Finding:
+    """Returns a failure that tells what was ``found``."""
     return Finding("fail", found)
 
 
 def judged(problems: Sequence[str], otherwise: str) -> Finding:
-    """A failure that lists the problems, or a pass that says ``otherwise``."""
+    """Judges by the number of problems.
+
+    Args:
+      problems: a sentence each.
+      otherwise: what was found if there are none.
+
+    Returns:
+      A failure that lists the problems, or a pass that says ``otherwise``.
+    """
     return failed(listed(problems, "; ")) if problems else passed(otherwise)
 
 
 def listed(names: Iterable[str], separator: str = ", ") -> str:
-    """The first names, printable, and how many more there are."""
+    """Joins the first names, printable, and says how many more there are.
+
+    Args:
+      names: any number.
+      separator: between two.
+
+    Returns:
+      One line; "" without names.
+    """
     names = [name if name.isprintable() else repr(name) for name in names]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return separator.join([*names[:_SHOWN], *more])
 
 
 def reason_of(error: Exception, *, private: bool = False) -> str:
-    """One line that says why a call failed.
+    """Words an error in one line.
 
     Args:
       error: of TensorFlow, mostly.
       private: the inputs were recorded from users. TensorFlow's messages quote values, so only the kind of error and
         the graph's node are told.
+
+    Returns:
+      The kind of error and, unless private, its reason.
     """
     message = str(error).strip()
     if private:

@@ -1,4 +1,4 @@
-"""What a signature's graph does with its strings: which features it parses from tf.Examples."""
+"""Use of strings in a signature's graph: the features that it parses from tf.Examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class StringUse:
-    """What a signature's graph does with strings.
+    """Use of strings in a signature's graph.
 
     Attributes:
       features: name -> feature of the tf.Examples that it parses; None if it parses none.
@@ -42,7 +42,15 @@ class StringUse:
 
 
 def string_use(graph: meta_graph_pb2.MetaGraphDef, signature: meta_graph_pb2.SignatureDef) -> StringUse:
-    """Looks through the nodes on which the signature's outputs depend, functions included."""
+    """Looks through the nodes on which the signature's outputs depend, functions included.
+
+    Args:
+      graph: of the SavedModel.
+      signature: one of its signatures.
+
+    Returns:
+      What the nodes do with strings.
+    """
     features: dict[str, Feature] = {}
     parses, ranks, decoders = False, False, set()
     for nodes in _bodies(graph.graph_def, [info.name for info in signature.outputs.values()]):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.contract_rules.behaviour import call, each_signature
+from export.contract_rules.behavior import call, each_signature
 from export.contract_rules.findings import Finding, NotApplicable
 from export.contract_rules.requests import Inputs, Requests
 from export.contract_rules.rules import version_rule
@@ -20,7 +20,7 @@ from export.contract_rules.version import Version
 from export.server.errors import RequestError
 from export.server.json_format.answers import predict_answer
 from export.server.json_format.tensors import PredictRequest
-from export.server.servable import signature_of
+from export.server.loaded_version import signature_of
 
 _ROWS = 2
 _TOLERANCE = 1e-5
@@ -116,7 +116,7 @@ def _require_json_dtypes(requests: Requests) -> None:
 
 
 def _parsed(value: Any, like: np.ndarray) -> np.ndarray:
-    """What a client reads from nested lists; the shape tells the later dimensions of a list without rows."""
+    """Array that a client reads from nested lists; the shape tells the later dimensions of a list without rows."""
     if like.dtype != object:
         return np.array(value, like.dtype).reshape(like.shape)
     result = np.empty(like.shape, object)

@@ -1,4 +1,4 @@
-"""Rules of names and of the parts of a SavedModel: what TF Serving looks for, and where."""
+"""Rules of names and of the parts of a SavedModel that TF Serving looks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.contract_rules.version import Base, Version, read_meta_graph, saved_
 _LEFTOVER = re.compile(
     r"incomplete|\.deleted-|^tmp|(^|[._-])te?mp([._-]|$|\d)|tempstate|\.part(ial)?$|\.sw[op]$|~$", re.IGNORECASE
 )
-# What checkpoints hold; a HashTableV2 is filled by an initialiser instead.
+# What checkpoints hold; a HashTableV2 is filled by an initializer instead.
 _VARIABLE_OPS = frozenset(("VarHandleOp", "Variable", "VariableV2", "MutableHashTableV2"))
 
 
@@ -40,9 +40,9 @@ def has_versions(base: Base) -> Finding:
 )
 def names_are_versions(base: Base) -> Finding:
     problems = [
-        f"{name} holds a {saved_model_file(child).name} but is no integer, so it is ignored"
+        f"{name} holds a {file.name} but is no integer, so it is ignored"
         for name, child in base.children.items()
-        if name not in base.versions and not _LEFTOVER.search(name) and saved_model_file(child)
+        if name not in base.versions and not _LEFTOVER.search(name) and (file := saved_model_file(child))
     ]
     problems += [f"{name} is no directory" for name, child in base.versions.items() if not child.is_dir()]
     return judged(problems, f"{len(base.versions)} of {len(base.children)} children are versions")
@@ -77,7 +77,7 @@ def no_leftovers_beside(base: Base) -> Finding:
 
 
 def _is_being_written(path: pathlib.Path) -> bool:
-    """Whether a process holds its lock, as an export does of the directory that it writes."""
+    """Tells whether a process holds its lock, as an export does of the directory that it writes."""
     with contextlib.suppress(OSError), locked(path, wait=False) as is_free:
         return not is_free
     return False

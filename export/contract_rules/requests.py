@@ -14,6 +14,7 @@ from export.contract_rules.findings import NotApplicable
 from export.contract_rules.graph import Feature, StringUse, string_use
 from export.contract_rules.signatures import is_sendable
 from export.contract_rules.version import Version
+from export.server.checks import signature_name
 
 Inputs = dict[str, np.ndarray]
 
@@ -25,7 +26,7 @@ _ITEMS_PER_REQUEST = 2
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Makes inputs of one signature.
+    """Requests of one signature, made on demand.
 
     Attributes:
       name: of the signature.
@@ -42,7 +43,13 @@ class Requests:
     examples_input: str | None
 
     def typical(self, batch_size: int) -> Inputs:
-        """Rows of the recorded request again and again; without one, zeros and empty strings.
+        """Repeats rows of the recorded request; without one, makes zeros and empty strings.
+
+        Args:
+          batch_size: rows, >= 0.
+
+        Returns:
+          Input -> array [batch_size, ...].
 
         Raises:
           NotApplicable: there is no recorded request, and made-up strings would be no fair request.
@@ -55,7 +62,13 @@ class Requests:
         return self._with_examples(self._plain(batch_size), self._message(_plain_values))
 
     def unknown(self, batch_size: int) -> Inputs:
-        """As ``typical``, but every string and every integer is one that no vocabulary holds.
+        """Makes rows as ``typical`` does, but every string and every integer is one that no vocabulary holds.
+
+        Args:
+          batch_size: rows, >= 0.
+
+        Returns:
+          Input -> array [batch_size, ...].
 
         Raises:
           NotApplicable: made-up strings would be no fair request, or nothing takes strings or integers.
@@ -70,7 +83,13 @@ class Requests:
         return self._with_examples(tensors, self._message(_unknown_values))
 
     def empty(self, batch_size: int) -> Inputs:
-        """Examples without any feature.
+        """Makes Examples without any feature.
+
+        Args:
+          batch_size: rows, >= 0.
+
+        Returns:
+          Input -> array [batch_size, ...].
 
         Raises:
           NotApplicable: the signature takes no Examples.
@@ -79,14 +98,17 @@ class Requests:
         return self._with_examples(self._plain(batch_size), _serialized({}, self.use))
 
     def without_each_feature(self) -> Iterator[tuple[str, Inputs]]:
-        """(feature, a request of one row that has all other features) for each feature.
+        """Leaves out one feature after the other.
+
+        Yields:
+          (feature, a request of one row that has all other features).
 
         Raises:
           NotApplicable: the signature takes no Examples, or made-up strings would be no fair request.
         """
         self._require_examples()
         self._require_free_strings()
-        values = _plain_values(self.use.features)
+        values = _plain_values(self.use.features or {})
         for name in sorted(values):
             others = {key: value for key, value in values.items() if key != name}
             yield name, self._with_examples(self._plain(1), _serialized(others, self.use))
@@ -117,7 +139,14 @@ class Requests:
 
 
 def requests_for(version: Version, name: str) -> Requests:
-    """Requests for the signature ``name``.
+    """Prepares requests for a signature.
+
+    Args:
+      version: that has the signature.
+      name: of the signature.
+
+    Returns:
+      Its requests.
 
     Raises:
       NotApplicable: a tensor of the signature cannot be sent, or has no batch dimension.
@@ -136,12 +165,18 @@ def requests_for(version: Version, name: str) -> Requests:
 
 
 def largest_recorded_batch(version: Version) -> int | None:
-    """Rows of the largest warm-up request, None without a usable one."""
+    """Returns the rows of the largest warm-up request of ``version``, None without a usable one."""
     return max((len(next(iter(inputs.values()))) for _, _, inputs in _recorded(version) if inputs), default=None)
 
 
 def recorded_inputs(log: prediction_log_pb2.PredictionLog) -> list[tuple[str, Inputs]]:
-    """(signature, inputs) of what one record runs; Classify and Regress feed ``inputs``.
+    """Reads what one record runs; Classify and Regress feed ``inputs``.
+
+    Args:
+      log: of the warm-up file.
+
+    Returns:
+      (signature, inputs) of each run; [] for kinds that are not replayed.
 
     Raises:
       Exception: TensorFlow's, for a TensorProto that holds no tensor.
@@ -150,18 +185,14 @@ def recorded_inputs(log: prediction_log_pb2.PredictionLog) -> list[tuple[str, In
     if kind == "predict_log":
         request = log.predict_log.request
         inputs = {name: _array(value) for name, value in request.inputs.items()}
-        return [(_signature_name(request), inputs)]
+        return [(signature_name(request.model_spec), inputs)]
     if kind in ("classify_log", "regress_log"):
         request = getattr(log, kind).request
-        return [(_signature_name(request), {"inputs": _examples(request.input)})]
+        return [(signature_name(request.model_spec), {"inputs": _examples(request.input)})]
     if kind == "multi_inference_log":
         request = log.multi_inference_log.request
-        return [(_signature_name(task), {"inputs": _examples(request.input)}) for task in request.tasks]
+        return [(signature_name(task.model_spec), {"inputs": _examples(request.input)}) for task in request.tasks]
     return []
-
-
-def _signature_name(request) -> str:
-    return request.model_spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
 
 
 def _array(value: tf.compat.v1.TensorProto) -> np.ndarray:
@@ -193,7 +224,7 @@ def _recorded(version: Version) -> Iterator[tuple[int, str, Inputs]]:
 
 
 def _fits(inputs: Inputs, signature: meta_graph_pb2.SignatureDef) -> bool:
-    """Whether a recorded request has exactly the signature's inputs, with one row or more."""
+    """Tells whether a recorded request has exactly the signature's inputs, with one row or more."""
     return (
         inputs.keys() == signature.inputs.keys()
         and all(tf.as_dtype(values.dtype) == tf.as_dtype(signature.inputs[key].dtype) for key, values in inputs.items())

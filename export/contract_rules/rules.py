@@ -1,4 +1,4 @@
-"""What a rule is."""
+"""Rules, and the decorators that make them of functions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,26 @@ class Rule:
 
 
 def base_rule(*, title: str, why: str) -> Callable[[Callable[[Base], Finding]], Rule]:
-    """Makes a function ``Base -> Finding`` a rule of a model's base directory."""
+    """Makes a function ``Base -> Finding`` a rule of a model's base directory.
+
+    Args:
+      title: the rule as a sentence.
+      why: what goes wrong otherwise, with the TF Serving source where it is seen.
+
+    Returns:
+      The decorator.
+    """
     return lambda check: Rule(check.__name__, "base", title, why, check)
 
 
 def version_rule(*, title: str, why: str) -> Callable[[Callable[[Version], Finding]], Rule]:
-    """Makes a function ``Version -> Finding`` a rule of one version."""
+    """Makes a function ``Version -> Finding`` a rule of one version.
+
+    Args:
+      title: the rule as a sentence.
+      why: what goes wrong otherwise, with the TF Serving source where it is seen.
+
+    Returns:
+      The decorator.
+    """
     return lambda check: Rule(check.__name__, "version", title, why, check)

@@ -28,7 +28,18 @@ Tensor = tuple[str, meta_graph_pb2.TensorInfo]
 
 
 def api_signatures(version: Version, method: str) -> dict[str, meta_graph_pb2.SignatureDef]:
-    """Signatures meant for Classify or Regress: by method name, or by name, since TF 2 always writes Predict."""
+    """Finds signatures meant for Classify or Regress: by method name, or by name, since TF 2 always writes Predict.
+
+    Args:
+      version: that has the signatures.
+      method: method name, ``CLASSIFY`` or ``REGRESS``.
+
+    Returns:
+      Name -> signature; at least one.
+
+    Raises:
+      NotApplicable: there is none.
+    """
     found = {
         name: signature
         for name, signature in version.signatures.items()
@@ -40,7 +51,7 @@ def api_signatures(version: Version, method: str) -> dict[str, meta_graph_pb2.Si
 
 
 def is_sendable(info: meta_graph_pb2.TensorInfo) -> bool:
-    """Whether a TensorProto can carry the dtype: handles and references stay inside a process."""
+    """Returns whether a TensorProto can carry the dtype of ``info``: handles and references stay inside a process."""
     return info.dtype not in _UNSENDABLE and info.dtype < _FIRST_REFERENCE_DTYPE
 
 
@@ -137,7 +148,8 @@ def classify_signature(version: Version) -> Finding:
             problems.append(f"{name} has outputs {listed(sorted(outputs)) or 'none'}. Allowed: scores, classes or both")
         for key in expected.keys() & outputs.keys():
             problems += _tensor_problems(f"{name}, output {key}", outputs[key], expected[key], ranks=(2,))
-        sizes = {_last_size(outputs[key]) for key in expected.keys() & outputs.keys()} - {None}
+        last_sizes = [_last_size(outputs[key]) for key in expected.keys() & outputs.keys()]
+        sizes = {size for size in last_sizes if size is not None}
         if len(sizes) > 1:
             problems.append(f"{name} has another number of scores than of classes: {sorted(sizes)}")
     return judged(problems, listed(found))

@@ -1,4 +1,4 @@
-"""What rules look at: a model's base directory and one version, read and loaded once."""
+"""Subjects of rules: a model's base directory and one version, read and loaded once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 from google.protobuf import text_format
-from google.protobuf.message import Message
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from export.contract_rules.findings import NotApplicable
 from export.publishing.versions import version_number
-from export.servable.batching_parameters import BATCHING_FILE, parse_batching_parameters
-from export.servable.warmup import WARMUP_FILE
+from export.servable.batching_parameters import BATCHING_FILE, BatchingParameters, parse_batching_parameters
+from export.servable.warmup import MAX_WARMUP_RECORDS, WARMUP_FILE
 
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")  # The first that is there is read (reader.cc).
-MAX_WARMUP_RECORDS = 1000  # WarmupConsts::kMaxNumRecords in saved_model_warmup_util.h.
 _DEFAULT_BATCH = 64
 _LARGEST_BATCH_TRIED = 4096
 _TIMEOUT_MILLISECONDS = 60_000
@@ -27,7 +25,15 @@ _NO_SIGNATURE = ("__saved_model_init_op", "__saved_model_train_op")
 
 
 class Base:
-    """A model's base directory: ``children`` by name, ``versions`` for those whose names are numbers."""
+    """A model's base directory.
+
+    Args:
+      path: the directory.
+
+    Attributes:
+      children: name -> path, by name.
+      versions: those whose names are numbers.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -39,6 +45,12 @@ class LoadedModel:
     """A graph run as TF Serving runs it: in a session, fed and fetched by the tensor names of a signature.
 
     The model's operations run in this process, so only look at models that you would serve.
+
+    Args:
+      path: of the version.
+
+    Raises:
+      Exception: whatever TensorFlow raises.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -47,7 +59,14 @@ class LoadedModel:
             tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(path))
 
     def run(self, signature: meta_graph_pb2.SignatureDef, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; strings are object arrays of bytes. Inputs that are left out take the signature's defaults.
+        """Runs a signature.
+
+        Args:
+          signature: of the model.
+          inputs: input -> array, object arrays of bytes for strings; those left out take the signature's defaults.
+
+        Returns:
+          Output -> array; object arrays of bytes for strings.
 
         Raises:
           Exception: whatever TensorFlow raises; ``tf.errors.DeadlineExceededError`` after a minute.
@@ -97,7 +116,7 @@ class Version:
 
     @property
     def signatures(self) -> dict[str, meta_graph_pb2.SignatureDef]:
-        """What can be called, in name order."""
+        """Signatures that can be called, in name order."""
         found = self.meta_graph.signature_def
         return {name: found[name] for name in sorted(found) if name not in _NO_SIGNATURE}
 
@@ -131,14 +150,14 @@ class Version:
             raise NotApplicable("the warm-up file cannot be read, see the rule warmup_file") from error
 
     @property
-    def batching(self) -> Message:
+    def batching(self) -> BatchingParameters:
         """BatchingParameters, whatever the numbers are."""
         if isinstance(self.parsed_batching, Exception):
             raise NotApplicable("the batching file cannot be read, see the rule batching_file")
         return self.parsed_batching
 
     @functools.cached_property
-    def parsed_batching(self) -> Message | Exception:
+    def parsed_batching(self) -> BatchingParameters | Exception:
         """BatchingParameters, or why the file cannot be read."""
         if self.batching_file is None:
             raise NotApplicable(f"there is no {BATCHING_FILE}, and none was given")
@@ -148,7 +167,14 @@ class Version:
             return error
 
     def max_batch_size(self, recorded: int | None) -> tuple[int, str]:
-        """The largest batch to try and where the number is from; ``recorded`` is the largest warm-up batch."""
+        """Chooses the largest batch to try: that of the batching file, of the warm-up file, or 64; at most 4096.
+
+        Args:
+          recorded: rows of the largest warm-up batch, None without one.
+
+        Returns:
+          The rows, and where the number is from.
+        """
         try:
             parameters = self.batching
         except NotApplicable:
@@ -164,18 +190,25 @@ class Version:
         return size, source
 
     def close(self) -> None:
-        if isinstance(self.__dict__.get("loading"), LoadedModel):
-            self.loading.close()
+        loading = self.__dict__.get("loading")
+        if isinstance(loading, LoadedModel):
+            loading.close()
 
 
 def saved_model_file(version: pathlib.Path) -> pathlib.Path | None:
-    """The file that TensorFlow reads the graph from, None if there is none."""
+    """Returns the file that TensorFlow reads the graph of a ``version`` from, None if there is none."""
     # Unlike pathlib's, these questions know no errors of permissions.
     return next((version / name for name in _SAVED_MODELS if os.path.exists(version / name)), None)
 
 
 def read_meta_graph(version: pathlib.Path) -> meta_graph_pb2.MetaGraphDef:
-    """The graph tagged ``serve`` of a version.
+    """Reads the graph tagged ``serve``.
+
+    Args:
+      version: its directory.
+
+    Returns:
+      Graph and signatures.
 
     Raises:
       ValueError: no file, no SavedModel in it, or no such graph.
@@ -199,7 +232,13 @@ def read_meta_graph(version: pathlib.Path) -> meta_graph_pb2.MetaGraphDef:
 
 
 def read_warmup_records(path: pathlib.Path) -> list[bytes]:
-    """Records of an uncompressed TFRecord file, at most one more than TF Serving takes.
+    """Reads an uncompressed TFRecord file.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Its records, at most one more than TF Serving takes.
 
     Raises:
       tf.errors.OpError: another format, or damaged.

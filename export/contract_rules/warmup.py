@@ -6,13 +6,14 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
-from export.contract_rules.behaviour import answer_problems
+from export.contract_rules.behavior import answer_problems
 from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, reason_of
 from export.contract_rules.requests import recorded_inputs
 from export.contract_rules.rules import version_rule
 from export.contract_rules.signatures import CLASSIFY, REGRESS
-from export.contract_rules.version import MAX_WARMUP_RECORDS, Version, read_warmup_records
+from export.contract_rules.version import Version, read_warmup_records
 from export.servable.batching_parameters import largest_request
+from export.servable.warmup import MAX_WARMUP_RECORDS
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _REPLAYED = ("predict_log", "classify_log", "regress_log", "multi_inference_log")

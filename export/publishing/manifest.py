@@ -32,7 +32,7 @@ class _Verification(pydantic.BaseModel):
 
 
 class _Read(pydantic.BaseModel):
-    """What is read of a manifest here; the rest may be anything."""
+    """Part of a manifest that is read here; the rest may be anything."""
 
     model_name: str | None = None
     version: int | None = None
@@ -42,18 +42,28 @@ class _Read(pydantic.BaseModel):
 
 
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Relative POSIX path -> ``bytes`` and ``sha256`` (hex) of every file of a version but its manifest."""
+    """Lists the files of a version, but its manifest.
+
+    Args:
+      directory: the version.
+
+    Returns:
+      Relative POSIX path -> ``bytes`` and ``sha256`` (hex).
+    """
     return {
         name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in _files(directory).items()
     }
 
 
 def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What of a version's files is not as its manifest says: a sentence for each problem, [] if there is none.
+    """Compares a version's files with its manifest.
 
     Args:
       directory: the version.
       manifest: its manifest, as ``read_manifest`` gives it.
+
+    Returns:
+      A sentence for each problem; [] if there is none.
     """
     written = manifest.get("files")
     if not written:
@@ -71,7 +81,13 @@ def check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> list[st
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of a version, None where there is none.
+    """Reads the manifest of a version.
+
+    Args:
+      directory: the version.
+
+    Returns:
+      The JSON object; None where there is no manifest.
 
     Raises:
       ManifestError: one that cannot be read.
@@ -106,6 +122,16 @@ def write_manifest(
 
     ``private_inputs`` names what no log may hold: the user's key, and sensitive columns, which no model reads but which
     a request may carry.
+
+    Args:
+      directory: the version, complete but for its manifest.
+      dataset: that the run was trained on.
+      work_dir: of the run.
+      model_name: as the server will know the model.
+      version: its number.
+      verification: what ``export.verify`` found.
+      profile: the export profile.
+      quantisation: what quantization cost; None without it.
     """
     spec = dataset.spec
     raw_inputs = [dataclasses.asdict(entry) for entry in spec.raw_inputs]

@@ -31,17 +31,24 @@ class ModelsConfig:
     def __init__(self, path: pathlib.Path):
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)[0]
+        header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*", text)
+        self._header = header[0] if header else ""
         self._body = text[len(self._header) :]
         self._read = parse_models_config(text, path)
         self._config = parse_models_config(text, path)
 
     def knows(self, name: str) -> bool:
-        """Whether the model has an entry."""
+        """Returns whether the model ``name`` has an entry."""
         return any(entry.name == name for entry in self._config.model_config_list.config)
 
     def entry(self, name: str) -> model_server_config_pb2.ModelConfig:
-        """The entry of a model, to read or to change.
+        """Finds the entry of a model, to read or to change.
+
+        Args:
+          name: of the model.
+
+        Returns:
+          The message itself, not a copy.
 
         Raises:
           ValueError: no entry of that name, or several.
@@ -77,14 +84,22 @@ class ModelsConfig:
             )
 
     def versions_in_use(self, directory_name: str, published: Iterable[int]) -> set[int]:
-        """Versions of a directory that the server loads or that a label names, by whatever entry."""
+        """Finds versions of a directory that the server loads or that a label names, by whatever entry.
+
+        Args:
+          directory_name: of the model.
+          published: versions in it.
+
+        Returns:
+          Numbers; those of labels need not be published.
+        """
         entries = self._config.model_config_list.config
         readers = [entry for entry in entries if _directory_of(entry) == directory_name]
         published = list(published)
         return {version for x in readers for version in (*loaded_versions(x, published), *x.version_labels.values())}
 
     def text(self) -> str | None:
-        """What is to be written, None if nothing has changed.
+        """Text to write, None if nothing has changed.
 
         Raises:
           ValueError: comments would be lost.
@@ -105,7 +120,14 @@ class ModelsConfig:
 
 
 def parse_models_config(text: str, path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
-    """The text of a models.config as a message; ``path`` is for errors.
+    """Parses a models.config.
+
+    Args:
+      text: its text.
+      path: of the file, for errors.
+
+    Returns:
+      The message; one without any field if the text is empty.
 
     Raises:
       ValueError: not a text ModelServerConfig with a model_config_list.
@@ -127,6 +149,11 @@ def _directory_of(entry: model_server_config_pb2.ModelConfig) -> str:
 def require_room_for(path: pathlib.Path, name: str, serving_base_path: str | None) -> None:
     """Refuses a models.config to which the model could not be added, before any work is done.
 
+    Args:
+      path: the file; need not exist.
+      name: of the model.
+      serving_base_path: as ``ModelsConfig.set_model`` takes it.
+
     Raises:
       ValueError: as ``ModelsConfig`` and its ``set_model``.
     """
@@ -136,7 +163,15 @@ def require_room_for(path: pathlib.Path, name: str, serving_base_path: str | Non
 
 
 def loaded_versions(entry: model_server_config_pb2.ModelConfig, published: Iterable[int]) -> set[int]:
-    """Which of the published versions the entry's policy has the server load; by default the largest."""
+    """Applies the version policy of an entry; by default the largest version is loaded.
+
+    Args:
+      entry: of a model.
+      published: versions on disk.
+
+    Returns:
+      Those that the server loads.
+    """
     ascending = sorted(published)
     policy = entry.model_version_policy
     choice = policy.WhichOneof("policy_choice")
@@ -148,7 +183,13 @@ def loaded_versions(entry: model_server_config_pb2.ModelConfig, published: Itera
 def set_versions(
     entry: model_server_config_pb2.ModelConfig, versions: Iterable[int], labels: Mapping[str, int]
 ) -> None:
-    """Has the server load these versions and give them these labels."""
+    """Has the server load these versions and give them these labels.
+
+    Args:
+      entry: of the model; changed.
+      versions: to load.
+      labels: label -> version.
+    """
     entry.model_version_policy.Clear()
     entry.model_version_policy.specific.versions.extend(sorted(versions))
     entry.version_labels.clear()

@@ -1,10 +1,10 @@
-"""Which versions a server loads and which label names which: promotion and rollback.
+"""Promotion and rollback: the versions that a server loads, and the labels that name them.
 
 Without labels TF Serving loads the largest version. As soon as there is one, models.config lists what to load:
 
 * every version that a label names;
-* the version that a label named before, if it is older than some labelled one: a rollback then needs no loading, and
-  no unlabelled version becomes the largest.
+* the version that a label named before, if it is older than some labeled one: a rollback then needs no loading, and
+  no unlabeled version becomes the largest.
 
 TF Serving's rules, from its server_core.cc:
 
@@ -37,14 +37,14 @@ class PromotionError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Promotion:
-    """What a promotion or a rollback did.
+    """Outcome of a promotion or a rollback.
 
     Attributes:
-      label: of the version.
-      version: which it shall name.
-      previous: which it named before, None where it is new.
+      label: that moves.
+      version: that it shall name.
+      previous: the version that it named before, None where it is new.
       is_waiting: the label has not moved: the server must load ``version`` first. Then ask again.
-      loaded: what the server is now told to load, ascending.
+      loaded: versions that the server is now told to load, ascending.
     """
 
     label: str
@@ -62,6 +62,9 @@ def promote(versions: ModelVersions, label: str, version: int | None = None) -> 
       label: [a-zA-Z0-9_]+, say stable or canary.
       version: a published version whose files are as its manifest says.
 
+    Returns:
+      What has moved, or is waiting for the server.
+
     Raises:
       PromotionError: no such version, or damaged files.
       ValueError: bad label, or a models.config that cannot be changed.
@@ -70,7 +73,7 @@ def promote(versions: ModelVersions, label: str, version: int | None = None) -> 
         raise ValueError(f"a label has letters, digits and _ only. Received: {label!r}")
     if version is None:
         version = max(versions.published(), default=None)
-    _check_version(versions, version)
+    version = _check_version(versions, version)
     with versions.exclusive():
         return _move(versions, "promote", label, version)
 
@@ -82,6 +85,9 @@ def rollback(versions: ModelVersions, label: str, version: int | None = None) ->
       versions: of a model in models.config.
       label: one that was promoted.
       version: where it must lead, for who asks again after waiting; by default wherever it leads.
+
+    Returns:
+      What has moved, or is waiting for the server.
 
     Raises:
       PromotionError: the label named nothing before, or another version, or that version is gone or damaged.
@@ -117,7 +123,16 @@ def _rollback_target(versions: ModelVersions, label: str) -> int:
 
 
 def version_before(history: Sequence[Mapping[str, Any]], label: str, current: int) -> int | None:
-    """What a label named before it came to ``current``; promotions that were rolled back do not count."""
+    """Finds the version that a label named before its current one; promotions that were rolled back do not count.
+
+    Args:
+      history: of the model, oldest first, as ``ModelVersions.history`` gives it.
+      label: of the versions.
+      current: the version that it names now, as models.config says.
+
+    Returns:
+      The version; None if there was no other.
+    """
     named: list[int] = []
     for entry in history:
         if entry.get("label") != label:
@@ -137,7 +152,7 @@ def _last_place(named: Sequence[int], version: int) -> int:
     return places[-1] if places else len(named)
 
 
-def _move(versions: ModelVersions, action: str, label: str, version: int | None) -> Promotion:
+def _move(versions: ModelVersions, action: str, label: str, version: int) -> Promotion:
     """Moves a label, or has the server load the version first; the caller holds the lock."""
     _require_published(versions, version)  # Its files were checked before the lock was taken.
     config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
@@ -161,25 +176,25 @@ def _move(versions: ModelVersions, action: str, label: str, version: int | None)
 
 
 def _before_move(versions: ModelVersions, action: str, label: str, previous: int | None, version: int) -> int | None:
-    """What a rollback would lead to after the move."""
+    """Version that a rollback would lead to after the move."""
     if action == "promote" and previous != version:
         return previous
     return version_before(versions.history(), label, version)
 
 
-def _require_published(versions: ModelVersions, version: int | None) -> pathlib.Path:
+def _require_published(versions: ModelVersions, version: int | None) -> tuple[int, pathlib.Path]:
     published = versions.published()
     if version not in published:
         raise PromotionError(
             f"only a published version gets a label. Received: {version} of {versions.name}. "
             f"Allowed: {', '.join(map(str, published)) or 'none, export one first'}"
         )
-    return published[version]
+    return version, published[version]
 
 
-def _check_version(versions: ModelVersions, version: int | None) -> None:
-    """Reads all files, which takes long for a large model."""
-    directory = _require_published(versions, version)
+def _check_version(versions: ModelVersions, version: int | None) -> int:
+    """Returns the version; reads all its files, which takes long for a large model."""
+    version, directory = _require_published(versions, version)
     problems = problems_of(versions.name, directory)
     if problems:
         more = f" and {len(problems) - _MAX_NAMED_PROBLEMS} more" if len(problems) > _MAX_NAMED_PROBLEMS else ""
@@ -187,10 +202,19 @@ def _check_version(versions: ModelVersions, version: int | None) -> None:
             f"a version gets a label only if its files are as its manifest says. Received: {directory}: "
             f"{'; '.join(problems[:_MAX_NAMED_PROBLEMS])}{more}. Export the run again, or promote another version"
         )
+    return version
 
 
 def problems_of(name: str, directory: pathlib.Path) -> list[str]:
-    """What of the files of a published version of the model is not as its manifest says, or whose manifest it is."""
+    """Compares a published version with its manifest, which must be that of this model and version.
+
+    Args:
+      name: of the model.
+      directory: the version.
+
+    Returns:
+      A sentence for each problem; [] if there is none.
+    """
     try:
         manifest = read_manifest(directory)
         if manifest is None:
@@ -207,13 +231,13 @@ def problems_of(name: str, directory: pathlib.Path) -> list[str]:
 
 
 def labels_of(versions: ModelVersions) -> dict[str, int]:
-    """Label -> version, as models.config says; {} for a model that it does not know."""
+    """Returns label -> version of the model of ``versions``, as models.config says; {} if it has no such model."""
     config = ModelsConfig(versions.servable_dir / CONFIG_FILE)
     return dict(config.entry(versions.name).version_labels) if config.knows(versions.name) else {}
 
 
 def rollback_targets(versions: ModelVersions) -> set[int]:
-    """Versions that a rollback of some label would lead to."""
+    """Returns the versions that a rollback of some label would lead to, of all ``versions`` of the model."""
     history = versions.history()
     found = (version_before(history, label, version) for label, version in labels_of(versions).items())
     return {version for version in found if version is not None}

@@ -1,4 +1,4 @@
-"""Asks a running server, TF Serving's REST API or ours, whether it has loaded a version."""
+"""Status of a version on a running server, TF Serving or ours, asked over its REST API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ServerStatusError(RuntimeError):
 
 
 def wait_until_available(server: str, name: str, version: int, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Returns once the server answers requests with a version.
+    """Waits until the server answers requests with a version.
 
     Args:
       server: address of its REST API, say http://localhost:8501.

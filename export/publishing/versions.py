@@ -30,6 +30,9 @@ _STAGED = re.compile(r"\.([0-9]+)\.incomplete-.*")
 def check_name(name: str) -> None:
     """Refuses a model name that is not one path component and one component of a URL.
 
+    Args:
+      name: of the model.
+
     Raises:
       ValueError: as said.
     """
@@ -46,7 +49,14 @@ def version_number(name: str) -> int | None:
 
 
 def read_auc(version: pathlib.Path) -> float | None:
-    """``overall`` AUC of a version's card; None where it is not defined, or without a card that can be read."""
+    """Reads the ``overall`` AUC from a version's card.
+
+    Args:
+      version: its directory.
+
+    Returns:
+      None where AUC is not defined, or without a card that can be read.
+    """
     try:
         return read_json(version / CARD_JSON)["overall"]["metrics"]["auc"]["value"]
     except (OSError, ValueError, KeyError, TypeError):  # None was written then, or it is damaged.
@@ -77,7 +87,7 @@ class ModelVersions:
         return dict(sorted((number, child) for child, number in numbered.items() if number is not None))
 
     def history(self) -> list[dict[str, Any]]:
-        """What happened, oldest first.
+        """Everything that happened, oldest first.
 
         Each entry has ``time`` (ISO, UTC), ``action`` (publish, promote, rollback or delete) and ``version``, those of
         labels also ``label`` and ``previous``: the version that the label pointed to before, or None.
@@ -94,7 +104,13 @@ class ModelVersions:
             yield
 
     def record(self, action: str, version: int, **more: Any) -> None:
-        """Adds an entry to the history; the caller holds the lock."""
+        """Adds an entry to the history; the caller holds the lock.
+
+        Args:
+          action: publish, promote, rollback or delete.
+          version: its number.
+          **more: further keys of the entry, as ``history`` lists them.
+        """
         path = self.path / HISTORY_FILE
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entry = {"time": now, "action": action, "version": version, **more}
@@ -103,13 +119,16 @@ class ModelVersions:
 
     @contextlib.contextmanager
     def staged(self, version: int | None = None) -> Iterator[tuple[int, pathlib.Path]]:
-        """Yields a number and a temporary directory, which is published under it if the block succeeds.
+        """Stages a directory, which is published as a version if the block succeeds.
 
-        What killed exports of any number left is removed.
+        Leftovers of exports that were killed, under any number, are removed.
 
         Args:
           version: a number that was never used; by default the time in seconds, or more: larger than any number that
             was ever used, those of deleted versions and of versions that other processes are writing included.
+
+        Yields:
+          The number, and the directory to write.
 
         Raises:
           FileExistsError: the version exists, or was deleted, or another process is writing it.
@@ -127,13 +146,13 @@ class ModelVersions:
             self.record("publish", number)
 
     def delete(self, version: int) -> None:
-        """Makes a published version a leftover, by one rename; the caller holds the lock."""
+        """Makes the published ``version`` a leftover, by one rename; the caller holds the lock."""
         self.record("delete", version)
         directory = self.published()[version]
         directory.rename(directory.with_name(f".{version}.deleted-{secrets.token_hex(4)}"))
 
     def remove_leftovers(self) -> None:
-        """Removes deleted versions, and what killed exports left; takes its time, so without the lock."""
+        """Removes deleted versions, and leftovers of exports that were killed; takes its time, so without the lock."""
         if self.path.is_dir():
             for kind in ("deleted", "incomplete"):
                 remove_abandoned(self.path, f".*.{kind}-*")

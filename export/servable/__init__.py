@@ -1,1 +1,1 @@
-"""What a SavedModel is made of, and the files beside it."""
+"""Parts of a SavedModel, and the files beside it."""

@@ -7,6 +7,8 @@ names its fields, so their numbers do not matter.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from google.protobuf.message import Message
@@ -16,8 +18,8 @@ from export.servable.profile import BatchingProfile
 
 # Where TF Serving looks for a version's own parameters with --enable_per_model_batching_parameters.
 BATCHING_FILE = "batching_params.pbtxt"
-_DEFAULT_MAX_BATCH_SIZE = 1000
-_WRAPPED = {
+DEFAULT_MAX_BATCH_SIZE = 1000
+_WRAPPED: Mapping[str, type[Message]] = {
     "max_batch_size": wrappers_pb2.Int64Value,
     "batch_timeout_micros": wrappers_pb2.Int64Value,
     "max_enqueued_batches": wrappers_pb2.Int64Value,
@@ -60,11 +62,20 @@ def _message_class() -> type[Message]:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("clsd_tf.BatchingParameters"))
 
 
-BatchingParameters = _message_class()
+if TYPE_CHECKING:
+    BatchingParameters: TypeAlias = Any  # A type checker cannot know the fields.
+else:
+    BatchingParameters = _message_class()
 
 
-def read_batching_parameters(path: pathlib.Path) -> Message:
-    """Parses and checks a batching file; a number that is not set has no field (``HasField``).
+def read_batching_parameters(path: pathlib.Path) -> BatchingParameters:
+    """Reads and checks a batching file.
+
+    Args:
+      path: of the text proto.
+
+    Returns:
+      A BatchingParameters; a number that is not set has no field (``HasField``).
 
     Raises:
       ValueError: the text is not a BatchingParameters text proto, or breaks a rule of TF Serving.
@@ -74,8 +85,14 @@ def read_batching_parameters(path: pathlib.Path) -> Message:
     return parameters
 
 
-def parse_batching_parameters(path: pathlib.Path) -> Message:
-    """As ``read_batching_parameters``, whatever the numbers are.
+def parse_batching_parameters(path: pathlib.Path) -> BatchingParameters:
+    """Reads a batching file as ``read_batching_parameters`` does, whatever the numbers are.
+
+    Args:
+      path: of the text proto.
+
+    Returns:
+      A BatchingParameters.
 
     Raises:
       ValueError: the text is not a BatchingParameters text proto.
@@ -89,8 +106,11 @@ def parse_batching_parameters(path: pathlib.Path) -> Message:
         ) from error
 
 
-def check_batching_parameters(parameters: Message) -> None:
-    """Rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
+def check_batching_parameters(parameters: BatchingParameters) -> None:
+    """Applies the rules of TF Serving's batching session (session_bundle_config.proto, batching_session.cc).
+
+    Args:
+      parameters: a BatchingParameters.
 
     Raises:
       ValueError: a number below its smallest, or allowed_batch_sizes that do not rise, or do not end at the largest
@@ -107,13 +127,16 @@ def check_batching_parameters(parameters: Message) -> None:
         raise ValueError(f"the last of allowed_batch_sizes must be the largest batch. Received: {sizes}, not {largest}")
 
 
-def largest_request(parameters: Message) -> int:
-    """Rows of the largest request that batching takes, with large batch splitting too (shared_batch_scheduler.h)."""
-    return parameters.max_batch_size.value if parameters.HasField("max_batch_size") else _DEFAULT_MAX_BATCH_SIZE
+def largest_request(parameters: BatchingParameters) -> int:
+    """Returns the rows that a request may have by ``parameters``.
+
+    They are the same with large batch splitting (shared_batch_scheduler.h).
+    """
+    return parameters.max_batch_size.value if parameters.HasField("max_batch_size") else DEFAULT_MAX_BATCH_SIZE
 
 
-def _largest_batch(parameters: Message) -> int:
-    """With large batch splitting the largest batch that is run, else the largest request."""
+def _largest_batch(parameters: BatchingParameters) -> int:
+    """Rows of the largest batch that is run; with large batch splitting requests may be larger."""
     splits = parameters.enable_large_batch_splitting.value
     if splits and parameters.HasField("max_execution_batch_size"):
         return parameters.max_execution_batch_size.value
@@ -121,7 +144,12 @@ def _largest_batch(parameters: Message) -> int:
 
 
 def write_batching_parameters(version_dir: pathlib.Path, profile: BatchingProfile) -> None:
-    """Writes a version's batching file; without padding, which would repeat a history's first value."""
+    """Writes a version's batching file; without padding, which would repeat a history's first value.
+
+    Args:
+      version_dir: the version.
+      profile: the numbers; None leaves one to the server.
+    """
     parameters = BatchingParameters(allowed_batch_sizes=profile.allowed_batch_sizes)
     for name in ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"):
         if (value := getattr(profile, name)) is not None:

@@ -1,4 +1,4 @@
-"""The export profile: what a servable holds beside the model, as YAML."""
+"""Export profile: the content of a servable beside the model, as YAML."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BatchingProfile(StrictModel):
 
 
 class RankProfile(StrictModel):
-    """Of the signature ``rank``.
+    """Settings of the signature ``rank``.
 
     Attributes:
       top_k: how many items an answer holds; all by default.
@@ -55,8 +55,8 @@ class RankProfile(StrictModel):
     top_k: _Count | None = None
 
 
-class QuantisationProfile(StrictModel):
-    """Of the embedding tables.
+class QuantizationProfile(StrictModel):
+    """Quantization of the embedding tables.
 
     Attributes:
       tables: ``none``, ``float16``, or ``int8`` with a scale per row.
@@ -68,7 +68,7 @@ class QuantisationProfile(StrictModel):
 
 
 class ExportProfile(StrictModel):
-    """What a servable holds; written to its manifest.
+    """Content of a servable; written to its manifest.
 
     Attributes:
       signatures: which to export; serving_default is always among them. null for all that the method has.
@@ -85,7 +85,7 @@ class ExportProfile(StrictModel):
         (1, 16, 64), min_length=1, max_length=_MAX_WARMUP_BATCH_SIZES
     )
     batching: BatchingProfile | None = BatchingProfile()
-    quantisation: QuantisationProfile = QuantisationProfile()
+    quantisation: QuantizationProfile = QuantizationProfile()
     rank: RankProfile = RankProfile()
     calibration: bool = True
     debug_user_groups: bool = False
@@ -124,7 +124,13 @@ class ExportProfile(StrictModel):
 
 
 def load_profile(path: str | None) -> ExportProfile:
-    """Reads a profile: a name in ``export/profiles``, a YAML file, or the defaults if None.
+    """Reads a profile.
+
+    Args:
+      path: a name in ``export/servable/profiles``, a YAML file, or None for the defaults.
+
+    Returns:
+      The profile, checked.
 
     Raises:
       SpecError: unknown key or value out of range; says what is allowed.
@@ -141,7 +147,18 @@ def load_profile(path: str | None) -> ExportProfile:
 
 
 def parse_profile(content: dict[str, Any], source: str) -> ExportProfile:
-    """Checks a profile; errors as ``load_profile``."""
+    """Checks a profile.
+
+    Args:
+      content: keys and values of ``ExportProfile``.
+      source: where they come from, for errors.
+
+    Returns:
+      The profile.
+
+    Raises:
+      SpecError: as ``load_profile``.
+    """
     try:
         return ExportProfile.model_validate_json(json.dumps(content))
     except pydantic.ValidationError as error:

@@ -12,14 +12,14 @@ from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.metrics.pointwise import auc, log_loss
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.training.assembly import predict
-from export.servable.profile import QuantisationProfile
+from export.servable.profile import QuantizationProfile
 
 
 class QuantisationError(RuntimeError):
     """Quantisation that costs more than the profile allows; nothing was published."""
 
 
-def quantise_tables(model: MethodModel, dataset: DatasetDir, profile: QuantisationProfile) -> dict[str, Any]:
+def quantise_tables(model: MethodModel, dataset: DatasetDir, profile: QuantizationProfile) -> dict[str, Any]:
     """Quantises the embedding tables of a model in place and measures the loss on the test split.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Warm-up requests: what TF Serving replays before a version takes traffic."""
+"""Warm-up requests, which TF Serving replays before a version takes traffic."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, predictio
 
 # tf_serving_warmup_requests: the name and place TF Serving looks for (saved_model_warmup.cc).
 WARMUP_FILE = pathlib.PurePosixPath("assets.extra") / "tf_serving_warmup_requests"
+MAX_WARMUP_RECORDS = 1000  # WarmupConsts::kMaxNumRecords in saved_model_warmup_util.h.
 
 
 def write_warmup_requests(
@@ -35,7 +36,7 @@ def write_warmup_requests(
       max_batch_size: of the batching file; a larger request would be refused, and with it the version.
 
     Returns:
-      Number of records; TF Serving takes at most 1000.
+      Number of records; TF Serving takes at most ``MAX_WARMUP_RECORDS``.
     """
     logs = []
     for batch_size in batch_sizes:
@@ -77,7 +78,15 @@ def _texts(values: Sequence[bytes]) -> np.ndarray:
 
 
 def rank_request(user: bytes, items: Sequence[bytes]) -> bytes:
-    """A request of the signature ``rank`` from serialized tf.Examples."""
+    """Makes a request of the signature ``rank``.
+
+    Args:
+      user: serialized tf.Example, the context.
+      items: serialized tf.Examples.
+
+    Returns:
+      A serialized ExampleListWithContext.
+    """
     parse = tf.train.Example.FromString
     message = input_pb2.ExampleListWithContext(context=parse(user), examples=[parse(item) for item in items])
     return message.SerializeToString()

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 import grpc
 import numpy as np
 
-from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
+from export.servable.batching_parameters import BATCHING_FILE, DEFAULT_MAX_BATCH_SIZE, read_batching_parameters
 from export.server.errors import RequestError, invalid_argument
+from export.server.loaded_version import LoadedVersion, Signature
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.servable import LoadedVersion, Signature
-from export.server.tensors import num_bytes
+from export.server.tensor_protos import num_bytes
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -43,18 +43,25 @@ class BatchingOptions:
     max_enqueued_batches: int | None = None
 
     def or_else(self, others: BatchingOptions) -> BatchingOptions:
-        """These numbers, and those of ``others`` where these are None."""
+        """Returns these numbers, and those of ``others`` where these are None."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(others, **given)
 
 
 # TF Serving's queue of 10 batches would be full while a version loads, which takes time from requests here.
-_DEFAULTS = BatchingOptions(1000, 0.0, 64)
+_DEFAULTS = BatchingOptions(DEFAULT_MAX_BATCH_SIZE, 0.0, 64)
 _MAX_QUEUED_REQUEST_SIZES = 4  # The bytes that wait for a signature, in requests of the largest size.
 
 
 def version_options(version: pathlib.Path, flags: BatchingOptions) -> BatchingOptions:
-    """The options of a version: flags first, then its batching_params.pbtxt, then the defaults.
+    """Chooses the options of a version: flags first, then its batching_params.pbtxt, then the defaults.
+
+    Args:
+      version: its directory.
+      flags: of the server; None for a number that is not set.
+
+    Returns:
+      Options, none of them None.
 
     Raises:
       ValueError: the file is not a BatchingParameters text proto.
@@ -116,7 +123,7 @@ class SignatureQueue:
 
     @property
     def is_full(self) -> bool:
-        """Whether any request would be refused."""
+        """True where any request would be refused."""
         return self._queued_rows >= self._max_queued_rows or self._queued_bytes >= self._max_queued_bytes
 
     @property
@@ -134,6 +141,9 @@ class SignatureQueue:
           inputs: checked arrays.
           rows: of the request.
           deadline: in ``time.monotonic()`` seconds, inf for none; a request that waits longer is not run.
+
+        Returns:
+          Output -> array; object arrays of bytes for strings.
 
         Raises:
           RequestError: INVALID_ARGUMENT, more rows than can ever wait; RESOURCE_EXHAUSTED, the queue is full;

@@ -11,18 +11,22 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_pb2
 
 from export.server.errors import RequestError, invalid_argument
-from export.server.servable import LoadedVersion, Signature
+from export.server.loaded_version import LoadedVersion, Signature
 
 INPUTS = "inputs"  # The one input of classify and regress.
 
 
 def signature_name(spec: model_pb2.ModelSpec) -> str:
-    """The signature that a request means."""
+    """Returns the signature that ``spec`` means: serving_default if it names none."""
     return spec.signature_name or tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> int:
     """Checks names, dtypes, ranks, static dimensions and equal 0th dimensions.
+
+    Args:
+      signature: that is called.
+      inputs: input -> array; object arrays of bytes for strings.
 
     Returns:
       The number of rows; 1 for a signature whose 0th dimension is not a batch.
@@ -64,7 +68,11 @@ def _text(dtype: np.dtype) -> str:
 
 
 def check_output_filter(signature: Signature, output_filter: Sequence[str]) -> None:
-    """Every output wanted exists and is named once.
+    """Refuses an output that does not exist or is named twice.
+
+    Args:
+      signature: that is called.
+      output_filter: outputs that the client asks for; empty for all.
 
     Raises:
       RequestError: INVALID_ARGUMENT.
@@ -77,7 +85,7 @@ def check_output_filter(signature: Signature, output_filter: Sequence[str]) -> N
 
 
 def check_classify_signature(signature: Signature) -> None:
-    """One input ``inputs``; one or two outputs, ``scores`` and ``classes`` among them.
+    """Requires of ``signature`` one input ``inputs`` and one or two outputs, ``scores`` or ``classes`` among them.
 
     Raises:
       RequestError: INVALID_ARGUMENT or FAILED_PRECONDITION, as in TF Serving.
@@ -95,7 +103,7 @@ def check_classify_signature(signature: Signature) -> None:
 
 
 def check_regress_signature(signature: Signature) -> None:
-    """One input ``inputs`` and one output ``outputs``.
+    """Requires of ``signature`` one input ``inputs`` and one output ``outputs``.
 
     Raises:
       RequestError: INVALID_ARGUMENT or FAILED_PRECONDITION, as in TF Serving.
@@ -112,7 +120,14 @@ def check_regress_signature(signature: Signature) -> None:
 
 
 def check_classification(outputs: Mapping[str, np.ndarray], num_examples: int) -> dict[str, np.ndarray]:
-    """The outputs that Classify answers: ``scores`` float32 [batch, C] and/or ``classes`` string [batch, C].
+    """Checks the outputs that Classify answers.
+
+    Args:
+      outputs: of the signature.
+      num_examples: of the request.
+
+    Returns:
+      ``scores`` float32 [num_examples, num_classes] and/or ``classes``, bytes of the same shape.
 
     Raises:
       RequestError: INVALID_ARGUMENT, as in TF Serving.
@@ -131,7 +146,14 @@ def check_classification(outputs: Mapping[str, np.ndarray], num_examples: int) -
 
 
 def check_regression(outputs: Mapping[str, np.ndarray], num_examples: int) -> dict[str, np.ndarray]:
-    """The output that Regress answers: ``outputs`` float32 [batch] or [batch, 1].
+    """Checks the output that Regress answers.
+
+    Args:
+      outputs: of the signature.
+      num_examples: of the request.
+
+    Returns:
+      ``outputs`` float32 [num_examples] or [num_examples, 1].
 
     Raises:
       RequestError: INVALID_ARGUMENT, as in TF Serving.
@@ -188,7 +210,13 @@ CLASSIFY, REGRESS = EXAMPLE_METHODS.values()
 
 
 def check_examples(examples: Sequence[bytes]) -> dict[str, np.ndarray]:
-    """The input of an `ExampleMethod`.
+    """Makes the input of an `ExampleMethod`.
+
+    Args:
+      examples: serialized tf.Examples.
+
+    Returns:
+      ``inputs``, an object array [num_examples].
 
     Raises:
       RequestError: INVALID_ARGUMENT, no examples.
@@ -201,7 +229,10 @@ def check_examples(examples: Sequence[bytes]) -> dict[str, np.ndarray]:
 
 
 def check_tasks(tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
-    """The tasks of MultiInference, each with its method: some, of one model, of different signatures.
+    """Requires of the tasks of MultiInference one model and different signatures.
+
+    Args:
+      tasks: (spec, method name) of each, from the request.
 
     Raises:
       RequestError: INVALID_ARGUMENT, or UNIMPLEMENTED for a method that does not exist.
@@ -222,7 +253,11 @@ def check_tasks(tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
 
 
 def check_same_tensor(loaded: LoadedVersion, tasks: Sequence[tuple[model_pb2.ModelSpec, str]]) -> None:
-    """The signatures of MultiInference read one tensor, since TF Serving feeds only one.
+    """Requires that the signatures of MultiInference read one tensor, since TF Serving feeds only one.
+
+    Args:
+      loaded: the version that answers.
+      tasks: (spec, method name) of each, as ``check_tasks`` takes them.
 
     Raises:
       RequestError: INVALID_ARGUMENT.

@@ -1,4 +1,4 @@
-"""What the server answers, whatever the protocol: gRPC and REST both call `PredictionCore`."""
+"""Answers to requests, whatever the protocol: gRPC and REST both call `PredictionCore`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from export.server.checks import (
     signature_name,
 )
 from export.server.errors import RequestError, internal_error, invalid_argument
+from export.server.loaded_version import LoadedVersion, Signature
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.registry import Registry
 from export.server.request_log import RequestLog
-from export.server.servable import LoadedVersion, Signature
+from export.server.version_manager import VersionManager
 from export.server.warmup_replay import replay_warmup_requests
 
 # TensorFlow's words for the feature of a tf.Example that it cannot use. Its other words may quote the request.
@@ -44,7 +44,12 @@ _REFUSALS = (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError, tf.error
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Outputs of one request, and who gave them; string outputs are object arrays of bytes."""
+    """Answer to one request.
+
+    Attributes:
+      outputs: output -> array; object arrays of bytes for strings.
+      model_name, version, signature_name: of what answered.
+    """
 
     outputs: dict[str, np.ndarray]
     model_name: str
@@ -53,7 +58,23 @@ class Answer:
 
 
 class ServedVersion:
-    """A loaded version that has replayed its warm-up requests, with a queue for each signature."""
+    """A loaded version that has replayed its warm-up requests, with a queue for each signature.
+
+    Args:
+      path: the version's directory.
+      model_name: as requests give it.
+      batching: limits of batches; None leaves a number to the version.
+      max_request_bytes: of a batch, too.
+      threads: shared by all queues of the server.
+      metrics: told of batches and of the queues' lengths.
+
+    Attributes:
+      loaded: the model.
+      queues: signature name -> queue.
+
+    Raises:
+      Exception: whatever is wrong with the files, the model or its warm-up requests.
+    """
 
     def __init__(
         self,
@@ -80,12 +101,12 @@ class PredictionCore:
     Its coroutines all run in one event loop.
 
     Args:
-      registry: of the versions.
+      manager: of the versions.
       request_log: gets every answered request; None for no log.
     """
 
-    def __init__(self, registry: Registry[ServedVersion], request_log: RequestLog | None = None):
-        self._registry = registry
+    def __init__(self, manager: VersionManager[ServedVersion], request_log: RequestLog | None = None):
+        self._manager = manager
         self.request_log = request_log
 
     async def predict(
@@ -100,13 +121,16 @@ class PredictionCore:
         Args:
           spec: model, version or label, and signature; no signature means serving_default.
           inputs_of: converts the request to arrays for the signature; raises RequestError that names the field.
-          output_filter: the outputs wanted; all when empty.
+          output_filter: outputs that the client asks for; empty for all.
           timeout_seconds: what is left of the client's deadline; None for no deadline.
+
+        Returns:
+          The filtered outputs.
 
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             name = signature_name(spec)
             if name not in served.loaded.signatures:
                 raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.')
@@ -119,23 +143,39 @@ class PredictionCore:
     async def classify(
         self, spec: model_pb2.ModelSpec, examples: Sequence[bytes], timeout_seconds: float | None = None
     ) -> Answer:
-        """Answers Classify: ``classes`` string [batch, C] and/or ``scores`` float32 [batch, C].
+        """Answers Classify.
+
+        Args:
+          spec: as in `predict`.
+          examples: serialized tf.Examples.
+          timeout_seconds: as in `predict`.
+
+        Returns:
+          ``classes``, bytes [num_examples, num_classes], and/or ``scores``, float32 of the same shape.
 
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             return await self._infer(served, spec, CLASSIFY, examples, timeout_seconds)
 
     async def regress(
         self, spec: model_pb2.ModelSpec, examples: Sequence[bytes], timeout_seconds: float | None = None
     ) -> Answer:
-        """Answers Regress: ``outputs`` float32 [batch] or [batch, 1].
+        """Answers Regress.
+
+        Args:
+          spec: as in `predict`.
+          examples: serialized tf.Examples.
+          timeout_seconds: as in `predict`.
+
+        Returns:
+          ``outputs``, float32 [num_examples] or [num_examples, 1].
 
         Raises:
           RequestError: with TF Serving's code.
         """
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             return await self._infer(served, spec, REGRESS, examples, timeout_seconds)
 
     async def multi_inference(
@@ -151,12 +191,15 @@ class PredictionCore:
           examples: serialized tf.Examples.
           timeout_seconds: as in `predict`.
 
+        Returns:
+          An answer per task.
+
         Raises:
           RequestError: with TF Serving's code. As there, the signatures must read the same tensor of the graph, so two
             signatures that TensorFlow 2 saved never go together.
         """
         check_tasks(tasks)
-        with self._registry.lease(tasks[0][0]) as served:
+        with self._manager.lease(tasks[0][0]) as served:
             check_same_tensor(served.loaded, tasks)
             return [
                 await self._infer(served, spec, EXAMPLE_METHODS[method], examples, timeout_seconds)
@@ -164,13 +207,19 @@ class PredictionCore:
             ]
 
     def metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        """The signatures of a version, as GetModelMetadata answers ``signature_def``.
+        """Answers GetModelMetadata of ``signature_def``.
+
+        Args:
+          spec: model, and version or label.
+
+        Returns:
+          The signatures of the version.
 
         Raises:
           RequestError: no such version.
         """
         response = get_model_metadata_pb2.GetModelMetadataResponse()
-        with self._registry.lease(spec) as served:
+        with self._manager.lease(spec) as served:
             response.model_spec.name = served.loaded.model_name
             response.model_spec.version.value = served.loaded.version
             signatures = get_model_metadata_pb2.SignatureDefMap()
@@ -180,13 +229,19 @@ class PredictionCore:
         return response
 
     def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
-        """The states of the versions of a model, or of one version.
+        """Answers GetModelStatus.
+
+        Args:
+          spec: model, and version or label; without, all versions are meant.
+
+        Returns:
+          State and error of each version.
 
         Raises:
           RequestError: no such model or version.
         """
         response = get_model_status_pb2.GetModelStatusResponse()
-        for number, state in self._registry.states(spec).items():
+        for number, state in self._manager.states(spec).items():
             status = response.model_version_status.add(version=number, state=state.state)
             if state.error:
                 status.status.error_code = grpc.StatusCode.UNKNOWN.value[0]

@@ -1,4 +1,4 @@
-"""How a request fails: one exception that both protocols translate, with TF Serving's codes."""
+"""Failures of requests: one exception that both protocols translate, with TF Serving's codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ _MAX_MESSAGE_CHARACTERS = 1000
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, with the code that its client receives."""
+    """A request that cannot be answered.
+
+    Args:
+      code: that its client receives.
+      message: for the client; cut to 1000 characters.
+
+    Attributes:
+      code: as given.
+    """
 
     def __init__(self, code: grpc.StatusCode, message: str):
         super().__init__(message[:_MAX_MESSAGE_CHARACTERS])
@@ -35,12 +43,19 @@ class RequestError(Exception):
 
 
 def invalid_argument(message: str) -> RequestError:
-    """The error of a malformed request; the message names the field."""
+    """Returns the error of a malformed request; ``message`` names the field."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 def internal_error(error: BaseException) -> RequestError:
-    """The answer to what no request should cause. Logs where it happened, but no message: it may quote the request."""
+    """Logs where an error happened that no request should cause, but not its message, which may quote the request.
+
+    Args:
+      error: with its traceback.
+
+    Returns:
+      The answer, INTERNAL.
+    """
     where = "".join(traceback.format_tb(error.__traceback__))
     logging.error("%s while answering a request:\n%s", type(error).__name__, where)
     return RequestError(grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the server; its log says where")

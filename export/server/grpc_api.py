@@ -27,9 +27,9 @@ from tensorflow_serving.apis import (
 
 from export.server.core import Answer, PredictionCore
 from export.server.errors import RequestError, internal_error, invalid_argument
+from export.server.loaded_version import Signature
 from export.server.metrics import Metrics
-from export.server.servable import Signature
-from export.server.tensors import examples_of, to_array, to_proto
+from export.server.tensor_protos import examples_of, to_array, to_proto
 
 _SERVICES = ("", "tensorflow.serving.PredictionService")  # What health checks may ask for.
 _WATCHERS_HEAR_SECONDS = 0.1
@@ -140,7 +140,12 @@ class PredictionServicer(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
-    """tensorflow.serving.ModelService; the models are chosen by the servable directory only."""
+    """tensorflow.serving.ModelService; the models are chosen by the servable directory only.
+
+    Args:
+      core: answers.
+      metrics: counts.
+    """
 
     def __init__(self, core: PredictionCore, metrics: Metrics):
         self._core = core
@@ -242,13 +247,17 @@ class GrpcServer:
         await self._server.start()
 
     async def set_serving(self, is_serving: bool) -> None:
-        """What health checks answer."""
+        """Has health checks answer SERVING or, unless ``is_serving``, NOT_SERVING."""
         status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in _SERVICES:
             await self._health.set(service, status)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Takes no more requests, and waits for those that run; after the grace they are cancelled."""
+        """Takes no more requests, and waits ``grace_seconds`` for those that run; then they are canceled.
+
+        Args:
+          grace_seconds: how long running requests may take, >= 0.
+        """
         await asyncio.gather(self._health.shut_down(), self._server.stop(grace_seconds))
 
 

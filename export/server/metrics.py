@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' format."""
+"""Counters of the server, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -68,19 +68,31 @@ class Metrics:
         self._latency.labels(protocol, method).observe(seconds)
 
     def observe_batch(self, model: str, signature: str, rows: int) -> None:
-        """Counts a run of a signature."""
+        """Counts a run of a signature.
+
+        Args:
+          model: whose signature ran.
+          signature: its name.
+          rows: that ran together.
+        """
         self._batches.labels(model, signature).observe(rows)
 
     def add_queued_rows(self, model: str, signature: str, rows: int) -> None:
-        """Rows that wait from now on; negative for rows that no longer do. All versions of a model count together."""
+        """Counts rows that wait from now on. All versions of a model count together.
+
+        Args:
+          model: that they wait for.
+          signature: its name.
+          rows: negative for rows that no longer wait.
+        """
         self._queued.labels(model, signature).inc(rows)
 
     def count_refused(self, model: str) -> None:
-        """Counts a request that a full queue refused."""
+        """Counts a request that a full queue of ``model`` refused."""
         self._refused.labels(model).inc()
 
     def set_served(self, versions: Mapping[str, Sequence[int]]) -> None:
-        """The versions that take requests now: model -> versions."""
+        """Sets the ``versions`` that take requests now: model -> versions."""
         self._served = versions
         self._loaded.clear()
         for model, numbers in versions.items():
@@ -88,5 +100,5 @@ class Metrics:
                 self._loaded.labels(model, str(number)).set(1)
 
     def exposition(self) -> bytes:
-        """The body of /metrics."""
+        """Body of /metrics."""
         return prometheus_client.generate_latest(self._registry)

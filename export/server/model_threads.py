@@ -21,14 +21,23 @@ class ModelThreads:
         self._waiting: collections.deque[Callable[[], bool]] = collections.deque()
 
     def request_turn(self, start: Callable[[], bool]) -> None:
-        """Calls ``start`` as soon as a thread is free, now or later; it returns whether it called `run`."""
+        """Asks for a thread, now or as soon as one is free.
+
+        Args:
+          start: is called then, in the event loop; returns whether it called `run`.
+        """
         self._waiting.append(start)
         if self._free:
             self._free -= 1
             self._next_turn()
 
     def run(self, work: Callable[[], object], done: Callable[[concurrent.futures.Future], None]) -> None:
-        """Runs ``work`` in the thread of this turn; ``done`` gets its future, in the event loop."""
+        """Uses the thread of this turn.
+
+        Args:
+          work: is called in the thread.
+          done: gets the future of ``work``, in the event loop.
+        """
         loop = asyncio.get_running_loop()
 
         def finish(future: concurrent.futures.Future) -> None:

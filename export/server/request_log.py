@@ -20,9 +20,9 @@ import pyarrow.parquet
 from absl import logging
 
 from clsd_tf.data.request_files import LEFT_OUT
+from export.server.loaded_version import LoadedVersion
 from export.server.request_rows import Request, RequestKind, num_rows, parts, rows_of
-from export.server.servable import LoadedVersion
-from export.server.tensors import num_bytes
+from export.server.tensor_protos import num_bytes
 
 
 class RequestLog:

@@ -15,7 +15,7 @@ from tensorflow_serving.apis import input_pb2
 
 from clsd_tf.data.examples import parse_raw_examples, tensors_to_arrow
 from clsd_tf.spec.model_inputs import RawInput
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
 
 _OF_EXAMPLES = ("serving_default", "classify", "regress")
 _OF_TENSORS = "predict_raw"
@@ -28,7 +28,14 @@ Request = Mapping[str, np.ndarray]  # Inputs, as the signature takes them.
 
 @dataclasses.dataclass(frozen=True)
 class RequestKind:
-    """Requests that have the same columns and the same encoding, and so become rows together."""
+    """Requests that have the same columns and the same encoding, and so become rows together.
+
+    Attributes:
+      model_name, version: that answered.
+      encoding: the signature that stands for all of the same encoding: serving_default, predict_raw or rank.
+      raw_inputs: columns of the rows.
+      left_out: names of raw inputs that must not be logged.
+    """
 
     model_name: str
     version: int
@@ -38,7 +45,15 @@ class RequestKind:
 
     @classmethod
     def of(cls, version: LoadedVersion, signature_name: str) -> RequestKind | None:
-        """None for requests that are not logged: other signatures, and models that do not name their raw inputs."""
+        """Finds the kind of a signature's requests.
+
+        Args:
+          version: that answers.
+          signature_name: of it.
+
+        Returns:
+          None for requests that are not logged: other signatures, and models that do not name their raw inputs.
+        """
         if signature_name not in (*_OF_EXAMPLES, _OF_TENSORS, _OF_LISTS):
             return None
         encoding = _OF_EXAMPLES[0] if signature_name in _OF_EXAMPLES else signature_name
@@ -72,7 +87,15 @@ def _raw_input(name: str, dtype: str, is_list: bool = False) -> RawInput:
 
 
 def num_rows(kind: RequestKind, inputs: Request) -> int:
-    """How many rows a request becomes: those of `rank` are its items."""
+    """Counts the rows that a request becomes: those of `rank` are its items.
+
+    Args:
+      kind: of the request.
+      inputs: the request.
+
+    Returns:
+      0 also for a message that cannot be parsed.
+    """
     values = next(iter(inputs.values()))
     return sum(map(_num_items, values.tolist())) if kind.encoding == _OF_LISTS else len(values)
 
@@ -85,8 +108,17 @@ def _num_items(serialized: bytes) -> int:
 
 
 def parts(kind: RequestKind, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
-    """Consecutive requests of few rows together, or one of many."""
-    part, total = [], 0
+    """Groups consecutive requests of few rows, or takes one of many alone.
+
+    Args:
+      kind: of the requests.
+      requests: at least one.
+
+    Yields:
+      Requests of at most 1024 rows together, or one that has more.
+    """
+    part: list[Request] = []
+    total = 0
     for request in requests:
         rows = num_rows(kind, request)
         if part and total + rows > _ROWS_PER_PART:
@@ -98,7 +130,15 @@ def parts(kind: RequestKind, requests: Sequence[Request]) -> Iterator[Sequence[R
 
 
 def rows_of(kind: RequestKind, requests: Sequence[Request]) -> tuple[list[pa.Table], int]:
-    """(the rows of the requests, how many requests could not be decoded)."""
+    """Decodes requests, each by itself if they fail together.
+
+    Args:
+      kind: of the requests.
+      requests: to decode.
+
+    Returns:
+      (the rows of the requests, how many requests could not be decoded).
+    """
     try:
         return [_decode(kind, requests)], 0
     except Exception:  # TensorFlow, protobuf and Arrow each have their own; no request may end the log.

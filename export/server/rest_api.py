@@ -52,13 +52,16 @@ _PLACES = (
 
 
 def rest_app(core: PredictionCore, metrics: Metrics, max_request_bytes: int, timeout_seconds: float) -> Starlette:
-    """The ASGI application.
+    """Makes the ASGI application.
 
     Args:
       core: answers the requests.
       metrics: counts them, and is shown at /metrics and TF Serving's /monitoring/prometheus/metrics.
       max_request_bytes: longest body; longer ones are refused while they arrive.
       timeout_seconds: for a request, its body included.
+
+    Returns:
+      The application, without a lifespan of its own.
     """
     api = _RestApi(core, metrics, max_request_bytes, timeout_seconds)
 
@@ -182,7 +185,7 @@ async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]
     """Awaits an answer as long as its client does.
 
     Raises:
-      ClientDisconnect: it went away; the answer is cancelled, and leaves the queue.
+      ClientDisconnect: it went away; the answer is canceled, and leaves the queue.
     """
     answering = asyncio.create_task(answer)
     gone = asyncio.create_task(_disconnect(request))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import tensorflow as tf
 from tensorflow_serving.apis import input_pb2, model_pb2, predict_pb2, prediction_log_pb2
 
-from export.servable.warmup import WARMUP_FILE
+from export.servable.warmup import MAX_WARMUP_RECORDS, WARMUP_FILE
 from export.server.checks import (
     CLASSIFY,
     EXAMPLE_METHODS,
@@ -21,10 +21,9 @@ from export.server.checks import (
     signature_name,
 )
 from export.server.errors import RequestError
-from export.server.servable import LoadedVersion, Signature
-from export.server.tensors import examples_of, to_array
+from export.server.loaded_version import LoadedVersion, Signature
+from export.server.tensor_protos import examples_of, to_array
 
-_MAX_RECORDS = 1000
 _MAX_TENSOR_BYTES = 1 << 30  # The file is the publisher's, not a client's.
 
 
@@ -33,7 +32,13 @@ class _BrokenRecordError(ValueError):
 
 
 def replay_warmup_requests(version: LoadedVersion) -> int:
-    """Runs every record of assets.extra/tf_serving_warmup_requests once. Returns their number; 0 without a file.
+    """Runs every record of assets.extra/tf_serving_warmup_requests once.
+
+    Args:
+      version: that has the file, or none.
+
+    Returns:
+      The number of records; 0 without a file.
 
     Raises:
       ValueError: a record cannot be replayed. One bad record fails the version, as in TF Serving. TensorFlow's messages
@@ -45,8 +50,8 @@ def replay_warmup_requests(version: LoadedVersion) -> int:
     number = 0
     try:
         for number, record in enumerate(tf.data.TFRecordDataset(str(file)).as_numpy_iterator(), start=1):
-            if number > _MAX_RECORDS:
-                raise _BrokenRecordError(f"at most {_MAX_RECORDS} records. Received: more")
+            if number > MAX_WARMUP_RECORDS:
+                raise _BrokenRecordError(f"at most {MAX_WARMUP_RECORDS} records. Received: more")
             _replay(version, prediction_log_pb2.PredictionLog.FromString(record))
     except Exception as error:  # A record may be broken in any way.
         told = isinstance(error, (RequestError, _BrokenRecordError))

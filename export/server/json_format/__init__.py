@@ -1,1 +1,1 @@
-"""TF Serving's JSON: requests to tensors, tensors to answers."""
+"""JSON of TF Serving: requests to tensors, tensors to answers."""

@@ -16,7 +16,14 @@ from export.server.json_format.tensors import object_array
 
 
 def predict_answer(outputs: Mapping[str, np.ndarray], in_rows: bool) -> bytes:
-    """The body of the answer: ``predictions``, one a row, or ``outputs``, one a name; bare if there is one output.
+    """Writes the answer to Predict: ``predictions``, one a row, or ``outputs``, one a name; a single output is bare.
+
+    Args:
+      outputs: output -> array; object arrays of bytes for strings.
+      in_rows: ``predictions`` instead of ``outputs``.
+
+    Returns:
+      The body.
 
     Raises:
       RequestError: outputs that JSON cannot hold, or without the same number of rows.
@@ -36,7 +43,15 @@ def predict_answer(outputs: Mapping[str, np.ndarray], in_rows: bool) -> bytes:
 
 
 def classify_answer(outputs: Mapping[str, np.ndarray]) -> bytes:
-    """``results``: of each example its classes as [label, score]; "" and 0.0 for what the signature does not give."""
+    """Writes the answer to Classify: ``results``, of each example its classes as [label, score].
+
+    Args:
+      outputs: ``classes``, bytes [num_examples, num_classes], and/or ``scores`` of that shape; "" and 0.0 stand for
+        those that are absent.
+
+    Returns:
+      The body.
+    """
     shape = next(iter(outputs.values())).shape
     labels = outputs.get("classes", np.full(shape, b"", object)).tolist()
     scores = _to_json("scores", outputs.get("scores", np.zeros(shape, np.float32)))
@@ -48,12 +63,19 @@ def _class(label: bytes, score: float) -> tuple[str, float]:
 
 
 def regress_answer(outputs: Mapping[str, np.ndarray]) -> bytes:
-    """``results``: the value of each example."""
+    """Writes the answer to Regress: ``results``, the value of each example.
+
+    Args:
+      outputs: ``outputs``, float32 [num_examples] or [num_examples, 1].
+
+    Returns:
+      The body.
+    """
     return dump({"results": _to_json("outputs", outputs["outputs"].ravel())})
 
 
 def dump(value: Any) -> bytes:
-    """JSON in UTF-8; numbers that are not finite as NaN, Infinity and -Infinity."""
+    """Returns ``value`` as JSON in UTF-8; numbers that are not finite as NaN, Infinity and -Infinity."""
     return json.dumps(value, ensure_ascii=False).encode()
 
 

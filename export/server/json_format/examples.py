@@ -16,7 +16,7 @@ import tensorflow as tf
 from export.server.errors import invalid_argument
 from export.server.json_format.tensors import decode_base64, signature_name_of
 from export.server.json_format.text import Constant, parse_object, shown, type_name
-from export.server.tensors import with_context
+from export.server.tensor_protos import with_context
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _KINDS = {
@@ -43,11 +43,17 @@ class ExamplesRequest:
 
     @classmethod
     def parse(cls, body: bytes, max_bytes: int) -> ExamplesRequest:
-        """Raises RequestError that names example and feature, never a value.
+        """Parses a body.
 
         Args:
           body: JSON.
           max_bytes: that the examples may take, each with the context.
+
+        Returns:
+          The request.
+
+        Raises:
+          RequestError: INVALID_ARGUMENT, naming example and feature, never a value.
         """
         content = parse_object(body)
         context = _serialized(content["context"], "context") if "context" in content else b""
@@ -75,7 +81,11 @@ def _serialized(features: Any, place: str) -> bytes:
 
 
 def _fill(feature: tf.train.Feature, values: list) -> None:
-    """Raises ValueError: what the values must be, and what was received."""
+    """Gives a feature its values.
+
+    Raises:
+      ValueError: what the values must be, and what was received.
+    """
     kinds = {_KINDS.get(kind) for kind in set(map(type, values))}
     if len(kinds) > 1 or None in kinds:
         received = " and ".join(dict.fromkeys(map(type_name, values)))

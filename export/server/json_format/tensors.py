@@ -1,8 +1,8 @@
 """TF Serving's JSON of predict requests, in rows (``instances``) or columns (``inputs``) -> arrays.
 
-The rules are those of TF Serving's ``json_tensor.cc``. Stricter, beside what ``json_text`` lists: a name in ``inputs``
-that the signature does not have is refused (there it is passed over), and an integer that is too large for int8, int16
-or uint8. Errors name the input and the place, never the value.
+The rules are those of TF Serving's ``json_tensor.cc``. Stricter, beside what ``json_format.text`` lists: a name in
+``inputs`` that the signature does not have is refused (there it is passed over), and an integer that is too large for
+int8, int16 or uint8. Errors name the input and the place, never the value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from export.server.errors import RequestError, invalid_argument
 from export.server.json_format.text import Constant, parse_object, shown, type_name
-from export.server.servable import Signature
+from export.server.loaded_version import Signature
 
 _MAX_RANK = 32
 _DIGITS = {np.dtype(np.float32): 24, np.dtype(np.float64): 53}
@@ -28,12 +28,12 @@ _DIGITS = {np.dtype(np.float32): 24, np.dtype(np.float64): 53}
 
 @dataclasses.dataclass(frozen=True)
 class PredictRequest:
-    """The body of a predict request.
+    """Body of a predict request.
 
     Attributes:
       signature_name: "" if the request names none.
       in_rows: whether it holds ``instances``, and the answer ``predictions``; else ``inputs`` and ``outputs``.
-      values: what stands there.
+      values: of ``instances`` or ``inputs``, as JSON has them.
     """
 
     signature_name: str
@@ -42,7 +42,17 @@ class PredictRequest:
 
     @classmethod
     def parse(cls, body: bytes) -> PredictRequest:
-        """Raises RequestError if the body is no JSON object with either key."""
+        """Parses a body.
+
+        Args:
+          body: JSON.
+
+        Returns:
+          The request, whose values are not looked at yet.
+
+        Raises:
+          RequestError: INVALID_ARGUMENT, no JSON object with either key.
+        """
         content = parse_object(body)
         if ("instances" in content) == ("inputs" in content):
             received = "both" if "inputs" in content else "neither"
@@ -55,10 +65,16 @@ class PredictRequest:
         return cls(signature_name_of(content), in_rows, values)
 
     def tensors(self, signature: Signature) -> dict[str, np.ndarray]:
-        """Input name -> array of the signature's dtype, object arrays of bytes for strings.
+        """Converts the values to arrays.
 
         Shapes are those of the request, except that all rows have the same; whether they fit the signature is left to
         the caller.
+
+        Args:
+          signature: that is called.
+
+        Returns:
+          Input -> array of the signature's dtype, object arrays of bytes for strings.
 
         Raises:
           RequestError: missing or unknown inputs, ragged or mixed values, or values that the dtype cannot hold.
@@ -91,7 +107,11 @@ class PredictRequest:
 
 
 def signature_name_of(content: Mapping[str, Any]) -> str:
-    """``signature_name`` of a request's body, "" if it has none."""
+    """Returns the ``signature_name`` of a body's ``content``, "" if it has none.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT, it is no string.
+    """
     name = content.get("signature_name", "")
     if type(name) is not str:
         raise invalid_argument(f"signature_name must be a string. Received: {type_name(name)}")
@@ -117,7 +137,7 @@ def _subscripts(indices: Sequence[int]) -> str:
 
 
 def is_base64(value: Any) -> bool:
-    """Whether the value stands for bytes: {"b64": "..."}."""
+    """Returns whether ``value`` stands for bytes: {"b64": "..."}."""
     return type(value) is dict and len(value) == 1 and type(value.get("b64")) is str
 
 
@@ -137,8 +157,8 @@ def _require_names(received: Mapping[str, Any], names: Sequence[str], place: str
     unknown = [shown(name) for name in itertools.islice(received, len(names) + 1) if name not in names]
     if missing or unknown:
         parts = ("no " + ", ".join(missing) if missing else "", "unknown " + ", ".join(unknown) if unknown else "")
-        received = " and ".join(filter(None, parts))
-        raise invalid_argument(f"{place} must have the signature's inputs {', '.join(names)}. Received: {received}")
+        found = " and ".join(filter(None, parts))
+        raise invalid_argument(f"{place} must have the signature's inputs {', '.join(names)}. Received: {found}")
 
 
 def _find_wrong_row(rows: Sequence[Any], names: Sequence[str]) -> None:
@@ -214,14 +234,20 @@ def _strings(flat: list, _, error_at: _ErrorAt) -> np.ndarray:
 
 
 def object_array(values: list) -> np.ndarray:
-    """Any objects as a vector; NumPy must not look into them."""
+    """Returns ``values``, of any type, as a vector; NumPy must not look into them."""
     array = np.empty(len(values), object)
     array[:] = values
     return array
 
 
 def decode_base64(value: dict) -> bytes:
-    """Bytes of {"b64": "..."}; padding may be left out, and white space stand between.
+    """Decodes {"b64": "..."}; padding may be left out, and white space stand between.
+
+    Args:
+      value: the object.
+
+    Returns:
+      Its bytes.
 
     Raises:
       ValueError: what was received instead.

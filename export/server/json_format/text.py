@@ -26,7 +26,13 @@ class Constant(float):
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The object that a request's body holds. Numbers NaN, Inf, Infinity and their negatives are ``Constant``.
+    """Parses the object that a request's body holds.
+
+    Args:
+      body: JSON in UTF-8.
+
+    Returns:
+      The object. Numbers NaN, Inf, Infinity and their negatives are ``Constant``.
 
     Raises:
       RequestError: INVALID_ARGUMENT, with the offset in characters; never with a value.
@@ -98,10 +104,10 @@ _TYPE_NAMES = {
 
 
 def type_name(value: Any) -> str:
-    """What an error calls the value."""
+    """Returns the words for ``value`` in errors."""
     return _TYPE_NAMES[type(value)]
 
 
 def shown(name: str) -> str:
-    """A name from a request as an error shows it: quoted, in ASCII and cut."""
+    """Returns ``name``, from a request, as errors show it: quoted, in ASCII and cut."""
     return ascii(name[:_MAX_NAME_CHARACTERS])

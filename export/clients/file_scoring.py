@@ -1,4 +1,4 @@
-"""Files of raw rows -> files with their scores."""
+"""Scoring of files: rows in, the same rows with their ctr out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from clsd_tf.storage.files import require_absent
 
 
 class Scorer(Protocol):
-    """What gives rows their ctr: a servable in this process, or a server behind its client."""
+    """A source of ctr: a servable in this process, or a server behind its client."""
 
     def score(self, rows: pa.Table) -> np.ndarray:
-        """ctr of each row, float32 [num_rows]."""
+        """Returns ctr of each of ``rows``, float32 [num_rows]."""
 
 
 def score_file(
@@ -35,15 +35,16 @@ def score_file(
 
     Args:
       scorer: gives the scores.
-      input_path: rows.
-      output_path: gets the same rows and the column ctr; must not exist.
+      input_path: rows, .csv, .jsonl or .parquet.
+      output_path: gets the same rows and the column ctr, in the format of its ending; must not exist.
       progress: is told the number of rows scored so far.
 
     Returns:
       The number of rows.
 
     Raises:
-      ValueError: unknown file ending, unreadable rows, or a missing column. Names rows, never their values.
+      ValueError: unknown file ending, unreadable rows, no rows, or a missing column. Names rows, never their values.
+      FileNotFoundError: no input.
       FileExistsError: the output is there already.
     """
     for path in (input_path, output_path):

@@ -1,4 +1,4 @@
-"""The same rows to two servers, or to two versions of a model: do they give the same scores, and how fast?"""
+"""Comparison of two servers, or of two versions of a model, on the same rows: scores and latencies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from export.clients.serving_client import ServingClient
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Scores of both sides, float32 [num_rows] each, and what each request took."""
+    """Scores and latencies of both sides.
+
+    Attributes:
+      scores: of each side, float32 [num_rows].
+      latencies_ms: of each side's requests, float64 [num_requests], in milliseconds.
+    """
 
     scores: tuple[np.ndarray, np.ndarray]
     latencies_ms: tuple[np.ndarray, np.ndarray]
 
     @property
     def differences(self) -> np.ndarray:
+        """Absolute differences of the scores, float64 [num_rows]."""
         return np.abs(self.scores[0].astype(np.float64) - self.scores[1])
 
     @property
@@ -34,6 +40,7 @@ class Comparison:
         return float(scipy.stats.spearmanr(*self.scores).statistic)
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything that was found, as JSON has it."""
         return {
             "rows": len(self.scores[0]),
             "max_difference": float(self.differences.max()),
@@ -50,6 +57,14 @@ def compare(
     progress: Callable[[int], None] = lambda num_rows: None,
 ) -> Comparison:
     """Sends every batch to both, one request at a time and in turn, so that neither slows the other down.
+
+    Args:
+      clients: the two sides.
+      tables: batches of rows.
+      progress: is told the number of rows sent so far.
+
+    Returns:
+      Scores and latencies of both sides.
 
     Raises:
       ValueError: there are no rows, or rows that do not fit the models' inputs.
@@ -69,5 +84,6 @@ def compare(
     if not num_rows:
         raise ValueError("there must be rows to compare. Received: none")
     return Comparison(
-        tuple(np.concatenate(side) for side in scores), tuple(np.array(side, np.float64) for side in latencies)
+        (np.concatenate(scores[0]), np.concatenate(scores[1])),
+        (np.array(latencies[0], np.float64), np.array(latencies[1], np.float64)),
     )

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 import uvicorn
 from absl import logging
 
+from export.server.aspired_versions import read_aspired_versions
 from export.server.batching import BatchingOptions
 from export.server.core import PredictionCore, ServedVersion
 from export.server.grpc_api import GrpcServer
 from export.server.metrics import Metrics
 from export.server.model_threads import ModelThreads
-from export.server.models_config import read_wanted_models
-from export.server.registry import Registry
 from export.server.request_log import RequestLog
 from export.server.rest_api import rest_app
+from export.server.version_manager import VersionManager
 
 
 class LocalServer:
@@ -44,7 +44,7 @@ class LocalServer:
 
     Attributes:
       grpc_address, rest_address: host:port, once started.
-      registry: of the versions that are served.
+      manager: of the versions that are served.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LocalServer:
         self._rest_timeout_seconds = rest_timeout_seconds
         self._metrics = Metrics()
         self._threads = ModelThreads(num_threads or os.cpu_count() or 1)
-        self.registry: Registry[ServedVersion] = Registry(
+        self.manager: VersionManager[ServedVersion] = VersionManager(
             servable_dir,
             functools.partial(
                 ServedVersion,
@@ -81,7 +81,7 @@ class LocalServer:
                 metrics=self._metrics,
             ),
         )
-        self._core = PredictionCore(self.registry, request_log)
+        self._core = PredictionCore(self.manager, request_log)
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,13 +104,13 @@ class LocalServer:
           FileNotFoundError: no such directory.
           ValueError: a broken models.config, or a port that is taken.
         """
-        read_wanted_models(self._servable_dir)  # Later a broken models.config is only logged.
+        read_aspired_versions(self._servable_dir)  # Later a broken models.config is only logged.
         self._thread.start()
         self._started.result()
 
     def request_stop(self) -> None:
         """Asks the server to stop: no new requests, and the running ones have grace_seconds to finish."""
-        self.registry.stop()
+        self.manager.stop()
         with contextlib.suppress(RuntimeError):  # It has stopped already.
             self._loop.call_soon_threadsafe(self._stop_requested.set)
 
@@ -146,30 +146,30 @@ class LocalServer:
         self.grpc_address = _address(self._host, grpc_server.port)
         self.rest_address = _address(self._host, http_server.port)
         # Before anyone is answered: a client that is early would be told "no such model".
-        await self._follow(grpc_server)
+        await self._poll(grpc_server)
         await grpc_server.start()
         serving_http = asyncio.create_task(http_server.serve())
         self._started.set_result(None)
-        following = asyncio.create_task(self._follow_until_stopped(grpc_server))
+        polling = asyncio.create_task(self._poll_until_stopped(grpc_server))
         await self._stop_requested.wait()
         http_server.should_exit = True
         await asyncio.gather(grpc_server.stop(self._grace_seconds), serving_http)
-        await following  # A version that loads cannot be interrupted.
+        await polling  # A version that loads cannot be interrupted.
         await asyncio.to_thread(self._threads.close)  # What runs still tells this loop that it ended.
 
-    async def _follow_until_stopped(self, grpc_server: GrpcServer) -> None:
+    async def _poll_until_stopped(self, grpc_server: GrpcServer) -> None:
         while not self._stop_requested.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop_requested.wait(), self._poll_seconds)
                 break
-            await self._follow(grpc_server)
+            await self._poll(grpc_server)
 
-    async def _follow(self, grpc_server: GrpcServer) -> None:
+    async def _poll(self, grpc_server: GrpcServer) -> None:
         try:
-            await asyncio.to_thread(self.registry.follow)
+            await asyncio.to_thread(self.manager.poll)
         except Exception:  # Say, a directory that went away while it was read. The next poll tells.
             logging.exception("the servable directory could not be followed")
-        versions = self.registry.versions()
+        versions = self.manager.versions()
         self._metrics.set_served(versions)
         await grpc_server.set_serving(bool(versions))
 

@@ -20,7 +20,16 @@ class CallFailed(Exception):  # noqa: N818 - a finding, not an error.
 
 
 def call(version: Version, requests: Requests, inputs: Inputs, what: str) -> Outputs:
-    """Answers of one signature.
+    """Runs one signature.
+
+    Args:
+      version: whose model is called.
+      requests: of the signature.
+      inputs: one of the requests.
+      what: the request, for errors.
+
+    Returns:
+      Output -> array [batch, ...].
 
     Raises:
       CallFailed: says ``what`` was asked and what TensorFlow said; of recorded requests, without values.
@@ -36,7 +45,19 @@ def call(version: Version, requests: Requests, inputs: Inputs, what: str) -> Out
 def each_signature(
     version: Version, check: Callable[[Requests], list[str]], names: Iterable[str] | None = None
 ) -> Finding:
-    """Applies ``check`` to the signatures, all by default, for which it can make requests; it returns problems."""
+    """Applies a check to the signatures for which requests can be made.
+
+    Args:
+      version: whose signatures are called.
+      check: requests of a signature -> problems.
+      names: of the signatures; all by default.
+
+    Returns:
+      A failure that lists the problems of all, or a pass that lists what was checked.
+
+    Raises:
+      NotApplicable: the model does not load, or no signature can be checked.
+    """
     _ = version.model
     problems, checked, skipped = [], [], []
     for name in version.signatures if names is None else names:
@@ -151,7 +172,16 @@ def api_answers(version: Version) -> Finding:
 
 
 def answer_problems(method: str, outputs: Outputs, num_examples: int) -> list[str]:
-    """What of an answer Classify or Regress would refuse (PostProcess... in classifier.cc and regressor.cc)."""
+    """Finds why Classify or Regress would refuse an answer (PostProcess... in classifier.cc and regressor.cc).
+
+    Args:
+      method: method name, ``CLASSIFY`` or ``REGRESS``.
+      outputs: of the signature.
+      num_examples: that were sent.
+
+    Returns:
+      A sentence for each problem; [] if there is none.
+    """
     read = ("outputs",) if method == REGRESS else ("scores", "classes")
     shapes = {name: list(outputs[name].shape) for name in read if name in outputs}
     if method == REGRESS:

@@ -15,10 +15,10 @@ from tiny_servables import example, examples, save_tiny, write_config
 from clsd_tf.serving.servable import version_directory
 from export.publishing.versions import ModelVersions
 from export.servable.warmup import WARMUP_FILE
-from export.server.app import LocalServer
 from export.server.errors import RequestError
-from export.server.registry import Registry
-from export.server.servable import LoadedVersion
+from export.server.loaded_version import LoadedVersion
+from export.server.local_server import LocalServer
+from export.server.version_manager import VersionManager
 from export.server.warmup_replay import replay_warmup_requests
 
 State = get_model_status_pb2.ModelVersionStatus.State
@@ -46,8 +46,8 @@ def publish(versions, tmp_path):
 
 
 @pytest.fixture
-def registry(tmp_path):
-    return Registry(tmp_path, LoadedVersion)
+def manager(tmp_path):
+    return VersionManager(tmp_path, LoadedVersion)
 
 
 ENTRY = 'config { name: "tiny" base_path: "/models/tiny" model_platform: "tensorflow" }'
@@ -64,20 +64,20 @@ def label(key, value):
     return f'version_labels {{ key: "{key}" value: {value} }}'
 
 
-def number_of(registry, **version):
-    with registry.lease(model_spec("tiny", **version)) as loaded:
+def number_of(manager, **version):
+    with manager.lease(model_spec("tiny", **version)) as loaded:
         return loaded.version
 
 
-def states(registry, name="tiny"):
-    return {number: state.state for number, state in registry.states(model_spec(name)).items()}
+def states(manager, name="tiny"):
+    return {number: state.state for number, state in manager.states(model_spec(name)).items()}
 
 
 def damage(path):
     (path / "saved_model.pb").write_bytes(b"no SavedModel")
 
 
-def test_without_a_config_the_newest_version_of_every_directory_is_served(registry, publish, tmp_path):
+def test_without_a_config_the_newest_version_of_every_directory_is_served(manager, publish, tmp_path):
     publish(1), publish(2), publish(3, name="other")
     (tmp_path / "tiny" / "v9").mkdir()
     (tmp_path / "tiny" / "10.incomplete").mkdir()
@@ -85,9 +85,9 @@ def test_without_a_config_the_newest_version_of_every_directory_is_served(regist
     (tmp_path / "tiny" / ("9" * 30)).mkdir()
     (tmp_path / "empty").mkdir()
 
-    registry.follow()
+    manager.poll()
 
-    assert registry.versions() == {"tiny": [2], "other": [3]}
+    assert manager.versions() == {"tiny": [2], "other": [3]}
 
 
 @pytest.mark.parametrize(
@@ -100,77 +100,77 @@ def test_without_a_config_the_newest_version_of_every_directory_is_served(regist
         ("specific { versions: 2 versions: 9 }", [2]),
     ],
 )
-def test_the_policy_chooses_versions(registry, publish, tmp_path, policy, expected):
+def test_the_policy_chooses_versions(manager, publish, tmp_path, policy, expected):
     publish(1), publish(2), publish(3)
     write_config(tmp_path, config(policy))
 
-    registry.follow()
+    manager.poll()
 
-    assert registry.versions() == {"tiny": expected}
-    assert number_of(registry) == expected[-1]
+    assert manager.versions() == {"tiny": expected}
+    assert number_of(manager) == expected[-1]
     for number in expected:
-        assert number_of(registry, version=number) == number
+        assert number_of(manager, version=number) == number
 
 
-def test_a_config_finds_the_model_beside_it_whatever_the_container_path(registry, publish, tmp_path):
+def test_a_config_finds_the_model_beside_it_whatever_the_container_path(manager, publish, tmp_path):
     publish(1)
     write_config(tmp_path, config(name="renamed", base_path="/some/where/tiny/"))
-    registry.follow()
-    assert registry.versions() == {"renamed": [1]}
+    manager.poll()
+    assert manager.versions() == {"renamed": [1]}
 
 
-def test_labels_follow_the_config(registry, publish, tmp_path):
+def test_labels_follow_the_config(manager, publish, tmp_path):
     publish(1), publish(2)
     write_config(tmp_path, config("all {}", label("stable", 1) + label("canary", 2)))
-    registry.follow()
-    assert (number_of(registry, label="stable"), number_of(registry, label="canary")) == (1, 2)
+    manager.poll()
+    assert (number_of(manager, label="stable"), number_of(manager, label="canary")) == (1, 2)
 
     write_config(tmp_path, config("all {}", label("stable", 2)))
-    registry.follow()
-    assert number_of(registry, label="stable") == 2
+    manager.poll()
+    assert number_of(manager, label="stable") == 2
     with pytest.raises(RequestError, match="Unrecognized servable version label: canary") as raised:
-        number_of(registry, label="canary")
+        number_of(manager, label="canary")
     assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT  # As in TF Serving's server_core.cc.
 
 
-def test_a_label_stays_until_its_new_version_is_loaded(registry, publish, tmp_path):
+def test_a_label_stays_until_its_new_version_is_loaded(manager, publish, tmp_path):
     publish(1)
     write_config(tmp_path, config("latest { num_versions: 1 }", label("stable", 1)))
-    registry.follow()
+    manager.poll()
     damage(publish(2))
     write_config(tmp_path, config("specific { versions: 2 }", label("stable", 2)))
-    registry.follow()
-    assert number_of(registry, label="stable") == 1
+    manager.poll()
+    assert number_of(manager, label="stable") == 1
 
     shutil.rmtree(tmp_path / "tiny" / "2")
     publish(2)
-    registry.follow()
-    assert number_of(registry, label="stable") == 2
-    assert registry.versions() == {"tiny": [2]}
+    manager.poll()
+    assert number_of(manager, label="stable") == 2
+    assert manager.versions() == {"tiny": [2]}
 
 
-def test_a_new_version_replaces_the_old_one_which_ends_after_its_requests(registry, publish):
+def test_a_new_version_replaces_the_old_one_which_ends_after_its_requests(manager, publish):
     publish(1)
-    registry.follow()
-    with registry.lease(model_spec("tiny")) as old:
+    manager.poll()
+    with manager.lease(model_spec("tiny")) as old:
         publish(2)
-        registry.follow()
-        assert number_of(registry) == 2
-        assert states(registry) == {1: State.UNLOADING, 2: State.AVAILABLE}
+        manager.poll()
+        assert number_of(manager) == 2
+        assert states(manager) == {1: State.UNLOADING, 2: State.AVAILABLE}
         assert old.run("serving_default", {"examples": examples(3.0)})["ctr"].tolist() == [3.0]
         with pytest.raises(RequestError, match=r"Servable not found for request: Specific\(tiny, 1\)"):
-            number_of(registry, version=1)
-    assert states(registry) == {1: State.END, 2: State.AVAILABLE}
+            number_of(manager, version=1)
+    assert states(manager) == {1: State.END, 2: State.AVAILABLE}
 
 
-def test_going_back_to_an_older_version_loads_it_again(registry, publish, tmp_path):
+def test_going_back_to_an_older_version_loads_it_again(manager, publish, tmp_path):
     publish(1), publish(2)
     write_config(tmp_path, config())
-    registry.follow()
+    manager.poll()
     write_config(tmp_path, config("specific { versions: 1 }"))
-    registry.follow()
-    assert registry.versions() == {"tiny": [1]}
-    assert states(registry) == {1: State.AVAILABLE, 2: State.END}
+    manager.poll()
+    assert manager.versions() == {"tiny": [1]}
+    assert states(manager) == {1: State.AVAILABLE, 2: State.END}
 
 
 def test_a_broken_version_leaves_the_old_one_and_is_tried_again_only_when_it_changes(publish, tmp_path, caplog):
@@ -180,18 +180,18 @@ def test_a_broken_version_leaves_the_old_one_and_is_tried_again_only_when_it_cha
         loads.append(int(path.name))
         return LoadedVersion(path, name)
 
-    registry = Registry(tmp_path, load)
+    manager = VersionManager(tmp_path, load)
     publish(1)
-    registry.follow()
+    manager.poll()
     broken = publish(2)
     damage(broken)
 
-    registry.follow()
-    registry.follow()
+    manager.poll()
+    manager.poll()
 
     assert loads == [1, 2]
-    assert registry.versions() == {"tiny": [1]}
-    state = registry.states(model_spec("tiny"))[2]
+    assert manager.versions() == {"tiny": [1]}
+    state = manager.states(model_spec("tiny"))[2]
     assert state.state == State.END
     assert state.error
     assert str(tmp_path) not in state.error
@@ -199,15 +199,15 @@ def test_a_broken_version_leaves_the_old_one_and_is_tried_again_only_when_it_cha
 
     shutil.rmtree(broken)
     publish(2)
-    registry.follow()
-    assert registry.versions() == {"tiny": [2]}
+    manager.poll()
+    assert manager.versions() == {"tiny": [2]}
 
 
-def test_a_broken_model_does_not_keep_others_from_loading(registry, publish):
+def test_a_broken_model_does_not_keep_others_from_loading(manager, publish):
     damage(publish(1, name="a"))
     publish(1, name="b")
-    registry.follow()
-    assert registry.versions() == {"b": [1]}
+    manager.poll()
+    assert manager.versions() == {"b": [1]}
 
 
 @pytest.mark.parametrize(
@@ -223,18 +223,18 @@ def test_a_broken_model_does_not_keep_others_from_loading(registry, publish):
         ("custom_model_config {}", "custom_model_config. Allowed: model_config_list"),
     ],
 )
-def test_a_broken_config_changes_nothing_and_is_told_once(registry, publish, tmp_path, caplog, text, message):
+def test_a_broken_config_changes_nothing_and_is_told_once(manager, publish, tmp_path, caplog, text, message):
     publish(1)
     write_config(tmp_path, config(labels=label("stable", 1)))
-    registry.follow()
+    manager.poll()
     publish(2)
     (tmp_path / "models.config").write_text(text)
 
-    registry.follow()
-    registry.follow()
+    manager.poll()
+    manager.poll()
 
-    assert registry.versions() == {"tiny": [1]}
-    assert number_of(registry, label="stable") == 1
+    assert manager.versions() == {"tiny": [1]}
+    assert number_of(manager, label="stable") == 1
     told = [record.getMessage() for record in caplog.records if "stay as they were" in record.getMessage()]
     assert len(told) == 1
     assert message in told[0]
@@ -249,24 +249,24 @@ def test_names_that_tf_serving_reads_no_version_from_are_none_anywhere(tmp_path,
     assert version_directory(tmp_path / "tiny").name == "1"
 
 
-def test_an_empty_config_at_first_serves_nothing(registry, publish, tmp_path):
+def test_an_empty_config_at_first_serves_nothing(manager, publish, tmp_path):
     publish(1)
     (tmp_path / "models.config").write_text("")
-    registry.follow()
-    assert registry.versions() == {}
+    manager.poll()
+    assert manager.versions() == {}
 
 
-def test_a_broken_version_with_a_dangling_link_is_tried_again_when_it_changes(registry, publish):
+def test_a_broken_version_with_a_dangling_link_is_tried_again_when_it_changes(manager, publish):
     path = publish(1, name="a")
     publish(1, name="b")
     (path / "link").symlink_to("nowhere")
     graph = (path / "saved_model.pb").read_bytes()
     damage(path)
-    registry.follow()
-    assert registry.versions() == {"b": [1]}
+    manager.poll()
+    assert manager.versions() == {"b": [1]}
     (path / "saved_model.pb").write_bytes(graph)
-    registry.follow()
-    assert registry.versions() == {"a": [1], "b": [1]}
+    manager.poll()
+    assert manager.versions() == {"a": [1], "b": [1]}
 
 
 def test_a_version_that_goes_away_while_it_is_read_does_not_keep_others_from_loading(publish, tmp_path, monkeypatch):
@@ -280,20 +280,20 @@ def test_a_version_that_goes_away_while_it_is_read_does_not_keep_others_from_loa
         return lstat(path)
 
     monkeypatch.setattr(pathlib.Path, "lstat", lstat_or_gone)
-    registry = Registry(tmp_path, lambda path, name: LoadedVersion(path, name))
-    registry.follow()
-    assert registry.versions()["b"] == [1]
+    manager = VersionManager(tmp_path, lambda path, name: LoadedVersion(path, name))
+    manager.poll()
+    assert manager.versions()["b"] == [1]
 
 
-def test_a_model_that_leaves_the_config_is_no_longer_served(registry, publish, tmp_path):
+def test_a_model_that_leaves_the_config_is_no_longer_served(manager, publish, tmp_path):
     publish(1), publish(1, name="other")
-    registry.follow()
+    manager.poll()
     write_config(tmp_path, config())
-    registry.follow()
-    assert registry.versions() == {"tiny": [1]}
-    with pytest.raises(RequestError, match=r"Latest\(other\)"), registry.lease(model_spec("other")):
+    manager.poll()
+    assert manager.versions() == {"tiny": [1]}
+    with pytest.raises(RequestError, match=r"Latest\(other\)"), manager.lease(model_spec("other")):
         pass
-    assert states(registry, "other") == {1: State.END}
+    assert states(manager, "other") == {1: State.END}
 
 
 def write_warmup(path, *records):
@@ -387,7 +387,7 @@ def test_a_warm_up_request_that_the_model_refuses_keeps_the_old_version_serving(
         refused_log.predict_log.request.inputs["examples"].string_val[:] = [b"no example"]
         write_warmup(path, refused_log)
         path.rename(tmp_path / "tiny" / "2")
-        wait_until(lambda: states(server.registry).get(2) == State.END)
+        wait_until(lambda: states(server.manager).get(2) == State.END)
         assert stub.Predict(predict_request(model_spec("tiny"), examples=examples(1.0))).model_spec.version.value == 1
 
 

@@ -1,4 +1,7 @@
-"""What a servable directory says should be served: models.config, or without it every model's newest version."""
+"""Aspired versions: those that a servable directory says should be served, as TF Serving calls them.
+
+models.config names them; without it they are every model's newest version.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from export.publishing.versions import version_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WantedModel:
-    """One model that should be served.
+class AspiredVersions:
+    """Aspired versions of one model.
 
     Attributes:
       entry: of models.config: the name, which versions to serve, and their labels; the newest one by default.
@@ -32,16 +35,19 @@ class WantedModel:
         return dict(self.entry.version_labels)
 
     def versions(self) -> dict[int, pathlib.Path]:
-        """The versions on disk that should be served: number -> directory."""
+        """Aspired versions that are on disk: number -> directory."""
         found = _versions_on_disk(self.path)
         return {number: found[number] for number in sorted(loaded_versions(self.entry, found))}
 
 
-def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel] | None:
+def read_aspired_versions(servable_dir: pathlib.Path) -> list[AspiredVersions] | None:
     """Reads models.config, or lists the directories of numbered versions.
 
+    Args:
+      servable_dir: holds models.config, or one directory per model.
+
     Returns:
-      None for an empty models.config, upon which TF Serving takes no action (server_core.cc).
+      Those of each model; None for an empty models.config, upon which TF Serving takes no action (server_core.cc).
 
     Raises:
       FileNotFoundError: no such directory.
@@ -54,7 +60,7 @@ def read_wanted_models(servable_dir: pathlib.Path) -> list[WantedModel] | None:
         return _read_config(file)
     children = sorted(child for child in servable_dir.iterdir() if not child.name.startswith("."))
     return [
-        WantedModel(model_server_config_pb2.ModelConfig(name=child.name), child)
+        AspiredVersions(model_server_config_pb2.ModelConfig(name=child.name), child)
         for child in children
         if _versions_on_disk(child)
     ]
@@ -66,7 +72,7 @@ def _versions_on_disk(path: pathlib.Path) -> dict[int, pathlib.Path]:
     return {number: child for child, number in numbered.items() if number is not None}
 
 
-def _read_config(file: pathlib.Path) -> list[WantedModel] | None:
+def _read_config(file: pathlib.Path) -> list[AspiredVersions] | None:
     config = parse_models_config(file.read_text(encoding="utf-8"), file)
     if config.WhichOneof("config") is None:
         return None
@@ -74,10 +80,10 @@ def _read_config(file: pathlib.Path) -> list[WantedModel] | None:
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
         raise ValueError(f"{CONFIG_FILE} must name each model once. Received: {names}")
-    return [_wanted(entry, file.parent) for entry in entries]
+    return [_aspired(entry, file.parent) for entry in entries]
 
 
-def _wanted(entry: model_server_config_pb2.ModelConfig, servable_dir: pathlib.Path) -> WantedModel:
+def _aspired(entry: model_server_config_pb2.ModelConfig, servable_dir: pathlib.Path) -> AspiredVersions:
     if not entry.name or entry.model_platform != "tensorflow":
         raise ValueError(
             f'{CONFIG_FILE} must give each model a name and model_platform: "tensorflow". '
@@ -87,4 +93,4 @@ def _wanted(entry: model_server_config_pb2.ModelConfig, servable_dir: pathlib.Pa
     directory = pathlib.PurePosixPath(entry.base_path).name
     if directory in ("", ".."):
         raise ValueError(f"the base_path of a model ends in its directory. Received: {entry.base_path!r}")
-    return WantedModel(entry, servable_dir / directory)
+    return AspiredVersions(entry, servable_dir / directory)

@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What one signature takes and gives.
+    """Inputs and outputs of one signature.
 
     Attributes:
       name: as requests give it.
@@ -39,13 +39,13 @@ class Signature:
 
     @functools.cached_property
     def is_batchable(self) -> bool:
-        """Whether rows of several requests may run as one: every tensor has a free 0th dimension."""
+        """True where rows of several requests may run as one: every tensor has a free 0th dimension."""
         specs = [*self.inputs.values(), *self.outputs.values()]
         return bool(self.inputs) and all(spec.shape.rank and spec.shape[0] is None for spec in specs)
 
     @functools.cached_property
     def is_sliceable(self) -> bool:
-        """Whether the rows of one request may run apart: the further dimensions of outputs depend on no other row."""
+        """True where the rows of one request may run apart: further dimensions of outputs depend on no other row."""
         return self.is_batchable and all(spec.shape[1:].is_fully_defined() for spec in self.outputs.values())
 
 
@@ -77,11 +77,14 @@ class LoadedVersion:
         self.signatures = {name: signature_of(name, self.signature_defs[name]) for name in self._functions}
 
     def run(self, signature_name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Calls a signature; string tensors are object arrays of bytes.
+        """Calls a signature.
 
         Args:
           signature_name: a key of ``signatures``.
-          inputs: one array per input, with the dtypes and shapes of the signature.
+          inputs: one array per input, with the dtypes and shapes of the signature; object arrays of bytes for strings.
+
+        Returns:
+          Output -> array; object arrays of bytes for strings.
 
         Raises:
           tf.errors.OpError: the graph refused the values.
@@ -114,7 +117,15 @@ def _manifest(path: pathlib.Path) -> dict | None:
 
 
 def signature_of(name: str, declared: meta_graph_pb2.SignatureDef) -> Signature:
-    """The signature that a SavedModel declares."""
+    """Reads the signature that a SavedModel declares.
+
+    Args:
+      name: as requests give it.
+      declared: in the SavedModel.
+
+    Returns:
+      The same with numpy and TensorFlow types.
+    """
     defaults = {key: tf.make_ndarray(value) for key, value in declared.defaults.items()}
     return Signature(name, _specs(declared.inputs), _specs(declared.outputs), defaults)
 

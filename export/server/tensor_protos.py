@@ -34,7 +34,7 @@ _POINTER_BYTES = 8
 
 
 def to_array(name: str, proto: tensor_pb2.TensorProto, spec: tf.TensorSpec, max_bytes: int) -> np.ndarray:
-    """Reads an input; strings become an object array of bytes.
+    """Reads an input.
 
     As in TensorFlow, fewer values than elements repeat the last one; a proto with no values is all zero or "".
 
@@ -43,6 +43,9 @@ def to_array(name: str, proto: tensor_pb2.TensorProto, spec: tf.TensorSpec, max_
       proto: may be malformed in any way.
       spec: its dtype is demanded; the shape is checked elsewhere.
       max_bytes: that the array may take.
+
+    Returns:
+      An array of the proto's shape; an object array of bytes for strings.
 
     Raises:
       RequestError: INVALID_ARGUMENT, naming the input.
@@ -61,6 +64,12 @@ def to_array(name: str, proto: tensor_pb2.TensorProto, spec: tf.TensorSpec, max_
 
 def to_proto(array: np.ndarray) -> tensor_pb2.TensorProto:
     """Writes an output into the field of its dtype, as TF Serving does by default.
+
+    Args:
+      array: object array of bytes for strings.
+
+    Returns:
+      The proto, whose tensor_content is empty.
 
     Raises:
       KeyError: a dtype that has no field.
@@ -149,11 +158,14 @@ def _check_count(name: str, values: int, elements: int, shape: tuple[int, ...]) 
 
 
 def examples_of(request_input: input_pb2.Input, max_bytes: int) -> list[bytes]:
-    """The serialized tf.Examples of a Classify or Regress request.
+    """Reads the tf.Examples of a Classify or Regress request.
 
     Args:
       request_input: examples, with or without a context.
       max_bytes: that they may take, each with the context.
+
+    Returns:
+      Serialized tf.Examples.
 
     Raises:
       RequestError: INVALID_ARGUMENT, they would take more.
@@ -168,6 +180,14 @@ def examples_of(request_input: input_pb2.Input, max_bytes: int) -> list[bytes]:
 def with_context(context: bytes, examples: Sequence[bytes], max_bytes: int) -> list[bytes]:
     """Puts a context before each example: in a protobuf the later value of a feature wins, so the example's own does.
 
+    Args:
+      context: serialized tf.Example; empty for none.
+      examples: serialized tf.Examples.
+      max_bytes: that the result may take.
+
+    Returns:
+      Serialized tf.Examples.
+
     Raises:
       RequestError: INVALID_ARGUMENT, the result would take more than ``max_bytes``.
     """
@@ -181,5 +201,5 @@ def with_context(context: bytes, examples: Sequence[bytes], max_bytes: int) -> l
 
 
 def num_bytes(array: np.ndarray) -> int:
-    """What an array takes in memory, its strings included."""
+    """Returns the bytes that ``array`` takes in memory, its strings included."""
     return array.nbytes + (sum(map(len, array.ravel().tolist())) if array.dtype == object else 0)

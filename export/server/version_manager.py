@@ -1,4 +1,4 @@
-"""Which versions take requests: follows the servable directory, and never lets go of a version that still answers."""
+"""Versions that take requests: loads the aspired ones, and never lets go of a version that still answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from absl import logging
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
 from export.publishing.models_config import CONFIG_FILE
+from export.server.aspired_versions import AspiredVersions, read_aspired_versions
 from export.server.errors import RequestError, invalid_argument
-from export.server.models_config import WantedModel, read_wanted_models
 
 State = get_model_status_pb2.ModelVersionStatus.State
 V = TypeVar("V")
@@ -23,7 +23,12 @@ V = TypeVar("V")
 
 @dataclasses.dataclass(frozen=True)
 class VersionState:
-    """The state of a version, as GetModelStatus tells it; ``error`` is "" unless it could not be loaded."""
+    """State of a version, as GetModelStatus tells it.
+
+    Attributes:
+      state: a value of ModelVersionStatus.State.
+      error: "" unless the version could not be loaded.
+    """
 
     state: int
     error: str = ""
@@ -36,10 +41,10 @@ class _Served(Generic[V]):
     is_retired: bool = False
 
 
-class Registry(Generic[V]):
-    """The versions in memory.
+class VersionManager(Generic[V]):
+    """Versions in memory, kept as the servable directory says.
 
-    One thread calls `follow`; requests call the rest from any thread.
+    One thread calls `poll`; requests call the rest from any thread.
 
     Args:
       servable_dir: holds models.config, or one directory per model.
@@ -60,7 +65,13 @@ class Registry(Generic[V]):
 
     @contextlib.contextmanager
     def lease(self, spec: model_pb2.ModelSpec) -> Iterator[V]:
-        """Lends the version that a request means: its number, its label, or the largest loaded.
+        """Lends the version that a request means, which is not unloaded meanwhile.
+
+        Args:
+          spec: the model, and a version's number or label; without, the largest loaded version is meant.
+
+        Yields:
+          The version.
 
         Raises:
           RequestError: NOT_FOUND, no such model or version; INVALID_ARGUMENT, no name or an unknown label.
@@ -84,7 +95,13 @@ class Registry(Generic[V]):
             return {name: sorted(served) for name, served in self._served.items() if served}
 
     def states(self, spec: model_pb2.ModelSpec) -> dict[int, VersionState]:
-        """The states of all versions of a model that were ever wanted, or of the one that the request means.
+        """States of all versions of a model that were ever aspired, or of the one that the request means.
+
+        Args:
+          spec: the model, and a version's number or label.
+
+        Returns:
+          Version -> state, ascending.
 
         Raises:
           RequestError: as `lease`.
@@ -119,7 +136,7 @@ class Registry(Generic[V]):
             raise RequestError(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: {wanted}")
         return number
 
-    def follow(self) -> None:
+    def poll(self) -> None:
         """Compares the servable directory with what is loaded; loads, labels and retires versions.
 
         A new version is loaded before an old one retires. A broken version or models.config is logged and changes
@@ -127,22 +144,22 @@ class Registry(Generic[V]):
         """
         self._told, self._problems = self._problems, set()
         try:
-            models = read_wanted_models(self._servable_dir)
-            wanted = {model: model.versions() for model in models or ()}
+            models = read_aspired_versions(self._servable_dir)
+            aspired = {model: model.versions() for model in models or ()}
         except (ValueError, OSError) as error:
             self._tell(f"the served models stay as they were: {error}")
             return
         if models is None:
             self._tell(f"the served models stay as they were: {CONFIG_FILE} is empty")
             return
-        for model, versions in wanted.items():
+        for model, versions in aspired.items():
             self._apply(model, versions.keys())  # Labels do not wait for versions that load.
             for number, path in versions.items():
                 if number not in self._loaded(model.name) and not self._is_stopped:
                     self._try_to_load(model.name, number, path)
                     self._apply(model, versions.keys())
             self._tell_missing(model, versions.keys())
-        for name in self.versions().keys() - {model.name for model in wanted}:
+        for name in self.versions().keys() - {model.name for model in aspired}:
             self._publish(name, keep=set(), labels={})
 
     def stop(self) -> None:
@@ -177,14 +194,14 @@ class Registry(Generic[V]):
         with self._lock:
             self._states.setdefault(name, {})[number] = state
 
-    def _apply(self, model: WantedModel, wanted: Set[int]) -> None:
-        """Moves labels to versions that are loaded, and retires what is no longer wanted."""
+    def _apply(self, model: AspiredVersions, aspired: Set[int]) -> None:
+        """Moves labels to versions that are loaded, and retires those that are no longer aspired."""
         loaded = set(self._loaded(model.name))
         before = self._labels.get(model.name, {})
         after = {label: number if number in loaded else before.get(label) for label, number in model.labels.items()}
         labels = {label: number for label, number in after.items() if number in loaded}
-        # Nothing retires before something that is wanted can take over.
-        keep = wanted | set(labels.values()) if not wanted or wanted & loaded else loaded
+        # Nothing retires before an aspired version can take over.
+        keep = aspired | set(labels.values()) if not aspired or aspired & loaded else loaded
         self._publish(model.name, keep, labels)
 
     def _publish(self, name: str, keep: Set[int], labels: dict[str, int]) -> None:
@@ -199,7 +216,7 @@ class Registry(Generic[V]):
         if retired:
             logging.info("versions %s of model %r retire", retired, name)
 
-    def _tell_missing(self, model: WantedModel, found: Set[int]) -> None:
+    def _tell_missing(self, model: AspiredVersions, found: Set[int]) -> None:
         if not found:
             self._tell(f"model {model.name!r} has no version to serve. Its versions are directories named by a number")
         for number in sorted(set(model.entry.model_version_policy.specific.versions) - found):
@@ -216,6 +233,6 @@ class Registry(Generic[V]):
 
 
 def _files(path: pathlib.Path) -> frozenset:
-    """What tells a repaired version from the broken one."""
+    """Facts that tell a repaired version from the broken one."""
     stats = [(str(file), file.lstat()) for file in path.rglob("*")]
     return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
