@@ -74,7 +74,7 @@ def scored_rows(model: MethodModel, dataset: DatasetDir, split: str) -> dict[str
     record_fields = ["label", "intensity_label", "sample_weight", "user_hash"]
     columns = input_pipeline.read_columns(dataset, split, [*record_fields, *names])
     columns["pctr"] = predict(model, dataset, split)
-    columns["uncalibrated"] = expit(predict_logits(model, dataset, split))
+    columns["uncalibrated"] = expit(predict_logits(model, dataset, split).astype(np.float64))
     if dataset.spec.intensity_label is None:
         columns["intensity_label"] = None
     columns = _rows(columns, columns["sample_weight"] > 0)
