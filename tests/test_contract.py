@@ -25,7 +25,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from clsd_tf.storage.files import staged_directory
 from export.contract_rules import RULES, check_servable, failures
 from export.contract_rules.graph import Feature, string_use
-from export.contract_rules.version import Version, version_number
+from export.contract_rules.version import Version
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -118,15 +118,6 @@ def test_no_recorded_value_is_told(good, tmp_path):
     results = check_servable(base)
     assert {"warmup_replay", "batch_sizes"} <= {result.rule.id for result in failures(results)}
     assert "secret" not in json.dumps([result.to_dict() for result in results])
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("7", 7), ("00000123", 123), ("9223372036854775807", 2**63 - 1), ("9223372036854775808", None), ("v1", None),
-     ("0.1", None), ("1e3", None), ("", None), ("١", None), ("1_000", None)],
-)  # fmt: skip
-def test_version_names_are_those_that_int64_parses(name, number):
-    assert version_number(name) == number
 
 
 def test_features_of_examples_are_found_in_the_graph(good):

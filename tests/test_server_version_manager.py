@@ -13,8 +13,10 @@ from tensorflow_serving.apis import get_model_status_pb2, input_pb2, prediction_
 from tiny_servables import example, examples, save_tiny, write_config
 
 from clsd_tf.serving.servable import version_directory
+from export.contract_rules.version import Base
 from export.publishing.versions import ModelVersions
 from export.servable.warmup import WARMUP_FILE
+from export.server.aspired_versions import read_aspired_versions
 from export.server.errors import RequestError
 from export.server.loaded_version import LoadedVersion
 from export.server.local_server import LocalServer
@@ -240,13 +242,16 @@ def test_a_broken_config_changes_nothing_and_is_told_once(manager, publish, tmp_
     assert message in told[0]
 
 
-@pytest.mark.parametrize("name", ["²", "9" * 30, "٣", "7x"])
+@pytest.mark.parametrize("name", ["²", "9" * 19, "9" * 30, "٣", "7x"])
 def test_names_that_tf_serving_reads_no_version_from_are_none_anywhere(tmp_path, name):
     for version in ("1", name):
         (tmp_path / "tiny" / version).mkdir(parents=True)
         (tmp_path / "tiny" / version / "saved_model.pb").touch()
     assert list(ModelVersions(tmp_path, "tiny").published()) == [1]
     assert version_directory(tmp_path / "tiny").name == "1"
+    (model,) = read_aspired_versions(tmp_path)
+    assert list(model.versions()) == [1]
+    assert list(Base(tmp_path / "tiny").versions) == ["1"]
 
 
 def test_an_empty_config_at_first_serves_nothing(manager, publish, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,6 +14,7 @@ import tensorflow as tf
 from clsd_tf.data.examples import arrow_to_tensors, bounded_batches
 from clsd_tf.data.hashing import file_sha256
 from clsd_tf.data.request_files import typed_rows
+from clsd_tf.serving.versions import version_number, versions_on_disk
 from clsd_tf.spec.model_inputs import RawInput
 
 _DTYPES: Mapping[tf.DType, Literal["string", "int64", "float"]] = {
@@ -23,7 +23,6 @@ _DTYPES: Mapping[tf.DType, Literal["string", "int64", "float"]] = {
     tf.float32: "float",
 }
 _SCORING_PARTS = ("saved_model.pb", "variables", "assets")  # What else lies there decides no score.
-_NUMBER = re.compile("[0-9]{1,19}")  # isdigit would take more, which int cannot read.
 
 
 class LocalServable:
@@ -87,9 +86,8 @@ class LocalServable:
 
     @property
     def version(self) -> int | None:
-        """The version that the directory's name says; None if it is no number."""
-        name = self.path.resolve().name
-        return int(name) if _NUMBER.fullmatch(name) else None
+        """The version that the directory's name says; None if it says none."""
+        return version_number(self.path.resolve().name)
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits over the names and bytes of all files that decide a score."""
@@ -115,10 +113,9 @@ def version_directory(path: pathlib.Path) -> pathlib.Path:
     """
     if (path / "saved_model.pb").is_file():
         return path
-    numbered = [child for child in path.glob("*") if _NUMBER.fullmatch(child.name)]
-    versions = [child for child in numbered if (child / "saved_model.pb").is_file()]
+    versions = [child for child in versions_on_disk(path).values() if (child / "saved_model.pb").is_file()]
     if not versions:
         raise FileNotFoundError(
             f"a servable is a directory with saved_model.pb, or with numbered versions. Received: {path}"
         )
-    return max(versions, key=lambda child: int(child.name))
+    return versions[-1]

@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import get_args
 
+from clsd_tf.serving.versions import version_number
 from export.contract_rules import batching, behavior, files, json_round_trip, layout, signatures, warmup
 from export.contract_rules.findings import Finding, NotApplicable, Status, reason_of
 from export.contract_rules.rules import Rule
-from export.contract_rules.version import Base, Version, saved_model_file, version_number
+from export.contract_rules.version import Base, Version, saved_model_file
 
 # In the order in which rules are applied and shown.
 _MODULES = (layout, files, signatures, behavior, json_round_trip, warmup, batching)

@@ -10,10 +10,11 @@ from collections import defaultdict
 import tensorflow as tf
 from tensorflow.core.protobuf import fingerprint_pb2
 
+from clsd_tf.serving.versions import version_number
 from clsd_tf.storage.files import locked
 from export.contract_rules.findings import Finding, NotApplicable, failed, judged, listed, passed, reason_of, warned
 from export.contract_rules.rules import base_rule, version_rule
-from export.contract_rules.version import Base, Version, read_meta_graph, saved_model_file, version_number
+from export.contract_rules.version import Base, Version, read_meta_graph, saved_model_file
 
 _LEFTOVER = re.compile(
     r"incomplete|\.deleted-|^tmp|(^|[._-])te?mp([._-]|$|\d)|tempstate|\.part(ial)?$|\.sw[op]$|~$", re.IGNORECASE

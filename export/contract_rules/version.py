@@ -12,8 +12,8 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
+from clsd_tf.serving.versions import version_number
 from export.contract_rules.findings import NotApplicable
-from export.publishing.versions import version_number
 from export.servable.batching_parameters import BATCHING_FILE, BatchingParameters, parse_batching_parameters
 from export.servable.warmup import MAX_WARMUP_RECORDS, WARMUP_FILE
 

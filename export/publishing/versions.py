@@ -18,12 +18,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from clsd_tf.serving.versions import MAX_VERSION, versions_on_disk
 from clsd_tf.storage.files import locked, read_json, remove_abandoned, require_absent, staged_directory, write_text
 
 HISTORY_FILE = "history.jsonl"
 CARD_JSON = pathlib.PurePosixPath("assets.extra") / "model_card.json"
-MAX_VERSION = 2**63 - 1  # TF Serving reads int64.
-_INT64 = range(-(2**63), 2**63)
 _STAGED = re.compile(r"\.([0-9]+)\.incomplete-.*")
 
 
@@ -38,14 +37,6 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]*[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"a model name has letters, digits, _ and - only. Received: {name!r}")
-
-
-def version_number(name: str) -> int | None:
-    """The version that TF Serving reads from a directory's name, None if it ignores it."""
-    if not re.fullmatch(r"-?[0-9]{1,19}", name.strip(" ")):
-        return None
-    number = int(name)
-    return number if number in _INT64 else None
 
 
 def read_auc(version: pathlib.Path) -> float | None:
@@ -82,9 +73,7 @@ class ModelVersions:
 
     def published(self) -> dict[int, pathlib.Path]:
         """Version -> directory, ascending."""
-        children = self.path.iterdir() if self.path.is_dir() else ()
-        numbered = {child: version_number(child.name) for child in children if child.is_dir()}
-        return dict(sorted((number, child) for child, number in numbered.items() if number is not None))
+        return versions_on_disk(self.path)
 
     def history(self) -> list[dict[str, Any]]:
         """Everything that happened, oldest first.

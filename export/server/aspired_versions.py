@@ -10,8 +10,8 @@ import pathlib
 
 from tensorflow_serving.config import model_server_config_pb2
 
+from clsd_tf.serving.versions import versions_on_disk
 from export.publishing.models_config import CONFIG_FILE, loaded_versions, parse_models_config
-from export.publishing.versions import version_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class AspiredVersions:
 
     def versions(self) -> dict[int, pathlib.Path]:
         """Aspired versions that are on disk: number -> directory."""
-        found = _versions_on_disk(self.path)
+        found = versions_on_disk(self.path)
         return {number: found[number] for number in sorted(loaded_versions(self.entry, found))}
 
 
@@ -62,14 +62,8 @@ def read_aspired_versions(servable_dir: pathlib.Path) -> list[AspiredVersions] |
     return [
         AspiredVersions(model_server_config_pb2.ModelConfig(name=child.name), child)
         for child in children
-        if _versions_on_disk(child)
+        if versions_on_disk(child)
     ]
-
-
-def _versions_on_disk(path: pathlib.Path) -> dict[int, pathlib.Path]:
-    children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
-    numbered = {child: version_number(child.name) for child in children}
-    return {number: child for child, number in numbered.items() if number is not None}
 
 
 def _read_config(file: pathlib.Path) -> list[AspiredVersions] | None:
