@@ -20,12 +20,12 @@ from clsd_tf.data.input_pipeline import read_columns
 from clsd_tf.evaluation.scores import MODEL, split_scores
 from clsd_tf.methods.clsd.confidence_report import (
     HEADLINES,
-    click_noise_floor,
     confidence_forms,
     measure_confidence,
     render_confidence_report,
     table_rows,
 )
+from clsd_tf.metrics.noise_floor import click_noise_floor
 from clsd_tf.statistics.small_groups import merge_small_groups
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
 from clsd_tf.storage.files import write_json, write_text

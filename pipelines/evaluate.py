@@ -9,7 +9,7 @@ Prints a table; leaves evaluation_<split>.json and report.html, with plots, in t
 from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.evaluation.evaluate import HEADLINES, evaluate, table_rows
+from clsd_tf.evaluation.evaluate import evaluate, evaluation_table
 from clsd_tf.evaluation.report import render_report
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
 from clsd_tf.storage.files import read_json, write_json, write_text
@@ -28,8 +28,7 @@ def main(argv) -> None:
         write_json(work_dir.evaluation(_SPLIT.value), evaluation)
         history = read_json(work_dir.history)
         write_text(work_dir.report, render_report(evaluation, history, work_dir.resolved_config))
-    columns = ["", *(heading for _, heading in HEADLINES)]
-    console.print_table(f"{work_dir.path} on {_SPLIT.value}", columns, table_rows(evaluation))
+    console.print_table(f"{work_dir.path} on {_SPLIT.value}", *evaluation_table(evaluation))
     console.console.print(f"{work_dir.evaluation(_SPLIT.value)} and {work_dir.report}", soft_wrap=True)
 
 

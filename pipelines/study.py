@@ -50,7 +50,6 @@ from clsd_tf.study.cells import (
     stopped_cells,
 )
 from clsd_tf.study.tables import (
-    CONSOLE_METRICS,
     GridTables,
     compare,
     overall,
@@ -229,7 +228,7 @@ def _write_tables(
             grid.baseline,
         )
         grids.append(GridTables(grid.title, rows, _stopped_notes(shown, study_dir)))
-        console.print_table(grid.title, *summary_table(overall(rows), CONSOLE_METRICS))
+        console.print_table(grid.title, *summary_table(overall(rows), "study_console"))
     write_text(study_dir / "tables.md", render_markdown(facts, grids))
     write_text(study_dir / "user_groups.md", render_groups_markdown(facts, grids))
     write_text(study_dir / "report.html", render_html(_STUDY.value, facts, grids))

@@ -7,9 +7,9 @@ Example:
     --last_date=2026-11-02 --set max_epochs=1
 
 The model then goes on training on that day. The datasets, one a day (UTC), each grown from the one before, must be
-there. Prints how well each day was predicted ahead (prequential evaluation), and leaves it as days.json and days.html
-in the work directory of the last day, with its lineage. A killed run goes on when the same command is started again;
-days that are done stay as they are.
+there. Prints how well each day was predicted before any run trained on it (progressive validation), and leaves it as
+days.json and days.html in the work directory of the last day, with its lineage. When it was killed, the same command
+goes on; days that are done stay as they are.
 
 Runs train on the training splits alone, and validation rows stop and calibrate them. Since every row of a day is a test
 of the model before it, the datasets need no large test split: say split: {rule: random, train: 0.98, validation: 0.01,
@@ -17,13 +17,14 @@ test: 0.01} in the spec. Days of one epoch suit --set method.teacher=self, which
 """
 
 import datetime as dt
+from typing import Any
 
 from absl import flags
 
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
-from clsd_tf.continual.daily_training import days_between, table_rows, walk
+from clsd_tf.continual.daily_training import days_between, days_table, train_daily
 from clsd_tf.continual.report import render_days
-from clsd_tf.evaluation.evaluate import HEADLINES
+from clsd_tf.metrics.table import metrics_in
 from clsd_tf.storage.files import read_json, write_json, write_text
 from clsd_tf.training.assembly import make_deterministic
 from clsd_tf.training.config import load_config
@@ -43,25 +44,30 @@ def _date(flag: flags.FlagHolder) -> dt.date:
         raise ValueError(f"--{flag.name} must be a date YYYY-MM-DD. Received: {flag.value!r}") from error
 
 
+def _validation(day: dict[str, Any]) -> str:
+    if not day["prequential"]:
+        return "no run before it to validate"
+    overall = day["prequential"]["overall"]
+    shown = [metric for metric in metrics_in("days") if metric.name in overall]
+    return ", ".join(f"{metric.heading} {console.format_number(overall[metric.name])}" for metric in shown)
+
+
 def main(argv) -> None:
     config = load_config(_CONFIG.value, _SET.value)
     days = days_between(_date(_FIRST_DATE), _date(_LAST_DATE), _DATASETS.value, _WORK_DIRS.value)
     console.warn(config.warning)
     make_deterministic()
     done = []
-    for day in walk(days, config):
+    for day in train_daily(days, config):
         done.append(day)
-        measured = day["prequential"]
-        ahead = (
-            f"AUC {console.format_number(measured['overall']['auc'])} ahead" if measured else "nothing measured ahead"
+        console.console.print(
+            f"{day['date']}: {_validation(day)}; {day['trained_rows']:,} rows trained", soft_wrap=True
         )
-        console.console.print(f"{day['date']}: {ahead}, {day['trained_rows']:,} rows trained", soft_wrap=True)
     last = days[-1].work_dir
     write_json(last.days, done)
     lineage = read_json(last.lineage)
     write_text(last.days_report, render_days(done, lineage))
-    columns = ["day", "trained rows", *(heading for _, heading in HEADLINES)]
-    console.print_table("Each day, predicted by the model of the day before", columns, table_rows(done))
+    console.print_table("Each day, predicted by the model of the day before", *days_table(done))
     runs = [*lineage["ancestors"], {"work_fingerprint": last.fingerprint, **lineage["run"]}]
     columns = ["run", "dataset", "trained rows", "first event", "last event"]
     keys = ("work_fingerprint", "dataset_fingerprint", "rows", "first_event", "last_event")

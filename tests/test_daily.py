@@ -1,4 +1,4 @@
-"""A walk over days: each is measured by a model that has seen nothing of it, then trained on."""
+"""Daily training: each day is measured by a model that has seen nothing of it, then trained on."""
 
 import datetime as dt
 import os
@@ -15,8 +15,8 @@ from shop import build
 from shop_days import DATES
 from sklearn.metrics import log_loss, roc_auc_score
 
-from clsd_tf.continual.daily_training import days_between, walk
-from clsd_tf.continual.progressive_validation import EarlierModel, measure_ahead
+from clsd_tf.continual.daily_training import days_between, train_daily
+from clsd_tf.continual.progressive_validation import EarlierModel, validate_progressively
 from clsd_tf.data import input_pipeline
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.storage.dataset_dir import SPLITS
@@ -45,21 +45,21 @@ def days_of(datasets, directory, first=DATES[0], last=DATES[-1]):
 
 
 @pytest.fixture(scope="module")
-def walked(datasets, tmp_path_factory):
-    """(the three days, what the walk gave of them). Read-only."""
-    days = days_of(datasets, tmp_path_factory.mktemp("walked"))
-    return days, list(walk(days, _CONFIG, title=None))
+def trained_days(datasets, tmp_path_factory):
+    """(the three days, what daily training gave of them). Read-only."""
+    days = days_of(datasets, tmp_path_factory.mktemp("trained"))
+    return days, list(train_daily(days, _CONFIG, title=None))
 
 
-# Measured ahead.
+# Progressive validation.
 
 
 def rows_of(dataset, name):
     return np.concatenate([input_pipeline.read_columns(dataset, split, [name])[name] for split in SPLITS])
 
 
-def test_each_day_is_measured_by_the_model_of_the_day_before(walked):
-    days, found = walked
+def test_each_day_is_measured_by_the_model_of_the_day_before(trained_days):
+    days, found = trained_days
     assert [day["date"] for day in found] == [str(date) for date in DATES]
     assert found[0]["prequential"] is None
     for earlier, entry in zip(days, found[1:], strict=False):
@@ -79,30 +79,30 @@ def test_each_day_is_measured_by_the_model_of_the_day_before(walked):
     assert np.abs(own - pctr[: len(own)]).max() > 1e-3
 
 
-def test_new_values_are_out_of_vocabulary_for_the_earlier_model(walked, shop_content, tmp_path):
+def test_new_values_are_out_of_vocabulary_for_the_earlier_model(trained_days, shop_content, tmp_path):
     # Built so that no vocabulary may grow: what is new becomes out of vocabulary by the transform itself.
-    earlier, day = walked[0][:2]
+    earlier, day = trained_days[0][:2]
     for index in (1, 2, 3):
         shop_content["features"][index].setdefault("vocabulary", {})["max_size"] = 1
     raw = day.dataset.path.parent.parent / f"raw-{day.date}"
     as_served = build(parse_spec(shop_content, "shop"), raw, tmp_path / "dataset", grow_from=earlier.dataset.path)
     assert as_served.inputs == earlier.dataset.inputs != day.dataset.inputs
     plain = restored_model(earlier.work_dir, TrainedOn.read(earlier.work_dir).inputs)
-    ahead = EarlierModel(earlier.work_dir, day.dataset)
+    model = EarlierModel(earlier.work_dir, day.dataset)
     for split in SPLITS:
         expected = plain.predict(input_pipeline.batches(as_served, split, batch_size=64), verbose=0)
-        received = ahead.predict(input_pipeline.batches(day.dataset, split, batch_size=64))
+        received = model.predict(input_pipeline.batches(day.dataset, split, batch_size=64))
         np.testing.assert_array_equal(received, expected)
     new = rows_of(day.dataset, "item") != rows_of(as_served, "item")
     assert 10 < new.sum() < 100
 
 
-def test_a_model_is_not_measured_on_what_it_may_have_seen(walked):
-    first, second, third = walked[0]
+def test_a_model_is_not_measured_on_what_it_may_have_seen(trained_days):
+    first, second, third = trained_days[0]
     with pytest.raises(ArtifactError, match=r"events begin at 2023-11-17.* Allowed: after 2023-11-17T17:56"):
-        measure_ahead(third.work_dir, third.dataset)
+        validate_progressively(third.work_dir, third.dataset)
     with pytest.raises(ArtifactError, match=r"events begin at 2023-11-15.* Allowed: after 2023-11-16T17:56"):
-        measure_ahead(second.work_dir, first.dataset)
+        validate_progressively(second.work_dir, first.dataset)
 
 
 def test_ids_are_the_same_on_all_days(shop_days):
@@ -116,11 +116,11 @@ def test_ids_are_the_same_on_all_days(shop_days):
 # Lineage.
 
 
-def test_lineage_names_all_runs_before(walked):
-    first, second, third = walked[0]
+def test_lineage_names_all_runs_before(trained_days):
+    first, second, third = trained_days[0]
     found = read_json(third.work_dir.lineage)
     runs = [*found["ancestors"], found["run"]]
-    assert [run["dataset_fingerprint"] for run in runs] == [day.dataset.fingerprint for day in walked[0]]
+    assert [run["dataset_fingerprint"] for run in runs] == [day.dataset.fingerprint for day in trained_days[0]]
     fingerprints = [first.work_dir.fingerprint, second.work_dir.fingerprint]
     assert [run.get("work_fingerprint") for run in runs] == [*fingerprints, None]
     assert [run["rows"] for run in runs] == [240] * 3
@@ -133,8 +133,8 @@ def test_lineage_names_all_runs_before(walked):
     assert train(third.dataset, _CONFIG, third.work_dir, title=None) == read_json(third.work_dir.history)
 
 
-def test_a_run_does_not_go_on_with_a_shrunk_vocabulary(walked, tmp_path):
-    first, second, _ = walked[0]
+def test_a_run_does_not_go_on_with_a_shrunk_vocabulary(trained_days, tmp_path):
+    first, second, _ = trained_days[0]
     with pytest.raises(ArtifactError, match=r"vocabulary of item. Received: 8 values. Allowed: the 9 of the run"):
         train(first.dataset, _CONFIG, WorkDir(tmp_path / "run"), title=None, init_from=second.work_dir)
 
@@ -146,22 +146,22 @@ def contents(directory):
     return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
-def test_days_that_are_done_stay_as_they_are(walked):
-    days, found = walked
+def test_days_that_are_done_stay_as_they_are(trained_days):
+    days, found = trained_days
     directory = days[0].work_dir.path.parent
     before = contents(directory)
-    assert list(walk(days, _CONFIG, title=None)) == found
+    assert list(train_daily(days, _CONFIG, title=None)) == found
     assert contents(directory) == before
 
 
-def test_a_later_walk_goes_on_from_days_that_are_done_or_measured(walked, datasets, tmp_path):
-    (_, second, third), found = walked
+def test_later_training_goes_on_from_days_that_are_done_or_measured(trained_days, datasets, tmp_path):
+    (_, second, third), found = trained_days
     shutil.copytree(second.work_dir.path, tmp_path / str(second.date))
     (tmp_path / str(third.date)).mkdir()
     run = WorkDir(tmp_path / str(third.date))
     shutil.copy2(third.work_dir.prequential, run.prequential)  # As if killed before it trained.
     written_at = run.prequential.stat().st_mtime_ns
-    assert list(walk(days_of(datasets, tmp_path, first=second.date), _CONFIG, title=None)) == found[1:]
+    assert list(train_daily(days_of(datasets, tmp_path, first=second.date), _CONFIG, title=None)) == found[1:]
     assert run.prequential.stat().st_mtime_ns == written_at
     assert read_json(run.lineage) == read_json(third.work_dir.lineage)
     received, expected = (load_model(each, third.dataset) for each in (run, third.work_dir))
@@ -169,14 +169,14 @@ def test_a_later_walk_goes_on_from_days_that_are_done_or_measured(walked, datase
         np.testing.assert_array_equal(mine, other)
 
 
-def test_a_measurement_by_another_run_is_refused(walked, datasets, tmp_path):
-    days, _ = walked
+def test_a_measurement_by_another_run_is_refused(trained_days, datasets, tmp_path):
+    days, _ = trained_days
     shutil.copytree(days[0].work_dir.path, tmp_path / str(DATES[0]))
     (tmp_path / str(DATES[1])).mkdir()
     measured = {**read_json(days[1].work_dir.prequential), "scored_by": "0123456789abcdef"}
     write_json(WorkDir(tmp_path / str(DATES[1])).prequential, measured)
     with pytest.raises(ArtifactError, match=r"measured by another run .* Received: {'scored_by': '0123456789abcdef'"):
-        list(walk(days_of(datasets, tmp_path), _CONFIG, title=None))
+        list(train_daily(days_of(datasets, tmp_path), _CONFIG, title=None))
 
 
 # What is refused before anything is trained.
@@ -224,8 +224,8 @@ def run(arguments):
     )
 
 
-def test_the_command_shows_how_each_day_was_predicted_and_the_lineage(walked, datasets, tmp_path):
-    days, found = walked
+def test_the_command_shows_how_each_day_was_predicted_and_the_lineage(trained_days, datasets, tmp_path):
+    days, found = trained_days
     for day in days:  # All is done already: it only has to tell.
         shutil.copytree(day.work_dir.path, tmp_path / str(day.date))
     shown = run(command(datasets, tmp_path))
@@ -244,8 +244,8 @@ def test_the_command_shows_how_each_day_was_predicted_and_the_lineage(walked, da
 
 
 @pytest.mark.long
-def test_a_walk_that_is_killed_goes_on_and_ends_as_an_uninterrupted_one(walked, datasets, tmp_path):
-    _, found = walked
+def test_daily_training_that_is_killed_goes_on_and_ends_as_if_uninterrupted(trained_days, datasets, tmp_path):
+    _, found = trained_days
     killed = run(command(datasets, tmp_path))
     try:
         deadline = time.monotonic() + 240

@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.metrics import log_loss, roc_auc_score
 
 from clsd_tf.data import input_pipeline
-from clsd_tf.evaluation.evaluate import HEADLINES, evaluate, measure, table_rows
+from clsd_tf.evaluation.evaluate import evaluate, evaluation_table
 from clsd_tf.evaluation.report import render_report
 from clsd_tf.training.assembly import build_model, load_model, predict, predict_logits
 
@@ -88,25 +88,24 @@ def test_a_split_without_any_weight_is_refused(feed_dataset, tiny, with_changed_
         evaluate(model, weightless, "train")
 
 
-def test_measures_without_an_intensity_label_or_a_click_are_none():
-    columns = {
-        "label": np.zeros(3, np.float32),
-        "pctr": np.array([0.1, 0.2, 0.3]),
-        "sample_weight": np.ones(3),
-        "user_hash": np.arange(3),
-        "intensity_label": None,
-    }
-    found = measure(columns)
-    assert found["auc"] is found["gauc"] is found["pcoc"] is found["intensity_auc"] is None
-    assert found["mean_pctr"] == pytest.approx(0.2)
+def test_only_the_metrics_that_were_asked_for_are_measured_and_shown(feed_dataset, tiny):
+    model = build_model(tiny("backbone=lr", "method=bce"), feed_dataset.inputs)
+    evaluation = evaluate(model, feed_dataset, "test", metrics=["pcoc", "auc"])
+    assert evaluation["overall"].keys() == {"auc", "pcoc", "calibration_bins"}
+    assert evaluation_table(evaluation)[0] == ["", "AUC", "PCOC"]
+    with pytest.raises(ValueError, match=r"unknown metric. Received: 'ndcg'. Allowed: .*auc"):
+        evaluate(model, feed_dataset, "test", metrics=["ndcg"])
 
 
-def test_table_has_a_row_per_group_and_a_cell_per_headline(evaluated):
+def test_the_table_has_a_line_per_group_and_a_column_per_headline(evaluated):
     evaluation, _ = evaluated
-    rows = table_rows(evaluation)
-    assert rows[0][0] == "overall"
-    assert len(rows) == 1 + sum(len(groups) for groups in evaluation["groups"].values())
-    assert {len(row) for row in rows} == {1 + len(HEADLINES)}
+    columns, lines = evaluation_table(evaluation)
+    ranking = ["AUC", "GAUC", "intensity AUC", "intensity AUC among clicks"]
+    assert columns == ["", "rows", "click rate", *ranking, "log loss", "NE", "PCOC", "ECE"]
+    assert lines[0][:4] == ["overall", *(evaluation["overall"][name] for name in ("rows", "click_rate", "auc"))]
+    names = [f"{group} {label}" for group, labels in evaluation["groups"].items() for label in labels]
+    assert [line[0] for line in lines] == ["overall", *names]
+    assert {len(line) for line in lines} == {len(columns)}
 
 
 def history():
@@ -123,6 +122,8 @@ def test_report_is_one_file_that_loads_nothing(evaluated, clsd_run):
     # Training curves, and monitors and calibration of both user groups.
     assert page.count("<svg") == 5
     assert f"{evaluation['overall']['auc']:.4f}" in page
+    assert "PCOC: predicted clicks over clicks, 1 is calibrated." in page
+    assert page.count("Mean click confidence by group") == page.count("Mean ad gate by group") == 2
 
 
 def test_report_escapes_what_comes_from_the_spec(evaluated, clsd_run):

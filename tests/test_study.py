@@ -160,7 +160,7 @@ def run(cell, dataset, study_dir, truth=None):
 
 @pytest.fixture(scope="module")
 def truth(feed_dataset, tmp_path_factory):
-    """A planted truth of our own: at random, for more rows than the dataset has, from id 0 on."""
+    """A ground truth of our own: at random, for more rows than the dataset has, from id 0 on."""
     path = tmp_path_factory.mktemp("truth") / "truth.parquet"
     is_genuine = np.random.default_rng(0).random(5000) < 0.4
     pa.parquet.write_table(pa.table({"is_genuine": is_genuine, "row_id": np.arange(5000)}), path)
@@ -267,7 +267,7 @@ def test_a_cell_killed_before_its_result_is_measured_and_not_trained_again(finis
     written = cell.work_dir(tmp_path / "study").success.stat().st_mtime_ns
     run(cell, feed_dataset, tmp_path / "study", truth=None)
     assert cell.work_dir(tmp_path / "study").success.stat().st_mtime_ns == written
-    # Without a planted truth nothing is measured by it.
+    # Without a ground truth nothing is measured by it.
     expected = {key: value for key, value in values(cell, study_dir).items() if "genuine" not in key[1]}
     assert values(cell, tmp_path / "study") == expected != values(cell, study_dir)
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clsd_tf.evaluation.evaluate import measure
 from clsd_tf.metrics.pointwise import auc
+from clsd_tf.metrics.scored_rows import ScoredRows
 from clsd_tf.metrics.significance import bootstrap_interval
+from clsd_tf.metrics.table import measure
 from clsd_tf.metrics.user_intervals import user_intervals
 
 
@@ -33,8 +34,14 @@ def single_rows(**columns):
     return {**defaults, "pctr": np.full(rows, 0.25), **columns}
 
 
+def measured(columns):
+    """(rows, metric -> value)"""
+    rows = ScoredRows(**columns, uncalibrated=columns["pctr"], row_id=np.arange(len(columns["label"])))
+    return rows, measure(rows, "evaluation")
+
+
 def intervals(columns):
-    return user_intervals(columns, measure(columns))
+    return user_intervals(*measured(columns))
 
 
 def test_the_click_rate_of_single_rows_has_the_t_interval_of_a_mean():
@@ -99,7 +106,7 @@ def test_only_users_who_clicked_count_among_clicks():
 def test_intervals_are_near_those_of_resampled_users(columns, metric):
     names = list(columns)
     low, high = bootstrap_interval(
-        lambda *values: measure(dict(zip(names, values, strict=True)))[metric],
+        lambda *values: measured(dict(zip(names, values, strict=True)))[1][metric],
         [columns[name] for name in names],
         num_resamples=400,
         clusters=columns["user_hash"],
@@ -149,3 +156,9 @@ def test_metrics_that_are_not_defined_have_no_interval(columns):
 def test_one_user_has_no_interval():
     one = single_rows(label=np.array([1.0, 0, 0]), user_hash=np.array([4, 4, 4]))
     assert set(intervals(one).values()) == {None}
+
+
+def test_only_metrics_that_were_measured_have_an_interval(columns):
+    rows, values = measured(columns)
+    found = user_intervals(rows, {name: values[name] for name in ("auc", "pcoc", "ece")})
+    assert found == {name: user_intervals(rows, values)[name] for name in ("auc", "pcoc")}

@@ -1,15 +1,16 @@
-"""Day after day: each day is measured by the model of the day before, which then goes on training on it."""
+"""Daily training: each day is measured by the model of the day before, which then goes on training on it."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clsd_tf.continual.progressive_validation import identity, measure_ahead
-from clsd_tf.evaluation.evaluate import HEADLINES
+from clsd_tf.continual.progressive_validation import identity, validate_progressively
+from clsd_tf.metrics.table import headlines
 from clsd_tf.storage.dataset_dir import DatasetDir, DatasetLayout
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
@@ -71,8 +72,8 @@ def _require_events_of_the_day(day: Day) -> None:
         )
 
 
-def walk(days: Sequence[Day], config: TrainConfig, *, title: str | None = "train") -> Iterator[dict[str, Any]]:
-    """Measures and trains day by day; what is done already is not done again, so a killed walk goes on where it was.
+def train_daily(days: Sequence[Day], config: TrainConfig, *, title: str | None = "train") -> Iterator[dict[str, Any]]:
+    """Measures and trains day by day; what is done already is not done again, so that a killed one goes on.
 
     The first day is only trained on, unless its run is there already. Every other day is first measured, in all of its
     rows, by the run of the day before; then a run that goes on from that one trains on its training split. Validation
@@ -84,7 +85,8 @@ def walk(days: Sequence[Day], config: TrainConfig, *, title: str | None = "train
       title: what progress lines call a run, before the date; None for no progress lines.
 
     Yields:
-      After each day: ``date``, ``trained_rows``, and ``prequential``, what was measured ahead; None where nothing was.
+      After each day: ``date``, ``trained_rows``, and ``prequential``, its progressive validation, None where there was
+      none.
 
     Raises:
       ArtifactError: a run or dataset does not fit the day before it.
@@ -116,7 +118,7 @@ def _measure(earlier: WorkDir, day: Day) -> None:
     """Writes what ``earlier`` says of the day, unless it stands there: before anything trains on the day."""
     with day.work_dir.exclusive():
         if not day.work_dir.prequential.exists():
-            write_json(day.work_dir.prequential, measure_ahead(earlier, day.dataset))
+            write_json(day.work_dir.prequential, validate_progressively(earlier, day.dataset))
             return
     expected = identity(earlier, day.dataset)
     there = read_json(day.work_dir.prequential)
@@ -128,10 +130,19 @@ def _measure(earlier: WorkDir, day: Day) -> None:
         )
 
 
-def table_rows(days: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of a table: date, training rows and the headlines of what was measured ahead, None where nothing was."""
-    rows = []
-    for day in days:
-        measured = day["prequential"]["overall"] if day["prequential"] else {}
-        rows.append([day["date"], day["trained_rows"], *(measured.get(key) for key, _ in HEADLINES)])
-    return rows
+def days_table(days: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Makes a table with a line per day.
+
+    Args:
+      days: from ``train_daily``.
+
+    Returns:
+      (columns, lines): date, training rows and the metrics of the progressive validation, None where there was none.
+    """
+    measured = [day["prequential"]["overall"] if day["prequential"] else {} for day in days]
+    shown = headlines(itertools.chain.from_iterable(measured))
+    lines = [
+        [day["date"], day["trained_rows"], *(overall.get(metric.name) for metric in shown)]
+        for day, overall in zip(days, measured, strict=True)
+    ]
+    return ["day", "trained rows", *(metric.heading for metric in shown)], lines

@@ -1,4 +1,4 @@
-"""A dataset measured ahead: by a model that has seen nothing of it, before the next model trains on it."""
+"""Progressive validation: a model is measured on new data, which it has not seen, before the next one trains on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.data.transform import oov_ids
-from clsd_tf.evaluation.evaluate import measure_with_groups, scored_rows
+from clsd_tf.evaluation.evaluate import measure_with_groups
+from clsd_tf.evaluation.scored_rows import score_split
+from clsd_tf.metrics.scored_rows import ScoredRows
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.assembly import restored_model
@@ -38,12 +40,12 @@ class EarlierModel:
         self._vocabulary_of = {entry.name: entry.vocabulary for entry in dataset.inputs.categorical}
 
     def predict(self, batches: tf.data.Dataset, verbose: int = 0) -> np.ndarray:
-        """As ``ClsdModel.predict``."""
+        """Predicts pctr of batches, as the run's model does."""
         known = batches.map(lambda features, labels, weight: (self._as_known(features), labels, weight))
         return self._model.predict(known, verbose=verbose)
 
     def logits(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """As ``ClsdModel.logits``."""
+        """Computes logits of a batch before calibration, as the run's model does."""
         return self._model.logits(self._as_known(features))
 
     def _as_known(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -66,8 +68,8 @@ def _known_ids(trained_on: TrainedOn, dataset: DatasetDir) -> dict[str, np.ndarr
     return known_ids
 
 
-def measure_ahead(earlier: WorkDir, dataset: DatasetDir) -> dict[str, Any]:
-    """Scores all rows of a dataset, of every split, by a run that has seen none of them (Dawid, 1984: prequential).
+def validate_progressively(earlier: WorkDir, dataset: DatasetDir) -> dict[str, Any]:
+    """Measures an earlier run on all rows of a dataset, of every split, before any run trains on them.
 
     The calibration, too, is the earlier run's own.
 
@@ -80,17 +82,16 @@ def measure_ahead(earlier: WorkDir, dataset: DatasetDir) -> dict[str, Any]:
 
     Raises:
       ArtifactError: the run has not finished, does not fit or has seen rows of the dataset's time.
+
+    Source: Blum, Kalai and Langford (1999), "Beating the hold-out: bounds for k-fold and progressive cross-validation";
+    prequential in Dawid (1984).
     """
     require_unseen(earlier, dataset)
     model = EarlierModel(earlier, dataset)
-    parts = [scored_rows(model, dataset, split) for split in SPLITS]
-    columns = {
-        name: None if values is None else np.concatenate([part[name] for part in parts])
-        for name, values in parts[0].items()
-    }
-    return {**identity(earlier, dataset), **measure_with_groups(columns, dataset.inputs.groups)}
+    rows = ScoredRows.concatenated([score_split(model, dataset, split) for split in SPLITS])
+    return {**identity(earlier, dataset), **measure_with_groups(rows, dataset.inputs.groups)}
 
 
 def identity(earlier: WorkDir, dataset: DatasetDir) -> dict[str, str]:
-    """Fingerprints of who scored and what was scored."""
+    """Returns the fingerprints of the run that scored and of the dataset that was scored."""
     return {"scored_by": earlier.fingerprint, "dataset_fingerprint": dataset.fingerprint}

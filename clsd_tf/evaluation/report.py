@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from clsd_tf.commands.console import format_number
-from clsd_tf.evaluation.evaluate import HEADLINES, table_rows
+from clsd_tf.evaluation.evaluate import evaluation_table
+from clsd_tf.metrics.table import definitions, headlines
 from clsd_tf.pages.plots import COLORS, LINE_STYLE, panel_grid, render_page, svg, tidy
 
 _TEMPLATE = pathlib.Path(__file__).with_name("report.html")
@@ -27,13 +28,14 @@ def render_report(evaluation: dict[str, Any], history: list[dict[str, Any]], con
     Returns:
       A self-contained HTML page.
     """
-    rows = [[row[0], *(format_number(value) for value in row[1:])] for row in table_rows(evaluation)]
+    headings, lines = evaluation_table(evaluation)
     return render_page(
         _TEMPLATE,
         evaluation=evaluation,
         config=config,
-        headings=[heading for _, heading in HEADLINES],
-        rows=rows,
+        headings=headings,
+        rows=[[name, *map(format_number, values)] for name, *values in lines],
+        definitions=definitions(headlines(evaluation["overall"])),
         training_curves=svg(_training_curves(history)),
         calibration={name: svg(_calibration_curves(evaluation, name)) for name in evaluation["groups"]}
         or {"all rows": svg(_calibration_curves(evaluation, None))},
@@ -77,17 +79,25 @@ def _calibration_curves(evaluation: dict[str, Any], group: str | None) -> Figure
 
 
 def _group_monitors(history: list[dict[str, Any]], group: str, labels: list[str]) -> Figure | None:
-    """Mean click confidence and mean AdGate output of each user group, by epoch; None if the run had no AdGate."""
+    """Means that the method watched of each label of a user group, by epoch; None if it watched none."""
+    watched = _watched(history, group, labels)
+    if not watched:
+        return None
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     epochs = [entry["epoch"] + 1 for entry in history]
-    panels = (("click_confidence", "Mean click confidence by group"), ("ad_gate", "Mean AdGate output by group"))
-    for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        keys = {label: f"{name}/{group}/{label}" for label in labels if f"{name}/{group}/{label}" in history[0]}
-        if not keys:
-            return None
+    for axes, (name, keys) in zip(figure.subplots(1, len(watched), squeeze=False)[0], watched.items(), strict=True):
         for (label, key), color in zip(keys.items(), itertools.cycle(COLORS), strict=False):
             axes.plot(epochs, [entry[key] for entry in history], label=label, color=color, **LINE_STYLE)
         axes.set_xticks(epochs)
-        tidy(axes, title, "epoch", "")
+        tidy(axes, f"Mean {name.replace('_', ' ')} by group", "epoch", "")
     figure.axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
+
+
+def _watched(history: list[dict[str, Any]], group: str, labels: list[str]) -> dict[str, dict[str, str]]:
+    """What was watched -> label -> its key in the history, ``<what>/<user group>/<label>``."""
+    names = dict.fromkeys(key.partition("/")[0] for key in history[0] if f"/{group}/" in key)
+    found = {
+        name: {label: key for label in labels if (key := f"{name}/{group}/{label}") in history[0]} for name in names
+    }
+    return {name: keys for name, keys in found.items() if keys}

@@ -77,6 +77,11 @@ def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = Non
     return float(np.average(aucs[known], weights=entered)), float(entered.sum() / impressions.sum())
 
 
+def mean(values: Array, weights: Array) -> float:
+    """Weighted mean: sum_i weights_i * values_i / sum_i weights_i, [num_rows] each."""
+    return float(np.average(values, weights=weights))
+
+
 def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:
     """Weighted mean of -labels * log(pctr) - (1 - labels) * log(1 - pctr); pctr clipped to [1e-7, 1 - 1e-7]."""
     weights = _weights(weights, labels)

@@ -107,15 +107,20 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def rela_impr(auc: float, baseline_auc: float) -> float | None:
-    """(auc - 0.5) / (baseline_auc - 0.5) - 1: the relative gain in AUC above a random ranking; 0.1 is 10 %.
+def rela_impr(value: float, baseline: float, chance: float = 0.5) -> float | None:
+    """(value - chance) / (baseline - chance) - 1: the relative gain above a random ranking; 0.1 is 10 %.
+
+    Args:
+      value: AUC, or another metric of rankings.
+      baseline: what it is compared with.
+      chance: value of a random ranking.
 
     Returns:
-      None when ``baseline_auc`` is 0.5: there is nothing to be relative to.
+      None when ``baseline`` is ``chance``: there is nothing to be relative to.
 
     Source: Yan et al. (2014), "Coupled group lasso for web-scale CTR prediction in display advertising", section 5.2.1.
     """
-    return None if baseline_auc == 0.5 else (auc - 0.5) / (baseline_auc - 0.5) - 1
+    return None if baseline == chance else (value - chance) / (baseline - chance) - 1
 
 
 def bootstrap_interval(

@@ -21,68 +21,71 @@ import numpy as np
 from scipy import stats
 
 from clsd_tf.metrics.pointwise import auc_by_user
+from clsd_tf.metrics.scored_rows import ScoredRows
+from clsd_tf.metrics.table import METRICS
 from clsd_tf.metrics.user_errors import auc_difference_error, gauc_difference_error, influence_error
 
 Array = np.ndarray
 
 CONFIDENCE = 0.95
-_AT_MOST_1 = ("click_rate", "auc", "gauc", "intensity_auc", "intensity_auc_among_clicks")
 
 
-def user_intervals(columns: Mapping[str, Array | None], values: Mapping[str, float | None]) -> dict[str, list | None]:
-    """Metric -> [low, high] at 95 %, cut off where the metric cannot be.
+def user_intervals(rows: ScoredRows, values: Mapping[str, float | None]) -> dict[str, list[float] | None]:
+    """Computes the 95 % intervals of metrics, cut off where a metric cannot be.
 
     Args:
-      columns: as ``clsd_tf.evaluation.evaluate.measure`` takes them.
-      values: the metrics that it gives.
+      rows: that were measured.
+      values: metric -> value on the rows.
 
     Returns:
-      Of ``click_rate``, ``auc``, ``gauc``, ``log_loss``, ``normalized_entropy``, ``pcoc``, ``intensity_auc`` and
-      ``intensity_auc_among_clicks``; None where the metric is not defined or there are fewer than two users.
+      Metric -> [low, high], where ``values`` has it, of ``click_rate``, ``auc``, ``gauc``, ``log_loss``,
+      ``normalized_entropy``, ``pcoc``, ``intensity_auc`` and ``intensity_auc_among_clicks``; None where the metric is
+      not defined or there are fewer than two users.
     """
-    num_users = _num_users(columns)
+    num_users = _num_users(rows)
     return {
-        name: None if error is None or values[name] is None else _interval(name, values[name], error, num_users[name])
-        for name, error in _errors(columns).items()
+        name: _interval(name, values[name], error, num_users[name])
+        for name, error in _errors(rows).items()
+        if name in values
     }
 
 
-def _interval(name: str, value: float, error: float, num_users: int) -> list[float]:
+def _interval(name: str, value: float | None, error: float | None, num_users: int) -> list[float] | None:
+    if value is None or error is None:
+        return None
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_users - 1)) * error
-    high = value + margin
-    return [max(value - margin, 0.0), min(high, 1.0) if name in _AT_MOST_1 else high]
+    return [max(value - margin, 0.0), min(value + margin, METRICS[name].at_most)]
 
 
-def _num_users(columns: Mapping[str, Array | None]) -> Mapping[str, int]:
+def _num_users(rows: ScoredRows) -> Mapping[str, int]:
     """Metric -> number of users that enter it."""
-    label, users = columns["label"], columns["user_hash"]
-    _, aucs, _ = auc_by_user(label, columns["pctr"], users, columns["sample_weight"])
+    _, aucs, _ = auc_by_user(rows.label, rows.pctr, rows.user_hash, rows.sample_weight)
     return collections.defaultdict(
-        lambda: len(np.unique(users)),
+        lambda: len(np.unique(rows.user_hash)),
         gauc=int(np.isfinite(aucs).sum()),
-        intensity_auc_among_clicks=len(np.unique(users[label > 0.5])),
+        intensity_auc_among_clicks=len(np.unique(rows.clicks().user_hash)),
     )
 
 
-def _errors(columns: Mapping[str, Array | None]) -> dict[str, float | None]:
-    label, pctr, users, weight = (columns[name] for name in ("label", "pctr", "user_hash", "sample_weight"))
-    intensity, clicked = columns["intensity_label"], label > 0.5
+def _errors(rows: ScoredRows) -> dict[str, float | None]:
     found = {
-        **_ratio_errors(label, pctr, users, weight),
-        "auc": _auc_error(label, pctr, users, weight),
-        "gauc": gauc_difference_error(label, pctr[np.newaxis], _no_ranking(pctr), users, weight),
+        **_ratio_errors(rows.label, rows.pctr, rows.user_hash, rows.sample_weight),
+        "auc": _auc_error(rows),
+        "gauc": gauc_difference_error(
+            rows.label, rows.pctr[np.newaxis], _no_ranking(rows.pctr), rows.user_hash, rows.sample_weight
+        ),
         "intensity_auc": None,
         "intensity_auc_among_clicks": None,
     }
-    if intensity is not None:
-        found["intensity_auc"] = _auc_error(intensity, pctr, users, weight)
-        among = (intensity[clicked], pctr[clicked], users[clicked], weight[clicked])
-        found["intensity_auc_among_clicks"] = _auc_error(*among)
+    if rows.has("intensity_label"):
+        found["intensity_auc"] = _auc_error(rows.judged_by("intensity_label"))
+        found["intensity_auc_among_clicks"] = _auc_error(rows.clicks().judged_by("intensity_label"))
     return found
 
 
-def _auc_error(label: Array, scores: Array, users: Array, weight: Array) -> float | None:
-    return auc_difference_error(label, scores[np.newaxis], _no_ranking(scores), users, weight)
+def _auc_error(rows: ScoredRows) -> float | None:
+    scores = rows.pctr[np.newaxis]
+    return auc_difference_error(rows.label, scores, _no_ranking(rows.pctr), rows.user_hash, rows.sample_weight)
 
 
 def _no_ranking(scores: Array) -> Array:

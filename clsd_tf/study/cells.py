@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from clsd_tf.commands.interruption import EXIT_CODE, TrainingInterruptedError
 from clsd_tf.data import input_pipeline
+from clsd_tf.evaluation.scored_rows import score_split
 from clsd_tf.methods import DEFAULT_METHOD, METHODS, method_of
 from clsd_tf.methods.method import MethodGuardError
 from clsd_tf.metrics.user_errors import difference_errors
@@ -26,7 +27,7 @@ from clsd_tf.plugins.loading import load_plugins
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.study.measures import measure, scored_rows
+from clsd_tf.study.measures import measure_slices
 from clsd_tf.training.assembly import load_model, make_deterministic
 from clsd_tf.training.callbacks import TrainingDivergedError
 from clsd_tf.training.config import TrainConfig, parse_config
@@ -174,7 +175,7 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
       dataset_path: a complete dataset directory.
       study_dir: where the cell's work directory and result go.
       split: the split to measure on.
-      truth: Parquet file with the planted truth of a simulated log, or None.
+      truth: Parquet file with the ground truth of a simulated log, or None.
     """
     if is_finished(cell, dataset_path, study_dir, split):
         return
@@ -183,9 +184,9 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
     start = time.monotonic()
     try:
         train(dataset, cell.config, work_dir, title=None)
-        rows = scored_rows(load_model(work_dir, dataset), dataset, split, truth)
-        np.savez(cell.predictions(study_dir), row_id=rows["row_id"], pctr=rows["pctr"])
-        result["rows"] = list(measure(rows, dataset.inputs.groups))
+        rows = score_split(load_model(work_dir, dataset), dataset, split, truth)
+        np.savez(cell.predictions(study_dir), row_id=rows.row_id, pctr=rows.pctr)
+        result["rows"] = list(measure_slices(rows, dataset.inputs.groups))
     except (TrainingDivergedError, MethodGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
     result["seconds"] = round(time.monotonic() - start, 1)

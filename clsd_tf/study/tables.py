@@ -11,29 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clsd_tf.metrics.significance import PairedDifference, holm, paired_difference, rela_impr
+from clsd_tf.metrics.table import METRICS, Metric, Report, metrics_in
 from clsd_tf.pages.plots import render_page, svg, tidy
 from clsd_tf.study.cells import BASELINE
 from clsd_tf.study.measures import OVERALL
 
 _TEMPLATE = pathlib.Path(__file__).with_name("report.html")
-
-# Metrics of the tables, in order: key, heading.
-METRICS = (
-    ("auc", "AUC"),
-    ("gauc", "GAUC"),
-    ("group_auc", "AUC within groups"),
-    ("intensity_auc", "intensity AUC"),
-    ("intensity_auc_among_clicks", "intensity AUC among clicks"),
-    ("genuine_auc", "genuine AUC"),
-    ("genuine_group_auc", "genuine AUC within groups"),
-    ("log_loss", "log loss"),
-    ("pcoc", "PCOC"),
-    ("ece", "ECE"),
-    ("uncalibrated_pcoc", "PCOC uncalibrated"),
-    ("uncalibrated_ece", "ECE uncalibrated"),
-)
-CONSOLE_METRICS = ("auc", "gauc", "intensity_auc", "genuine_auc", "genuine_group_auc", "pcoc")  # What fits a terminal.
-TESTED = ("auc", "gauc", "intensity_auc", "intensity_auc_among_clicks", "genuine_auc", "genuine_group_auc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +103,8 @@ def _row(
         return row
     paired = [baseline_by_seed[seed] for seed in seeds]
     difference = paired_difference([by_seed[seed] for seed in seeds], paired)
-    base = float(np.mean(paired))
-    lift = rela_impr(base + difference.mean, base) if "auc" in metric else None
+    base, chance = float(np.mean(paired)), METRICS[metric].chance
+    lift = None if chance is None else rela_impr(base + difference.mean, base, chance)
     return dataclasses.replace(row, difference=difference, lift=lift)
 
 
@@ -140,12 +123,17 @@ def _with_holm(rows: list[Row]) -> list[Row]:
     return adjusted
 
 
-def summary_table(
-    rows: Sequence[Row], metrics: Sequence[str] = tuple(dict(METRICS))
-) -> tuple[list[str], list[list[str]]]:
-    """(columns, lines): a line of means per data, backbone and method, and below it one of differences."""
-    measured = {row.metric for row in rows}
-    shown = [(key, heading) for key, heading in METRICS if key in measured and key in metrics]
+def summary_table(rows: Sequence[Row], report: Report = "study") -> tuple[list[str], list[list[str]]]:
+    """Makes a table with a line of means per data, backbone and method, and below it one of differences.
+
+    Args:
+      rows: from ``compare``, of one slice.
+      report: whose metrics it shows, where they were measured.
+
+    Returns:
+      (columns, lines).
+    """
+    shown = _measured(rows, report)
     most_seeds = max((row.num_seeds for row in rows), default=0)
     lines = []
     for place, method in _runs(rows):
@@ -153,20 +141,28 @@ def summary_table(
         num_seeds = max(row.num_seeds for row in found.values())
         # Means of fewer seeds than the others' are no means of the same runs: the line of differences is.
         name = method if num_seeds == most_seeds else f"{method} ({num_seeds} of {most_seeds} seeds)"
-        lines.append([*place[:2], name, *(_mean_text(found.get(key)) for key, _ in shown)])
+        lines.append([*place[:2], name, *(_mean_text(found.get(metric.name)) for metric in shown)])
         baseline = next(iter(found.values())).baseline
         if method != baseline:
-            lines.append(["", "", f"minus {baseline}", *(_difference_text(found.get(key)) for key, _ in shown)])
-    return ["data", "backbone", "method", *(heading for _, heading in shown)], lines
+            differences = (_difference_text(found.get(metric.name)) for metric in shown)
+            lines.append(["", "", f"minus {baseline}", *differences])
+    return ["data", "backbone", "method", *(metric.heading for metric in shown)], lines
+
+
+def _measured(rows: Sequence[Row], report: Report) -> list[Metric]:
+    """Metrics of a report that rows have, and tables show."""
+    measured = {row.metric for row in rows}
+    return [metric for metric in metrics_in(report) if metric.heading and metric.name in measured]
 
 
 def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(columns, lines): a line per comparison of a tested metric."""
+    """Makes a table with a line per comparison of a tested metric: (columns, lines)."""
     columns = ["data", "backbone", "method", "metric", "difference", "95 % interval", "RelaImpr"]
     columns += ["p (t)", "p (permutation)", "p (t, Holm)", "p (permutation, Holm)", "pairs", "± over users"]
-    headings, lines = dict(METRICS), []
+    tested = {metric.name: metric.heading for metric in _measured(rows, "study_tests")}
+    lines = []
     for row in rows:
-        if row.difference is None or row.metric not in TESTED:
+        if row.difference is None or row.metric not in tested:
             continue
         found = row.difference
         lift = "" if row.lift is None else f"{row.lift:+.2%}"
@@ -174,26 +170,35 @@ def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         p_values = [_p_text(value) for value in p_values]
         measured = [str(found), _interval_text(found.confidence_interval), lift, *p_values, str(found.num_pairs)]
         measured.append("" if row.user_error is None else f"{row.user_error:.4f}")
-        lines.append([*row.place[:2], row.method, headings[row.metric], *measured])
+        lines.append([*row.place[:2], row.method, tested[row.metric], *measured])
     return columns, lines
 
 
 def group_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(columns, lines): per user group and method, means and differences of what is measured within it."""
+    """Makes a table with a line per user group and method, of means and differences within the group.
+
+    Args:
+      rows: from ``compare``.
+
+    Returns:
+      (columns, lines).
+    """
     sliced = [row for row in rows if row.place[2] != OVERALL]
-    metrics = [(key, heading) for key, heading in METRICS if any(row.metric == key for row in sliced)]
+    shown = _measured(sliced, "study_groups")
     lines = []
     for place, method in _runs(sliced):
         found = {row.metric: row for row in sliced if (row.place, row.method) == (place, method)}
-        texts = [_mean_text(found.get(key)) for key, _ in metrics]
-        if method != next(iter(found.values())).baseline:
-            differences = [_difference_text(found.get(key)) for key, _ in metrics]
-            texts = [f"{text}; {change}" for text, change in zip(texts, differences, strict=True)]
-        # Weighting bends low predictions downwards: only plain BCE's lowest scores tell of accidental clicks.
-        floor = _mean_text(found.get("click_noise_floor")) if method == BASELINE else ""
-        lines.append([*place[:2], place[2], method, *texts, floor])
-    headings = [*(heading for _, heading in metrics), "click noise floor"]
-    return ["data", "backbone", "group", "method", *headings], lines
+        baseline = next(iter(found.values())).baseline
+        cells = (_group_cell(metric, found.get(metric.name), method, baseline) for metric in shown)
+        lines.append([*place, method, *cells])
+    return ["data", "backbone", "group", "method", *(metric.heading for metric in shown)], lines
+
+
+def _group_cell(metric: Metric, row: Row | None, method: str, baseline: str) -> str:
+    """A mean and, where there is one, its difference."""
+    if metric.of_baseline:
+        return _mean_text(row) if method == BASELINE else ""
+    return _mean_text(row) if method == baseline else f"{_mean_text(row)}; {_difference_text(row)}"
 
 
 def _runs(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], str]]:
@@ -282,16 +287,16 @@ def render_html(name: str, facts: dict[str, str], grids: Sequence[GridTables]) -
     sections = []
     for grid in grids:
         rows = overall(grid.rows)
-        plots = [svg(figure) for metric in TESTED if (figure := _forest(rows, metric)) is not None]
+        plots = [svg(figure) for metric in metrics_in("study_tests") if (figure := _forest(rows, metric)) is not None]
         tables = [("", summary_table(rows)), ("Tests", tests_table(rows)), ("User groups", group_table(grid.rows))]
         tables = [entry for entry in tables if entry[1][1]]
         sections.append({"title": grid.title, "plots": plots, "tables": tables, "notes": grid.notes})
     return render_page(_TEMPLATE, name=name, facts=facts, sections=sections, legend=_LEGEND)
 
 
-def _forest(rows: Sequence[Row], metric: str) -> Figure | None:
+def _forest(rows: Sequence[Row], metric: Metric) -> Figure | None:
     """Differences to the baseline with their 95 % intervals, a line per data, backbone and method."""
-    shown = [row for row in rows if row.metric == metric and row.difference is not None]
+    shown = [row for row in rows if row.metric == metric.name and row.difference is not None]
     if not shown:
         return None
     figure = Figure(figsize=(7.5, 0.9 + 0.24 * len(shown)), layout="constrained")
@@ -302,5 +307,6 @@ def _forest(rows: Sequence[Row], metric: str) -> Figure | None:
         axes.plot([row.difference.mean], [height], "o", color="#0072B2", markersize=4)
     axes.axvline(0, color="#999999", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), [" ".join((*row.place[:2], row.method)) for row in reversed(shown)])
-    tidy(axes, dict(METRICS)[metric], f"difference to {shown[0].baseline}, 95 % interval", "")
+    axis = f"difference to {shown[0].baseline}, 95 % interval"
+    tidy(axes, metric.heading, f"{axis}; {metric.better} is better" if metric.better else axis, "")
     return figure

@@ -7,20 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from clsd_tf.methods import method_of
+from clsd_tf.metrics.table import METRICS, Metric, definitions, headlines
 from clsd_tf.storage.dataset_dir import SPLITS
 from clsd_tf.training.config import parse_method
 from export.servable.card_types import Measured, ModelCard, Slice
-
-_METRICS = (
-    ("click_rate", "click rate"),
-    ("auc", "AUC"),
-    ("gauc", "GAUC"),
-    ("log_loss", "log loss"),
-    ("normalized_entropy", "NE"),
-    ("pcoc", "PCOC"),
-    ("intensity_auc", "intensity AUC"),
-    ("intensity_auc_among_clicks", "among clicks"),
-)
 
 
 def render_card(card: ModelCard) -> str:
@@ -114,22 +104,19 @@ def _data(card: ModelCard) -> str:
 
 
 def _measured(card: ModelCard) -> str:
-    shown = [(key, heading) for key, heading in _METRICS if card.overall.metrics[key].value is not None]
+    shown = [
+        metric for metric in headlines(card.overall.metrics) if card.overall.metrics[metric.name].value is not None
+    ]
     rows = [_row("overall", card.overall, shown)]
     for group, labels in card.groups.items():
         rows += [_row(f"{group} {label}", entry, shown) for label, entry in labels.items()]
-    headings = ["rows of", "rows", "users", *(heading for _, heading in shown), "ECE"]
-    return (
-        "As it is served. In brackets: 95 % intervals over users.\n\n"
-        + _table(headings, rows)
-        + "\n\nAUC: share of pairs of a click and another row that are in order; GAUC: the same within each user. NE: "
-        "log loss over that of the click rate. PCOC: predicted clicks over clicks. ECE: mean distance of prediction "
-        "and click rate in bins."
-    )
+    headings = ["rows of", "rows", "users", *(metric.heading for metric in shown), METRICS["ece"].heading]
+    introduction = "As it is served. In brackets: 95 % intervals over users."
+    return "\n\n".join([introduction, _table(headings, rows), definitions([*shown, METRICS["ece"]])])
 
 
-def _row(name: str, entry: Slice, shown: Sequence[tuple[str, str]]) -> list[str]:
-    metrics = [_metric(entry.metrics[key]) for key, _ in shown]
+def _row(name: str, entry: Slice, shown: Sequence[Metric]) -> list[str]:
+    metrics = [_metric(entry.metrics[metric.name]) for metric in shown]
     return [name, f"{entry.rows:,}", f"{entry.users:,}", *metrics, f"{entry.ece:.4f}"]
 
 
@@ -146,13 +133,13 @@ def _calibration(card: ModelCard) -> str:
     if found.method == "none":
         return "None: `ctr` is the model's own output."
     per = f", one curve for each {_text(found.user_group)}" if found.user_group else ""
-    names = ("pcoc", "ece", "log_loss")
+    shown = headlines(found.after)
     rows = [
-        [name, *("-" if entry[name] is None else f"{entry[name]:.4f}" for name in names)]
-        for name, entry in (("before", found.before), ("after", found.after))
+        [when, *("-" if (value := entry[metric.name]) is None else f"{value:.4f}" for metric in shown)]
+        for when, entry in (("before", found.before), ("after", found.after))
     ]
     return f"`{found.method}`, fitted on the validation split{per}. On the {card.split} split:\n\n" + _table(
-        ["", "PCOC", "ECE", "log loss"], rows
+        ["", *(metric.heading for metric in shown)], rows
     )
 
 

@@ -10,9 +10,12 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import tensorflow as tf
+
 import clsd_tf
-from clsd_tf.evaluation.evaluate import measure, rows_by_label, scored_rows
-from clsd_tf.methods.method_model import MethodModel
+from clsd_tf.evaluation.scored_rows import rows_by_label, score_split
+from clsd_tf.metrics.scored_rows import ScoredRows
+from clsd_tf.metrics.table import headlines, measure
 from clsd_tf.metrics.user_intervals import user_intervals
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json, write_json, write_text
@@ -23,13 +26,12 @@ from export.servable.card_text import render_card
 from export.servable.card_types import CARD_MARKDOWN, Calibration, Data, Export, Measured, ModelCard, Slice, Training
 
 _SPLIT = "test"
-_SCORES = {"before": "uncalibrated", "after": "pctr"}  # Of the calibration -> columns.
 _LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
 
 
 def write_model_card(
     directory: pathlib.Path,
-    model: MethodModel,
+    model: tf.keras.Model,
     dataset: DatasetDir,
     work_dir: WorkDir,
     *,
@@ -52,19 +54,19 @@ def write_model_card(
       quantisation: what that cost, None without it.
       verification: what the check of the written version found.
     """
-    columns = scored_rows(model, dataset, _SPLIT)
+    rows = score_split(model, dataset, _SPLIT)
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).to_dict()
     card = ModelCard(
         model_name=model_name,
         version=version,
         data=_data(dataset),
         split=_SPLIT,
-        overall=_slice(columns),
+        overall=_slice(rows),
         groups={
-            group.name: {label: _slice(rows) for label, rows in rows_by_label(columns, group)}
+            group.name: {label: _slice(part) for label, part in rows_by_label(rows, group)}
             for group in dataset.inputs.groups
         },
-        calibration=_calibration(model, columns),
+        calibration=_calibration(model, rows),
         training=_training(config, work_dir),
         export=Export(
             profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
@@ -77,24 +79,29 @@ def write_model_card(
     return card
 
 
-def _slice(columns: dict[str, Any]) -> Slice:
-    measured = measure(columns)
-    intervals = user_intervals(columns, measured)
+def _slice(rows: ScoredRows) -> Slice:
+    measured = measure(rows, "evaluation")
+    intervals = user_intervals(rows, measured)
+    own_fields = {name: measured.pop(name) for name in ("rows", "clicks", "ece")}
     return Slice(
-        rows=measured["rows"],
-        users=len(set(columns["user_hash"].tolist())),
-        clicks=measured["clicks"],
-        ece=measured["ece"],
-        metrics={name: Measured(value=measured[name], interval=interval) for name, interval in intervals.items()},
+        users=len(set(rows.user_hash.tolist())),
+        metrics={
+            metric.name: Measured(value=measured[metric.name], interval=intervals.get(metric.name))
+            for metric in headlines(measured)
+        },
+        **own_fields,
     )
 
 
-def _calibration(model: MethodModel, columns: dict[str, Any]) -> Calibration:
+def _calibration(model: tf.keras.Model, rows: ScoredRows) -> Calibration:
     fitted = model.calibration.calibration if model.calibration is not None else None
-    found = {when: measure({**columns, "pctr": columns[scores]}) for when, scores in _SCORES.items()}
-    facts = {when: {name: entry[name] for name in ("pcoc", "ece", "log_loss")} for when, entry in found.items()}
     group = fitted.group if fitted else None
-    return Calibration(method=fitted.method if fitted else "none", user_group=group and group.name, **facts)
+    return Calibration(
+        method=fitted.method if fitted else "none",
+        user_group=group and group.name,
+        before=measure(rows.without_calibration(), "calibration"),
+        after=measure(rows, "calibration"),
+    )
 
 
 def _data(dataset: DatasetDir) -> Data:

@@ -260,42 +260,6 @@ def _share_interval(successes: Array, trials: Array) -> list[float]:
     return [float((centre - margin) / (1 + per_trial)), float((centre + margin) / (1 + per_trial))]
 
 
-def click_noise_floor(scores: Array, groups: Groups, *, share: float = 0.05) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean score of the ``share`` of impressions with the lowest scores: a rough sign of accidental clicks.
-
-    If a click is genuine with probability eta(x), or else accidental with a rate eps_g that depends on the user group
-    alone, then pctr(x) = 1 - (1 - eta(x)) * (1 - eps_g) = eps_g + (1 - eps_g) * eta(x) >= eps_g, with equality where
-    interest vanishes. So the lowest scores of a group bound eps_g from above, the closer the more impressions nobody
-    wants. This holds for a teacher that knows pctr: the noise of one that does not pulls the lowest scores down. In
-    docs/study.md a factorisation's floors lie 15 to 40 % below most planted rates, and above that of the group with
-    the highest genuine interest: compare groups of like click rates.
-
-    Args:
-      scores: teacher scores of all impressions, clicked or not, [num_rows], in [0, 1].
-      groups: user groups; a label without rows is left out.
-      share: of the impressions of each group, rounded up to whole rows, in (0, 1].
-
-    Returns:
-      User group -> label -> ``num_rows`` and ``floor``, ready for JSON.
-
-    Raises:
-      ValueError: share outside (0, 1], or scores that are not finite.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1]. Received: {share}")
-    scores = np.asarray(scores, np.float64)
-    _require_finite("scores", scores)
-    return {
-        name: {label: _floor(scores[ids == index], share) for index, label in enumerate(labels) if np.any(ids == index)}
-        for name, (ids, labels) in groups.items()
-    }
-
-
-def _floor(scores: Array, share: float) -> dict[str, Any]:
-    num_lowest = int(np.ceil(share * len(scores)))
-    return {"num_rows": len(scores), "floor": float(np.sort(scores)[:num_lowest].mean())}
-
-
 def table_rows(measured: dict[str, Any]) -> list[list[Any]]:
     """Rows of a table with the headlines: overall first, then each group; estimates as "value [low, high]"."""
     entries = {"overall": measured["overall"]}
@@ -320,7 +284,7 @@ def render_confidence_report(
 
     Args:
       measured: form of confidence (``global``, ``local``) -> from ``measure_confidence``.
-      noise_floor: from ``click_noise_floor``.
+      noise_floor: from ``clsd_tf.metrics.noise_floor.click_noise_floor``.
       facts: ``split``, ``scores`` (what made them), ``label``, ``intensity_label``, ``intensity_value`` (None where
         the spec has none) and ``dataset_fingerprint``.
 
