@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.data.examples import parse_records, parsed_bytes_per_row, record_tensors, unpacked
+from clsd_tf.spec.record_fields import TEACHER_SCORE, names_of
 from clsd_tf.storage.dataset_dir import DatasetDir
 
 MAX_CACHE_BYTES = 2**28
@@ -268,7 +269,7 @@ def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues) -> tf.data.
     table = scores.lookup_table()
 
     def add(features, labels, sample_weight):
-        return {**features, "teacher_score": table.lookup(features["row_id"])}, labels, sample_weight
+        return {**features, TEACHER_SCORE: table.lookup(features["row_id"])}, labels, sample_weight
 
     return _prepared(batched.map(add))
 
@@ -301,11 +302,10 @@ def _require_at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _as_training_batch(record):
-    features = dict(record)
-    label, weight = features.pop("label"), features.pop("sample_weight")
-    for held_out in ("intensity_label", "intensity_value", "user_hash", "event_time"):
-        del features[held_out]
-    return features, label, weight
+    [label], [weight] = names_of("label"), names_of("weight")
+    withheld = (label, weight, *names_of("held_out"))
+    features = {name: values for name, values in record.items() if name not in withheld}
+    return features, record[label], record[weight]
 
 
 def _prepared(dataset: tf.data.Dataset) -> tf.data.Dataset:
