@@ -16,7 +16,8 @@ import tensorflow as tf
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from benchmarks.wide_log import LOG, SPEC
-from clsd_tf.spec.feature_spec import FeatureSpec, NumericFeature, load_spec
+from clsd_tf.spec.feature_spec import FeatureSpec, load_spec
+from clsd_tf.spec.number_features import NumberFeature
 from clsd_tf.storage.dataset_dir import SPLITS
 
 _PARSERS = {"int64": int, "float": float, "string": str}
@@ -91,7 +92,7 @@ def encoded_splits(rows: beam.PCollection, spec: FeatureSpec) -> dict[str, beam.
 
 def _fit(train: beam.PCollection, spec: FeatureSpec) -> tuple[beam.pvalue.AsDict, beam.pvalue.AsDict]:
     """The vocabularies and moments of the features, by name."""
-    numeric = {feature.name: feature.column for feature in spec.features if isinstance(feature, NumericFeature)}
+    numeric = {feature.name: feature.column for feature in spec.features_of(NumberFeature)}
     categorical = {feature.name: feature.column for feature in spec.features if feature.name not in numeric}
     vocabularies = (
         train

@@ -14,9 +14,10 @@ import yaml
 
 import feature_specs
 from clsd_tf.spec.feature_spec import FeatureSpec, load_spec, parse_spec
-from clsd_tf.spec.feature_types import UserGroup, Vocabulary
+from clsd_tf.spec.id_features import Vocabulary
 from clsd_tf.spec.model_inputs import CategoricalInput, GroupInput, ModelInputs, RawInput
 from clsd_tf.spec.tables import Comparison
+from clsd_tf.spec.user_groups import UserGroup
 from clsd_tf.spec.validation import SpecError
 
 

@@ -14,7 +14,7 @@ from clsd_tf.data.transform import FeatureTransform, HashLookup
 from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
 from clsd_tf.spec.feature_spec import parse_spec
-from clsd_tf.spec.feature_types import Hashing
+from clsd_tf.spec.id_features import Hashing
 from clsd_tf.spec.model_inputs import CategoricalInput, ModelInputs, Statistics
 from clsd_tf.spec.validation import SpecError
 from clsd_tf.training.assembly import build_model

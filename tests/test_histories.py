@@ -1,5 +1,7 @@
 """Histories: the user's last values strictly before an event, of the events that count, neither too old nor too new."""
 
+from typing import ClassVar
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.spec.feature_spec import SpecError, parse_spec
-from clsd_tf.spec.feature_types import HistoryFeature
-from pipelines.rows.histories import SortedEvents, user_histories
+from clsd_tf.spec.past_features import FromPastEvents, HistoryFeature
+from pipelines.rows.histories import SortedEvents, past_values, user_histories
 
 SECOND = 1_000_000
 
@@ -164,3 +166,15 @@ def test_history_of_an_item_table_shares_its_vocabulary(shop_content):
     ]
     inputs = parse_spec(shop_content, "shop").model_inputs({"item": 5, "user_city": 3, "item_tags": 7, "item_brand": 2})
     assert (inputs.categorical[-1].vocabulary, inputs.categorical[-1].vocabulary_size) == ("item_brand", 4)
+
+
+def test_a_kind_of_feature_without_a_case_is_named():
+    class Streak(FromPastEvents):
+        counted_as: ClassVar = "numbers"
+        meaning: ClassVar = None
+        categorical_input: ClassVar = None
+        event_column: ClassVar = None
+
+    past = SortedEvents(np.array([1]), np.array([1]))
+    with pytest.raises(TypeError, match=r"must have its case here\. Received: Streak"):
+        past_values(past, None, np.array([True]), Streak(name="x"))

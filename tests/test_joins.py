@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from clsd_tf.data.hashing import hash_keys
-from clsd_tf.spec.feature_spec import Comparison, SpecError, parse_spec
-from clsd_tf.spec.tables import EventTime
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.tables import Comparison, EventTime
+from clsd_tf.spec.validation import SpecError
 from pipelines.rows.checks import parse_rows
 from pipelines.rows.joins import EVENT_TIME, USER_HASH, Profiles, evaluate_comparison, join_rows, microseconds
 from pipelines.sources import ROW_ID, RawBatch, SourceFile

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.data.hashing import hash_keys, mix_row_ids
-from clsd_tf.spec.feature_spec import Split, parse_spec
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.tables import Split
 from clsd_tf.statistics.sketches import Histogram
 from feature_specs.overrides import override_split_rule
 from pipelines.rows.splits import expected_rows, split_cut_offs, split_indices

@@ -18,9 +18,11 @@ from clsd_tf.data.examples import (
     record_tensors,
 )
 from clsd_tf.data.transform import FeatureTransform, HashLookup, VocabularyLookup, as_text, group_ids, numeric_values
-from clsd_tf.spec.feature_spec import NumericFeature, UserGroup, parse_spec
-from clsd_tf.spec.feature_types import Hashing
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.id_features import Hashing
 from clsd_tf.spec.model_inputs import MISSING_INT64, NumericStatistics, Statistics
+from clsd_tf.spec.number_features import NumericFeature
+from clsd_tf.spec.user_groups import UserGroup
 
 NAN = float("nan")
 STATISTICS = Statistics(

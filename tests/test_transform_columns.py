@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clsd_tf.data.examples import arrow_to_tensors
-from clsd_tf.data.transform import FeatureTransform
-from clsd_tf.spec.feature_spec import HistoryFeature, parse_spec
+from clsd_tf.data.transform import FeatureTransform, transform_distinct
+from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.spec.model_inputs import NumericStatistics, RawInput, Statistics
-from pipelines.beam.encoding import transform_distinct
 
 VOCABULARIES = {"item": ["i7", "i1", "7"], "tags": ["a", "b", "ü"], "number": ["3", "-4"]}
 SCALINGS = ("none", "standardise", "min_max", "quantile_buckets")
@@ -98,7 +97,7 @@ def tables(draw):
 
 def gathered(transform, table, entry):
     """One feature or user group of a table, by way of the distinct values of its column."""
-    if isinstance(entry, HistoryFeature):
+    if entry.is_list:
         rows = [(values or [])[-entry.max_length :] for values in table.column(entry.name).to_pylist()]
         distinct = ["", *sorted({value for row in rows for value in row})]
         ids = transform.column(entry.name, tf.constant(distinct)).numpy()
@@ -114,8 +113,8 @@ def gathered(transform, table, entry):
 @settings(max_examples=30, deadline=None)
 def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_rows(transform, table):
     by_row = transform(arrow_to_tensors(table, SPEC.raw_inputs))
-    assert by_row.keys() == {entry.name for entry in (*SPEC.features, *SPEC.user_groups)}
-    for entry in (*SPEC.features, *SPEC.user_groups):
+    assert by_row.keys() == {entry.name for entry in SPEC.entries}
+    for entry in SPEC.entries:
         expected, received = by_row[entry.name].numpy(), gathered(transform, table, entry)
         assert (received.dtype, received.shape) == (expected.dtype, expected.shape), entry.name
         assert received.tobytes() == expected.tobytes(), entry.name
@@ -124,7 +123,7 @@ def test_gathering_the_transform_of_distinct_values_gives_the_transform_of_the_r
 @given(tables())
 @settings(max_examples=30, deadline=None)
 def test_the_transform_of_distinct_values_in_a_build_is_that_of_a_request(transform, table):
-    for history in (feature for feature in SPEC.features if isinstance(feature, HistoryFeature)):
+    for history in (feature for feature in SPEC.features if feature.is_list):
         # As joins give them: never null, and not too long.
         rows = [(values or [])[-history.max_length :] for values in table.column(history.name).to_pylist()]
         column = pa.array(rows, pa.list_(pa.string()))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from clsd_tf.data.transform import FeatureTransform, VocabularyLookup
 from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.layers.embeddings import FieldEmbeddings
-from clsd_tf.spec.feature_spec import Vocabulary, parse_spec
+from clsd_tf.spec.feature_spec import parse_spec
+from clsd_tf.spec.id_features import Vocabulary
 from clsd_tf.spec.model_inputs import Statistics
 from clsd_tf.spec.validation import SpecError
 from clsd_tf.statistics.sketches import TopValues

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from clsd_tf.data.examples import arrow_to_tensors
 from clsd_tf.data.transform import numeric_values
 from clsd_tf.spec.feature_spec import SpecError, parse_spec
-from clsd_tf.spec.feature_types import NumericFeature, WindowFeature
 from clsd_tf.spec.model_inputs import NumericStatistics, RawInput
+from clsd_tf.spec.number_features import NumberFeature
+from clsd_tf.spec.past_features import WindowFeature
 from pipelines.rows.histories import SortedEvents, window_values
 
 SECOND = 1_000_000
@@ -150,7 +151,7 @@ def test_a_window_is_a_numeric_input_and_a_number_of_the_request(shop_content):
     content = with_window(shop_content, aggregate="rate", where="clicked == 1", within_seconds=86_400)
     spec = parse_spec(content, "shop")
     feature = spec.feature("user_ctr")
-    assert isinstance(feature, NumericFeature)
+    assert isinstance(feature, NumberFeature)
     assert feature.column == "user_ctr"
     assert spec.raw_inputs[-1] == RawInput("user_ctr", "float")
     inputs = spec.model_inputs({"item": 5, "user_city": 3, "item_tags": 7})

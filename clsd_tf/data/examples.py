@@ -16,11 +16,9 @@ import tensorflow as tf
 
 from clsd_tf.data.columns import convert_column, decimals
 from clsd_tf.spec.model_inputs import MISSING_INT64, ModelInputs, RawInput, RecordLayout
+from clsd_tf.spec.record_fields import RECORD_FIELDS
 from clsd_tf.spec.tables import Column
 
-# What a record holds beside the model inputs; event_time in microseconds since 1970, intensity_value NaN if missing.
-RECORD_NUMBERS = ("label", "intensity_label", "intensity_value", "sample_weight")
-RECORD_IDS = ("user_hash", "row_id", "event_time")
 _LISTS = {
     tf.int64: ("int64_list", "Int64List"),
     tf.float32: ("float_list", "FloatList"),
@@ -106,9 +104,10 @@ def packed_columns(inputs: ModelInputs) -> tuple[dict[str, int | None], dict[str
     Returns:
       (integers, floats): name -> number of values per row, None for a single one; record fields come last.
     """
+    integers, floats = ([field.name for field in RECORD_FIELDS if field.dtype == dtype] for dtype in ("int64", "float"))
     ids = {entry.name: entry.num_ids for entry in inputs.categorical}
-    ids |= {name: None for name in (*(group.name for group in inputs.groups), *RECORD_IDS)}
-    return ids, {name: None for name in (*inputs.numeric, *RECORD_NUMBERS)}
+    ids |= dict.fromkeys([*(group.name for group in inputs.groups), *integers])
+    return ids, dict.fromkeys([*inputs.numeric, *floats])
 
 
 def _side_by_side(features: Mapping[str, tf.Tensor], widths: Mapping[str, int | None]) -> tf.Tensor:

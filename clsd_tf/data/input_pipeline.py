@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from clsd_tf.data.examples import parse_records, parsed_bytes_per_row, record_tensors, unpacked
+from clsd_tf.spec.record_fields import TEACHER_SCORE, names_of
 from clsd_tf.storage.dataset_dir import DatasetDir
 
 # Mixes as well as a shuffle buffer of 200,000 rows does: a row moves by 2^19 / sqrt(6) = 214,000 places (standard
@@ -264,7 +265,7 @@ def _sizes(num_rows: int, size: int) -> list[int]:
     return [size] * full + [rest] * bool(rest)
 
 
-def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues, feature: str = "teacher_score") -> tf.data.Dataset:
+def with_teacher_scores(batched: tf.data.Dataset, scores: RowValues, feature: str = TEACHER_SCORE) -> tf.data.Dataset:
     """Adds teacher scores to batches.
 
     Args:
@@ -328,11 +329,10 @@ def _require_at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _as_training_batch(record):
-    features = dict(record)
-    label, weight = features.pop("label"), features.pop("sample_weight")
-    for held_out in ("intensity_label", "intensity_value", "user_hash", "event_time"):
-        del features[held_out]
-    return features, label, weight
+    [label], [weight] = names_of("label"), names_of("weight")
+    withheld = (label, weight, *names_of("held_out"))
+    features = {name: values for name, values in record.items() if name not in withheld}
+    return features, record[label], record[weight]
 
 
 def _prepared(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -6,24 +6,24 @@ training and serving cannot disagree.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Collection, Mapping
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow as tf
 
-from clsd_tf.spec.feature_spec import (
-    CategoricalFeature,
-    Feature,
-    FeatureSpec,
-    HistoryFeature,
-    IdFeature,
-    MultiValuedFeature,
-    NumericFeature,
-    UserGroup,
-)
-from clsd_tf.spec.feature_types import Hashing
-from clsd_tf.spec.model_inputs import MISSING_ID, MISSING_INT64, NumericStatistics, Statistics
+from clsd_tf.data.examples import arrow_to_tensors
+from clsd_tf.spec.feature_base import SpecEntry
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.spec.id_features import CategoricalFeature, Hashing, IdFeature, MultiValuedFeature
+from clsd_tf.spec.model_inputs import MISSING_ID, MISSING_INT64, NumericStatistics, RawInput, Statistics
+from clsd_tf.spec.number_features import NumberFeature
+from clsd_tf.spec.past_features import HistoryFeature
+from clsd_tf.spec.user_groups import UserGroup
 
 Tensors = Mapping[str, tf.Tensor]
 
@@ -107,8 +107,8 @@ class FeatureTransform(tf.Module):
     def __init__(self, spec: FeatureSpec, statistics: Statistics, vocabulary_dir: pathlib.Path):
         super().__init__()
         self._statistics = statistics
-        self._entries = {entry.name: entry for entry in (*spec.features, *spec.user_groups)}
-        features = [feature for feature in spec.features if isinstance(feature, IdFeature)]
+        self._entries = {entry.name: entry for entry in spec.entries}
+        features = spec.features_of(IdFeature)
         own = {feature.name: self._lookup(feature, vocabulary_dir) for feature in features if not feature.shares}
         self._lookups = {feature.name: own[spec.id_source(feature).name] for feature in features}
 
@@ -130,14 +130,14 @@ class FeatureTransform(tf.Module):
           int64 ids [batch] or [batch, num_ids], float32 numbers [batch], and int64 user-group ids [batch].
         """
         return {
-            name: self._rows(entry, raw[raw_name(entry)])
+            name: self._rows(entry, raw[entry.raw_name])
             for name, entry in self._entries.items()
-            if inputs is None or raw_name(entry) in inputs
+            if inputs is None or entry.raw_name in inputs
         }
 
-    def _rows(self, entry: Feature | UserGroup, values: tf.Tensor) -> tf.Tensor:
-        if isinstance(entry, HistoryFeature):
-            return side_by_side(self.column(entry.name, last_values(values, entry.max_length)))
+    def _rows(self, entry: SpecEntry, values: tf.Tensor) -> tf.Tensor:
+        if entry.is_list:
+            return side_by_side(self.column(entry.name, last_values(values, entry.values_per_row)))
         return self.column(entry.name, values)
 
     def column(self, name: str, values: tf.Tensor) -> tf.Tensor:
@@ -165,13 +165,78 @@ class FeatureTransform(tf.Module):
                 return side_by_side(self._lookups[name](first_values(pieces, feature.max_values)))
             case HistoryFeature() as feature:
                 return self._lookups[feature.of](values)
-            case NumericFeature() as feature:
+            case NumberFeature() as feature:
                 return numeric_values(feature, self._statistics.numeric[name], values)
+            case entry:
+                raise TypeError(f"each kind of feature must have its case here. Received: {type(entry).__name__}")
 
 
-def raw_name(entry: Feature | UserGroup) -> str:
-    """The raw input that a feature or user group is made of."""
-    return entry.name if isinstance(entry, HistoryFeature) else entry.column
+# --- A table at once -------------------------------------------------------------------------------------------------
+
+
+def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa.Table) -> dict[str, np.ndarray]:
+    """The transform of a table, worked out on the distinct values of each column.
+
+    Args:
+      transform: fitted for ``spec``.
+      spec: declares features and user groups.
+      table: one column per raw input; lists without missing values, none longer than ``values_per_row``.
+
+    Returns:
+      What ``transform`` gives for the rows: int64 ids [num_rows] or [num_rows, num_ids], float32 [num_rows].
+    """
+    encoded = {entry.name: _Distinct.of(table.column(entry.name), entry) for entry in spec.raw_inputs}
+    outputs = {}
+    for entry in spec.entries:
+        column = encoded[entry.raw_name]
+        distinct = transform.column(entry.name, column.values).numpy()
+        if entry.is_list:
+            # Several ids may stand for one value: [num_rows, values_per_row, ids_per_value].
+            ids = distinct[column.padded_codes(entry.values_per_row)]
+            outputs[entry.name] = ids.reshape([table.num_rows, -1])
+        else:
+            outputs[entry.name] = distinct[column.codes]
+    return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distinct:
+    """A column as its distinct raw values, the missing one last, and a code per row.
+
+    Attributes:
+      values: raw tensor [num_distinct].
+      codes: int64 [num_rows]; of a history [num_values] over all rows.
+      lengths: of the histories, [num_rows]; None for other columns.
+    """
+
+    values: tf.Tensor
+    codes: np.ndarray
+    lengths: np.ndarray | None
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray, entry: RawInput) -> _Distinct:
+        values = column.combine_chunks()
+        lengths = None
+        if entry.is_list:
+            lengths = pc.list_value_length(values).to_numpy()
+            values = pc.list_flatten(values)
+        encoded = pc.dictionary_encode(values)
+        distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)])
+        codes = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy()
+        scalar = dataclasses.replace(entry, is_list=False)
+        [tensor] = arrow_to_tensors(pa.table({entry.name: distinct}), [scalar]).values()
+        return cls(tensor, codes, lengths)
+
+    def padded_codes(self, max_length: int) -> np.ndarray:
+        """Codes of histories, left-aligned and padded with the missing value: [num_rows, max_length]."""
+        padded = np.full((len(self.lengths), max_length), len(self.values) - 1)
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        starts = np.cumsum(self.lengths) - self.lengths
+        padded[rows, np.arange(len(self.codes)) - np.repeat(starts, self.lengths)] = self.codes
+        return padded
+
+
+# --- What a kind of feature does with its values ---------------------------------------------------------------------
 
 
 def as_text(values: tf.Tensor) -> tf.Tensor:
@@ -224,7 +289,7 @@ def as_float(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(values, tf.float32)
 
 
-def numeric_values(feature: NumericFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
+def numeric_values(feature: NumberFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
     """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
     values = as_float(raw)
     missing = tf.math.is_nan(values)

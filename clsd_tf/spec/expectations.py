@@ -19,12 +19,12 @@ class DriftLimits(StrictModel):
       max_unseen: share of values that the baseline never had, where both have 1,000 values or fewer.
     """
 
-    max_l_infinity: float | None = pydantic.Field(0.1, ge=0, le=1)
-    max_jensen_shannon: float | None = pydantic.Field(0.05, ge=0, le=1)
-    max_mean_change: float | None = pydantic.Field(0.25, ge=0)
-    max_missing_change: float | None = pydantic.Field(0.05, ge=0, le=1)
-    max_click_rate_change: float | None = pydantic.Field(0.25, ge=0)
-    max_unseen: float | None = pydantic.Field(None, ge=0, le=1)
+    max_l_infinity: float | None = pydantic.Field(default=0.1, ge=0, le=1)
+    max_jensen_shannon: float | None = pydantic.Field(default=0.05, ge=0, le=1)
+    max_mean_change: float | None = pydantic.Field(default=0.25, ge=0)
+    max_missing_change: float | None = pydantic.Field(default=0.05, ge=0, le=1)
+    max_click_rate_change: float | None = pydantic.Field(default=0.25, ge=0)
+    max_unseen: float | None = pydantic.Field(default=None, ge=0, le=1)
 
 
 class Expectation(StrictModel):
@@ -40,8 +40,8 @@ class Expectation(StrictModel):
 
     min: float | None = None
     max: float | None = None
-    values: tuple[str, ...] | None = pydantic.Field(None, min_length=1)
-    max_missing: float | None = pydantic.Field(None, ge=0, le=1)
+    values: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+    max_missing: float | None = pydantic.Field(default=None, ge=0, le=1)
     drift: DriftLimits | None = None
 
     @pydantic.model_validator(mode="after")

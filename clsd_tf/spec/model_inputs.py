@@ -12,16 +12,6 @@ MISSING_INT64 = -(2**63)  # What a missing int64 is in a raw tensor; floats use 
 UNKNOWN_GROUP = "unknown"  # Label of user group 0: the profile or the value is missing.
 OTHER_GROUP = "other"
 RecordLayout = Literal["packed", "named"]  # See clsd_tf.data.examples.record_tensors.
-RECORD_FIELDS = (
-    "label",
-    "intensity_label",
-    "intensity_value",
-    "sample_weight",
-    "user_hash",
-    "row_id",
-    "event_time",
-    "teacher_score",
-)  # Never model inputs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +73,16 @@ class ModelInputs:
 
     @property
     def num_fields(self) -> int:
+        """Fields that a backbone sees; user groups are none."""
         return len(self.categorical) + len(self.numeric)
 
     def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelInputs:
+        """Reads what ``to_dict`` gives."""
         return cls(
             categorical=tuple(CategoricalInput(**entry) for entry in value["categorical"]),
             numeric=tuple(value["numeric"]),
@@ -126,10 +119,12 @@ class Statistics:
     numeric: Mapping[str, NumericStatistics]
 
     def to_json(self) -> str:
+        """The content of statistics.json."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Statistics:
+        """Reads what ``to_json`` gives."""
         value = json.loads(text)
         numeric = {
             name: NumericStatistics(**{**entry, "boundaries": tuple(entry["boundaries"])})

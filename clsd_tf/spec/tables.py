@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import operator
 import re
 from typing import Annotated, Literal
 
+import numpy as np
 import pydantic
 
 from clsd_tf.spec.expectations import Expectation
 from clsd_tf.spec.validation import StrictModel
 
+ColumnType = Literal["string", "int64", "float"]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 
@@ -27,7 +30,10 @@ def _in_utc(value: dt.datetime) -> dt.datetime:
 
 # A date (its midnight) or a time, UTC unless it names its zone.
 Moment = Annotated[dt.datetime, pydantic.BeforeValidator(_parse_moment), pydantic.AfterValidator(_in_utc)]
-_COMPARISON = re.compile(r"^\s*([A-Za-z]\w*)\s*(>=|<=|==|!=|>|<)\s*(-?\d+(?:\.\d+)?|'[^']*')\s*$")
+_OPERATORS = {
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt
+}  # fmt: skip
+_COMPARISON = re.compile(rf"^\s*([A-Za-z]\w*)\s*({'|'.join(_OPERATORS)})\s*(-?\d+(?:\.\d+)?|'[^']*')\s*$")
 
 
 class Column(StrictModel):
@@ -44,7 +50,7 @@ class Column(StrictModel):
     """
 
     name: Name
-    type: Literal["string", "int64", "float"]
+    type: ColumnType
     source_name: str | None = None
     expect: Expectation | None = None
     sensitive: bool = False
@@ -98,7 +104,7 @@ class Table(StrictModel):
 
     path: str
     format: Literal["csv", "tsv", "jsonl", "parquet", "avro", "tfrecord", "tfds"]
-    delimiter: str | None = pydantic.Field(None, pattern=r"^[!-/:-@\[-`{-~ ]$")
+    delimiter: str | None = pydantic.Field(default=None, pattern=r"^[!-/:-@\[-`{-~ ]$")
     columns: tuple[Column, ...] = pydantic.Field(min_length=1)
     key: Name | None = None
     valid_from: EventTime | None = None
@@ -121,6 +127,7 @@ class Table(StrictModel):
         return [column.name for column in self.columns]
 
     def column(self, name: str) -> Column:
+        """Finds a column by its name, which must be one of ``column_names``."""
         return next(column for column in self.columns if column.name == name)
 
 
@@ -153,16 +160,26 @@ class Comparison:
 
     @classmethod
     def parse(cls, expression: str) -> Comparison:
+        """Reads an expression.
+
+        Raises:
+          ValueError: it is no comparison.
+        """
         match = _COMPARISON.match(expression)
         if match is None:
             raise ValueError(
-                f"a label is `column operator value`. Received: {expression!r}. Allowed operators: >= <= == != > <; "
+                f"a label is `column operator value`. Received: {expression!r}. Allowed operators: "
+                f"{' '.join(_OPERATORS)}; "
                 "allowed values: a number or 'text' in single quotes, for example `rating >= 4`"
             )
         column, operator, value = match.groups()
         if value.startswith("'"):
             return cls(column, operator, value[1:-1])
         return cls(column, operator, float(value) if "." in value else int(value))  # Large integers are no floats.
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """Compares the column's values, none of them missing: bool in the shape of ``values``."""
+        return _OPERATORS[self.operator](values, self.value)
 
 
 class Split(StrictModel):
@@ -181,16 +198,16 @@ class Split(StrictModel):
     """
 
     rule: Literal["time", "random", "user", "last_n_per_user"] = "time"
-    train: float = pydantic.Field(0.8, gt=0, lt=1)
-    validation: float = pydantic.Field(0.1, gt=0, lt=1)
-    test: float = pydantic.Field(0.1, gt=0, lt=1)
+    train: float = pydantic.Field(default=0.8, gt=0, lt=1)
+    validation: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    test: float = pydantic.Field(default=0.1, gt=0, lt=1)
     validation_from: Moment | None = None
     test_from: Moment | None = None
     until: Moment | None = None
-    gap_days: float = pydantic.Field(0, ge=0, le=36_500)
-    validation_events: int = pydantic.Field(1, ge=1)
-    test_events: int = pydantic.Field(1, ge=1)
-    seed: int = pydantic.Field(0, ge=0)
+    gap_days: float = pydantic.Field(default=0, ge=0, le=36_500)
+    validation_events: int = pydantic.Field(default=1, ge=1)
+    test_events: int = pydantic.Field(default=1, ge=1)
+    seed: int = pydantic.Field(default=0, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Split:
@@ -203,7 +220,7 @@ class Split(StrictModel):
             raise ValueError(f"cut-off dates need rule: time. Received: rule: {self.rule}")
         if self.gap_days and self.rule != "time":
             raise ValueError(f"gap_days needs rule: time. Received: rule: {self.rule}")
-        if self.validation_from and self.test_from <= self.validation_from:
+        if self.validation_from and self.test_from and self.test_from <= self.validation_from:
             raise ValueError(
                 f"test_from must be after validation_from. Received: {self.test_from} <= {self.validation_from}"
             )

@@ -20,8 +20,8 @@ from clsd_tf.data.examples import arrow_to_tensors
 from clsd_tf.data.hashing import mix_row_ids
 from clsd_tf.data.transform import group_ids
 from clsd_tf.spec.feature_spec import FeatureSpec
-from clsd_tf.spec.feature_types import Feature, HistoryFeature, IdFeature, MultiValuedFeature, NumericFeature, UserGroup
 from clsd_tf.spec.model_inputs import RawInput
+from clsd_tf.spec.user_groups import UserGroup
 from clsd_tf.statistics.column_summaries import NumberSummary, ValueSummary, sum_segments
 from clsd_tf.statistics.sketches import DistinctSketch, Histogram, TopValues
 from clsd_tf.statistics.small_groups import MIN_GROUP_USERS, merged_labels
@@ -237,7 +237,7 @@ class _Part:
     def _group_ids(self, group: UserGroup) -> np.ndarray:
         encoded = self._column(group.column)
         with_missing = pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)])
-        raw = RawInput(group.column, self._spec.column_types[group.column])
+        raw = group.raw_input(self._spec.column_types)
         tensors = arrow_to_tensors(pa.table({group.column: with_missing}), [raw])
         return group_ids(group, tensors[group.column]).numpy()[encoded.codes]
 
@@ -328,29 +328,32 @@ class _Part:
 
 
 def is_number(spec: FeatureSpec, column: str) -> bool:
-    """Whether statistics treat the column as numbers: it is scaled, cut into intervals or expected in a range."""
-    uses = _uses(spec, column)
-    by_use = any(
-        isinstance(use, NumericFeature) or (isinstance(use, UserGroup) and bool(use.boundaries)) for use in uses
-    )
-    return by_use or (column in spec.expectations and spec.expectations[column].has_range)
+    """Tells if statistics treat the column as numbers: it is scaled, cut into intervals or expected in a range.
+
+    Args:
+      spec: declares what the column is used for.
+      column: a raw input that is no list.
+    """
+    return "numbers" in _uses(spec, column) or (column in spec.expectations and spec.expectations[column].has_range)
 
 
 def is_id(spec: FeatureSpec, column: str) -> bool:
-    """Whether statistics count the column's values: they become ids or user groups, or are listed in the spec."""
-    uses = _uses(spec, column)
-    by_use = any(isinstance(use, IdFeature) or (isinstance(use, UserGroup) and bool(use.values)) for use in uses)
-    return by_use or (column in spec.expectations and bool(spec.expectations[column].values))
+    """Tells if statistics count the column's values: they become ids or user groups, or are listed in the spec.
+
+    Args:
+      spec: declares what the column is used for.
+      column: a raw input that is no list.
+    """
+    return "values" in _uses(spec, column) or (column in spec.expectations and bool(spec.expectations[column].values))
 
 
-def _uses(spec: FeatureSpec, column: str) -> list[Feature | UserGroup]:
-    single = [feature for feature in spec.features if not isinstance(feature, HistoryFeature)]
-    return [use for use in (*single, *spec.user_groups) if use.column == column]
+def _uses(spec: FeatureSpec, column: str) -> set[str]:
+    return {entry.counted_as for entry in spec.entries if entry.raw_name == column}
 
 
 def _separators(spec: FeatureSpec) -> dict[str, str]:
     """Column of separated values -> its separator."""
-    return {feature.column: feature.separator for feature in spec.features if isinstance(feature, MultiValuedFeature)}
+    return {feature.raw_name: feature.value_separator for feature in spec.features if feature.value_separator}
 
 
 def _positions(kept: pa.ChunkedArray, values: pa.Array) -> np.ndarray:

@@ -37,11 +37,10 @@ class Sides(NamedTuple):
 
 def sides_of(spec: FeatureSpec) -> Sides:
     """Sorts the raw inputs of a spec."""
-    of_items = {column for table in spec.item_tables.values() for column in table.column_names}
-    of_items |= set(spec.tables.log.column_names) - {spec.user_key}
+    sides = spec.sides
     return Sides(
-        user=tuple(entry for entry in spec.raw_inputs if entry.name not in of_items),
-        item=tuple(entry for entry in spec.raw_inputs if entry.name in of_items),
+        user=tuple(entry for entry in spec.raw_inputs if sides[entry.name] == "user"),
+        item=tuple(entry for entry in spec.raw_inputs if sides[entry.name] != "user"),
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import apache_beam as beam
 
 from clsd_tf.commands.console import step
-from clsd_tf.spec.feature_spec import FeatureSpec, HistoryFeature, NumericFeature
+from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.spec.model_inputs import NumericStatistics, Statistics
 from clsd_tf.statistics.sketches import Histogram
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir, DatasetLayout
@@ -34,7 +34,7 @@ from pipelines.beam.engines import check_beam_arguments, make_pipeline
 from pipelines.beam.provenance import check_same_salt, write_manifest
 from pipelines.rows import outcome
 from pipelines.rows.checks import user_id_salt
-from pipelines.rows.fitting import NumericSummary
+from pipelines.rows.fitting import fitted_numbers
 from pipelines.rows.outcome import BadInputError
 from pipelines.rows.splits import expected_rows, split_cut_offs
 from pipelines.rows.vocabularies import check_compatible, previous_numbers
@@ -208,9 +208,7 @@ class _Build:
 
     def _partitions_for(self, num_bytes: int) -> int:
         """So many that a partition with its histories, which repeat events, fits a worker well."""
-        history_length = sum(
-            feature.max_length for feature in self.spec.features if isinstance(feature, HistoryFeature)
-        )
+        history_length = sum(feature.values_per_row for feature in self.spec.features if feature.is_list)
         return min(_MAX_PARTITIONS, 1 + num_bytes * (1 + history_length // 16) // _BYTES_PER_PARTITION)
 
     # --- 2. join and fit
@@ -259,15 +257,7 @@ class _Build:
                     f"the vocabulary of {name!r} is empty. Received: no value with min_count={rule.min_count} in the "
                     "training split. Lower min_count, or use hash_buckets"
                 )
-        fitted = dict(self._previous_numbers)
-        for feature in self.spec.features:
-            if isinstance(feature, NumericFeature) and feature.name not in fitted:
-                if feature.name not in numeric:
-                    raise BadInputError(
-                        f"numeric feature {feature.name!r} has no value in the training split. Received: column "
-                        f"{feature.column!r} with only missing values. Remove the feature"
-                    )
-                fitted[feature.name] = NumericSummary.from_dict(numeric[feature.name]).statistics(feature)
+        fitted = fitted_numbers(self.spec, numeric, self._previous_numbers)
         self.layout.statistics.write_text(Statistics(lengths, fitted).to_json(), encoding="utf-8")
 
     # --- 3. encode

@@ -6,7 +6,6 @@ closely, and shuffling them loses nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,16 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 import tensorflow as tf
 from apache_beam.utils import shared
 
-from clsd_tf.data.examples import RECORD_IDS, RECORD_NUMBERS, arrow_to_tensors, encode_examples, record_tensors
+from clsd_tf.data.examples import encode_examples, record_tensors
 from clsd_tf.data.hashing import mix_row_ids
-from clsd_tf.data.transform import FeatureTransform
-from clsd_tf.spec.feature_spec import FeatureSpec, HistoryFeature
-from clsd_tf.spec.model_inputs import RawInput, Statistics
+from clsd_tf.data.transform import FeatureTransform, transform_distinct
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.spec.model_inputs import Statistics
+from clsd_tf.spec.record_fields import RECORD_FIELDS, names_of
 from clsd_tf.storage.dataset_dir import DatasetLayout
 from pipelines.beam.engines import EvenReshuffle
 from pipelines.beam.joining import Buckets
@@ -114,7 +113,7 @@ class _WriteShardFn(beam.DoFn):
 
     def _sample(self, table: pa.Table) -> pa.Table:
         uniform = mix_row_ids(table.column(ROW_ID).to_numpy(), _SAMPLE_SEED) / 2.0**64
-        columns = [ROW_ID, "label", *(entry.name for entry in self._spec.raw_inputs)]
+        columns = [ROW_ID, *names_of("label"), *(entry.name for entry in self._spec.raw_inputs)]
         return table.select(columns).filter(pa.array(uniform < self._sample_fraction))
 
 
@@ -134,70 +133,8 @@ class _Encoder:
         for start in range(0, table.num_rows, ROWS_PER_BATCH):
             batch = table.slice(start, ROWS_PER_BATCH)
             features = transform_distinct(self._transform, self._spec, batch)
-            features |= {name: batch.column(name).to_numpy() for name in (*RECORD_NUMBERS, *RECORD_IDS)}
+            features |= {field.name: batch.column(field.name).to_numpy() for field in RECORD_FIELDS}
             yield self._encode(record_tensors(features, self._inputs, self._layout)).numpy()
-
-
-def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa.Table) -> dict[str, np.ndarray]:
-    """The transform of a table, worked out on the distinct values of each column.
-
-    Args:
-      transform: fitted for ``spec``.
-      spec: declares features and user groups.
-      table: one column per raw input; histories without missing values and of at most their ``max_length``.
-
-    Returns:
-      What ``transform`` gives for the rows: int64 ids [num_rows] or [num_rows, num_ids], float32 [num_rows].
-    """
-    encoded = {entry.name: _Distinct.of(table.column(entry.name), entry) for entry in spec.raw_inputs}
-    outputs = {}
-    for entry in (*spec.features, *spec.user_groups):
-        if isinstance(entry, HistoryFeature):
-            column = encoded[entry.name]
-            ids = transform.column(entry.name, column.values).numpy()
-            # Several ids may stand for one value: [num_rows, max_length, ids_per_value].
-            outputs[entry.name] = ids[column.padded_codes(entry.max_length)].reshape([table.num_rows, -1])
-        else:
-            column = encoded[entry.column]
-            outputs[entry.name] = transform.column(entry.name, column.values).numpy()[column.codes]
-    return outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Distinct:
-    """A column as its distinct raw values, the missing one last, and a code per row.
-
-    Attributes:
-      values: raw tensor [num_distinct].
-      codes: int64 [num_rows]; of a history [num_values] over all rows.
-      lengths: of the histories, [num_rows]; None for other columns.
-    """
-
-    values: tf.Tensor
-    codes: np.ndarray
-    lengths: np.ndarray | None
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray, entry: RawInput) -> _Distinct:
-        values = column.combine_chunks()
-        lengths = None
-        if entry.is_list:
-            lengths = pc.list_value_length(values).to_numpy()
-            values = pc.list_flatten(values)
-        encoded = pc.dictionary_encode(values)
-        distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)])
-        codes = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy()
-        scalar = dataclasses.replace(entry, is_list=False)
-        [tensor] = arrow_to_tensors(pa.table({entry.name: distinct}), [scalar]).values()
-        return cls(tensor, codes, lengths)
-
-    def padded_codes(self, max_length: int) -> np.ndarray:
-        """Codes of histories, left-aligned and padded with the missing value: [num_rows, max_length]."""
-        padded = np.full((len(self.lengths), max_length), len(self.values) - 1)
-        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        starts = np.cumsum(self.lengths) - self.lengths
-        padded[rows, np.arange(len(self.codes)) - np.repeat(starts, self.lengths)] = self.codes
-        return padded
 
 
 def write_records(path: pathlib.Path, batches: Iterable[np.ndarray], compressed: bool) -> str:

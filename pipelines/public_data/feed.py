@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pydantic
 
-from clsd_tf.spec.feature_types import UserGroup
+from clsd_tf.spec.user_groups import UserGroup
 from clsd_tf.spec.validation import SpecError, StrictModel, explain_validation_error
 from clsd_tf.storage.files import staged_directory, write_json
 

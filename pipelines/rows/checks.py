@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from clsd_tf.data.columns import ARROW_TYPES, convert_column, true_mask
 from clsd_tf.data.hashing import hash_user_ids
 from clsd_tf.spec.feature_spec import FeatureSpec
-from clsd_tf.spec.feature_types import NumericFeature, WindowFeature
+from clsd_tf.spec.number_features import NumberFeature
 from clsd_tf.spec.tables import Column, Table
 from pipelines.sources import ROW_ID, BadRow, RawBatch, row_number
 from pipelines.sources.delimited import num_lines
@@ -138,6 +138,5 @@ def _required_columns(spec: FeatureSpec) -> set[str]:
 
 
 def _non_negative_columns(spec: FeatureSpec) -> set[str]:
-    logs = [feature for feature in spec.features if isinstance(feature, NumericFeature) and feature.log1p]
-    columns = {feature.value if isinstance(feature, WindowFeature) else feature.column for feature in logs}
+    columns = {feature.number_column for feature in spec.features_of(NumberFeature) if feature.log1p}
     return columns | {spec.sample_weight}

@@ -16,11 +16,14 @@ import pyarrow as pa
 
 from clsd_tf.data.examples import arrow_to_tensors
 from clsd_tf.data.transform import group_ids
-from clsd_tf.spec.feature_spec import FeatureSpec, NumericFeature
-from clsd_tf.spec.model_inputs import NumericStatistics, RawInput
+from clsd_tf.spec.feature_spec import FeatureSpec
+from clsd_tf.spec.model_inputs import NumericStatistics
+from clsd_tf.spec.number_features import NumberFeature
+from clsd_tf.spec.user_groups import UserGroup
 from clsd_tf.statistics.data_statistics import DataStatistics
 from clsd_tf.statistics.sketches import Histogram
 from pipelines.rows.joins import EVENT_TIME
+from pipelines.rows.outcome import BadInputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,8 @@ class SplitSummary:
         )
 
 
-def _group_counts(group, table: pa.Table, label: np.ndarray, spec: FeatureSpec) -> dict[str, list[int]]:
-    raw = RawInput(group.column, spec.column_types[group.column])
+def _group_counts(group: UserGroup, table: pa.Table, label: np.ndarray, spec: FeatureSpec) -> dict[str, list[int]]:
+    raw = group.raw_input(spec.column_types)
     ids = group_ids(group, arrow_to_tensors(table, [raw])[group.column]).numpy()
     rows = np.bincount(ids, minlength=len(group.labels))
     clicks = np.bincount(ids, weights=label, minlength=len(group.labels))
@@ -90,7 +93,7 @@ class NumericSummary:
     histogram: Histogram | None
 
     @classmethod
-    def of(cls, table: pa.Table, feature: NumericFeature) -> NumericSummary | None:
+    def of(cls, table: pa.Table, feature: NumberFeature) -> NumericSummary | None:
         """None where the feature has no value."""
         values = table.column(feature.column).drop_null().to_numpy().astype(np.float64)
         if not len(values):
@@ -113,7 +116,7 @@ class NumericSummary:
             self.histogram.merge(other.histogram) if self.histogram else None,
         )
 
-    def statistics(self, feature: NumericFeature) -> NumericStatistics:
+    def statistics(self, feature: NumberFeature) -> NumericStatistics:
         """What the transform needs; boundaries are the distinct inner quantiles."""
         boundaries: tuple[float, ...] = ()
         if self.histogram:
@@ -130,6 +133,35 @@ class NumericSummary:
     def from_dict(cls, value: Mapping[str, Any]) -> NumericSummary:
         histogram = Histogram.from_dict(value["histogram"]) if value["histogram"] else None
         return cls(**{**value, "histogram": histogram})
+
+
+def fitted_numbers(
+    spec: FeatureSpec, summaries: Mapping[str, Mapping[str, Any]], previous: Mapping[str, NumericStatistics]
+) -> dict[str, NumericStatistics]:
+    """Statistics of the features that become numbers.
+
+    Args:
+      spec: declares the features.
+      summaries: ``NumericSummary.to_dict`` of the features that have a value in training rows, by name.
+      previous: of an earlier dataset, which stay as they are.
+
+    Returns:
+      By the name of the feature.
+
+    Raises:
+      BadInputError: a feature has no value.
+    """
+    fitted = dict(previous)
+    for feature in spec.features_of(NumberFeature):
+        if feature.name in fitted:
+            continue
+        if feature.name not in summaries:
+            raise BadInputError(
+                f"numeric feature {feature.name!r} has no value in the training split. Received: column "
+                f"{feature.column!r} with only missing values. Remove the feature"
+            )
+        fitted[feature.name] = NumericSummary.from_dict(summaries[feature.name]).statistics(feature)
+    return fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +185,7 @@ class FitSummary:
         train = by_split.get("train")
         numeric = {}
         if train is not None:
-            features = [feature for feature in spec.features if isinstance(feature, NumericFeature)]
-            found = {feature.name: NumericSummary.of(train, feature) for feature in features}
+            found = {feature.name: NumericSummary.of(train, feature) for feature in spec.features_of(NumberFeature)}
             numeric = {name: summary for name, summary in found.items() if summary}
         return cls(
             counts,

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import pyarrow as pa
 
-from clsd_tf.spec.feature_types import FromPastEvents, HistoryFeature, WindowFeature
+from clsd_tf.spec.past_features import FromPastEvents, HistoryFeature, WindowFeature
 
 _MICROSECONDS = 1_000_000
 
@@ -67,6 +67,29 @@ class PastEvents:
     @property
     def sizes(self) -> np.ndarray:
         return self.end - self.start
+
+
+def past_values(
+    events: SortedEvents, values: pa.ChunkedArray | None, holds: np.ndarray, feature: FromPastEvents
+) -> pa.Array:
+    """What a feature of past events is for each event, [num_events].
+
+    Args:
+      events: users and times.
+      values: the column of ``feature.event_column``, [num_events]; None where it names none.
+      holds: where ``feature.where`` holds, bool [num_events].
+      feature: what is made of which past events.
+
+    Raises:
+      TypeError: there is no case for this kind of feature.
+    """
+    match feature:
+        case HistoryFeature():
+            return user_histories(events, values.cast(pa.string()), holds, feature)
+        case WindowFeature():
+            return window_values(events, values, holds, feature)
+        case _:
+            raise TypeError(f"each kind of feature must have its case here. Received: {type(feature).__name__}")
 
 
 def user_histories(

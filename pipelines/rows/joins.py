@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,21 +12,13 @@ import pyarrow.compute as pc
 
 from clsd_tf.data.hashing import hash_keys
 from clsd_tf.spec.feature_spec import FeatureSpec
-from clsd_tf.spec.feature_types import FromPastEvents, HistoryFeature
+from clsd_tf.spec.past_features import FromPastEvents
 from clsd_tf.spec.tables import Comparison, EventTime
-from pipelines.rows.histories import SortedEvents, user_histories, window_values
+from pipelines.rows.histories import SortedEvents, past_values
 from pipelines.sources import ROW_ID
 
 EVENT_TIME = "event_time"  # int64 microseconds since 1970 (UTC).
 USER_HASH = "user_hash"
-_OPERATORS = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
-    "<": operator.lt,
-}
 
 
 def evaluate_comparison(comparison: Comparison, table: pa.Table) -> np.ndarray:
@@ -35,7 +26,7 @@ def evaluate_comparison(comparison: Comparison, table: pa.Table) -> np.ndarray:
     column = table.column(comparison.column)
     valid = column.is_valid().to_numpy()
     result = np.zeros(len(valid), np.float32)
-    result[valid] = _OPERATORS[comparison.operator](column.drop_null().to_numpy(), comparison.value)
+    result[valid] = comparison.holds(column.drop_null().to_numpy())
     return result
 
 
@@ -144,7 +135,7 @@ def _joined_columns(events: pa.Table, past: SortedEvents, users: np.ndarray, spe
         "intensity_value": _intensity_values(events, spec),
         "sample_weight": pa.array(weight.astype(np.float32)),
     }
-    of_past = {feature.name: feature for feature in spec.features if isinstance(feature, FromPastEvents)}
+    of_past = {feature.name: feature for feature in spec.past_features}
     for entry in spec.raw_inputs:
         feature = of_past.get(entry.name)
         columns[entry.name] = _from_past(feature, past, events, spec) if feature else events.column(entry.name)
@@ -152,12 +143,9 @@ def _joined_columns(events: pa.Table, past: SortedEvents, users: np.ndarray, spe
 
 
 def _from_past(feature: FromPastEvents, past: SortedEvents, events: pa.Table, spec: FeatureSpec) -> pa.Array:
-    where = feature.where_comparison
+    where, column = feature.where_comparison, feature.event_column(spec.feature)
     holds = evaluate_comparison(where, events) > 0 if where else np.ones(len(events), bool)
-    if isinstance(feature, HistoryFeature):
-        values = events.column(spec.feature(feature.of).column).cast(pa.string())
-        return user_histories(past, values, holds, feature)
-    return window_values(past, events.column(feature.value) if feature.value else None, holds, feature)
+    return past_values(past, events.column(column) if column else None, holds, feature)
 
 
 def _intensity_values(events: pa.Table, spec: FeatureSpec) -> pa.Array:

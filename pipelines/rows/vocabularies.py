@@ -13,15 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clsd_tf.spec.feature_spec import (
-    FeatureSpec,
-    IdFeature,
-    MultiValuedFeature,
-    NumericFeature,
-    Vocabulary,
-    meaning_differences,
-)
+from clsd_tf.spec.feature_spec import FeatureSpec, meaning_differences
+from clsd_tf.spec.id_features import IdFeature, Vocabulary
 from clsd_tf.spec.model_inputs import NumericStatistics
+from clsd_tf.spec.number_features import NumberFeature
 from clsd_tf.spec.validation import SpecError
 from clsd_tf.statistics.sketches import TopValues
 from clsd_tf.storage.dataset_dir import DatasetDir
@@ -83,8 +78,8 @@ def _units(rule: Vocabulary) -> int:
 def _count(table: pa.Table, feature: IdFeature, rule: Vocabulary) -> TopValues:
     weights = table.column("sample_weight") if rule.weighted else None
     values, counts = _distinct(table.column(feature.column), weights)
-    if isinstance(feature, MultiValuedFeature):
-        lists = pc.split_pattern(values, feature.separator)
+    if feature.value_separator:
+        lists = pc.split_pattern(values, feature.value_separator)
         values, counts = _summed(pc.list_flatten(lists), counts.take(pc.list_parent_indices(lists)))
     kept = pc.and_(pc.not_equal(values, ""), pc.greater(counts, 0))
     for line_break in ("\n", "\r"):
@@ -135,7 +130,7 @@ def previous_numbers(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, Numeri
 
     Quantile buckets give ids, and scaled numbers meet weights that were trained on the earlier scale.
     """
-    numeric = {feature.name for feature in spec.features if isinstance(feature, NumericFeature)}
+    numeric = {feature.name for feature in spec.features_of(NumberFeature)}
     return {name: found for name, found in dataset.statistics.numeric.items() if name in numeric}
 
 

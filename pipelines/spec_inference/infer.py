@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import sklearn.metrics
 
-from clsd_tf.data.columns import true_mask
 from clsd_tf.spec.tables import Comparison
+from pipelines.rows.joins import evaluate_comparison
 from pipelines.spec_inference.features import (
     MAX_CATEGORIES,
     TIME_NAME,
@@ -42,9 +43,6 @@ _AFTER_EVENT = re.compile(
 _TELLING_AUC = 0.9  # No single feature known beforehand ranks clicks as well.
 _MIN_ROWS_PER_VALUE = 10  # With fewer, the click rates of chance values rank the very rows that they come from.
 _MIN_TELLING_ROWS, _MAX_CHANCE = 10, 1e-6
-_OPERATORS = {
-    ">=": pc.greater_equal, "<=": pc.less_equal, "==": pc.equal, "!=": pc.not_equal, ">": pc.greater, "<": pc.less
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,8 +265,8 @@ def _rating_label(column: ColumnProfile) -> tuple[str, str]:
 def _clicks(log: TableProfile, label: str) -> np.ndarray:
     """Whether each row of the log is a click, bool [rows]."""
     comparison = Comparison.parse(label)
-    found = _OPERATORS[comparison.operator](log.column(comparison.column).values, comparison.value)
-    return true_mask(found)
+    column = pa.table({comparison.column: log.column(comparison.column).values})
+    return evaluate_comparison(comparison, column) > 0
 
 
 def _after_event(column: ColumnProfile, clicks: np.ndarray) -> str | None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clsd_tf.data.columns import LIST_SEPARATOR, convert_column
-from clsd_tf.spec.model_inputs import RECORD_FIELDS
+from clsd_tf.spec.record_fields import RESERVED_RAW_NAMES
 from clsd_tf.spec.tables import Column, Table
 from pipelines import sources
 from pipelines.sources.files import until_unreadable
@@ -30,7 +30,6 @@ _FORMATS = {
 _MAX_FILES = 10
 _MAX_UNPARSABLE = 0.001  # Rarer ones become bad rows, of which a build allows 1 %.
 _SEPARATORS = (LIST_SEPARATOR, ",", ";", " ")
-_RESERVED = (*RECORD_FIELDS, "ctr")
 _NO_AND_YES = (("false", "true"), ("f", "t"), ("no", "yes"), ("n", "y"))
 ID_ENDING = r"(_?(id|key|idx|index|no|hash|token))"
 # Of columns with such names, and of ids and names in the user table, no value is shown.
@@ -213,14 +212,16 @@ def spec_name(source_name: str) -> str:
     """A name that a spec allows; RecBole's ``user_id:token`` loses what stands behind the colon."""
     name = re.sub(r"\W+", "_", source_name.split(":")[0], flags=re.ASCII).strip("_")
     name = name if re.match(r"[A-Za-z]", name) else f"column_{name}".rstrip("_")
-    return f"{name}_value" if name in _RESERVED else name
+    return f"{name}_value" if name in RESERVED_RAW_NAMES else name
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
     """``name``, or the first of name_2, name_3, ... that is neither taken nor reserved."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     return next(
-        choice for choice in itertools.chain([name], numbered) if choice not in _RESERVED and choice not in taken
+        choice
+        for choice in itertools.chain([name], numbered)
+        if choice not in RESERVED_RAW_NAMES and choice not in taken
     )
 
 
