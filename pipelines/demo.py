@@ -21,7 +21,7 @@ from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start ac
 from clsd_tf.serving.servable import version_directory
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json
-from clsd_tf.study.tables import CONSOLE_METRICS, compare, overall, summary_table
+from clsd_tf.study.tables import compare, overall, summary_table
 
 _DEMO_DIR = flags.DEFINE_string("demo_dir", "demo", "Directory for everything the demo writes.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Number of paired seeds.", 1)
@@ -130,7 +130,7 @@ def print_summary(demo: pathlib.Path, spec: str) -> None:
     worst = max(verified["max_difference"].values())
     results = pyarrow.parquet.read_table(demo / "study" / "results.parquet").to_pylist()
     title = f"{spec}, test split: mean (std) over seeds; difference to bce +- standard error"
-    console.print_table(title, *summary_table(overall(compare(results)), CONSOLE_METRICS))
+    console.print_table(title, *summary_table(overall(compare(results)), "study_console"))
     console.console.print(
         f"Train/serve equality: {verified['rows']:,} rows through every signature differ by at most {worst:.1e}",
         soft_wrap=True,

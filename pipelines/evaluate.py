@@ -11,6 +11,7 @@ from absl import flags
 from clsd_tf.commands import console, quiet_start  # noqa: F401 - quiet_start acts by being imported first.
 from clsd_tf.evaluation.evaluate import evaluate, evaluation_table
 from clsd_tf.evaluation.report import render_report
+from clsd_tf.methods import method_of
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir
 from clsd_tf.storage.files import read_json, write_json, write_text
 from clsd_tf.storage.work_dir import WorkDir
@@ -24,7 +25,8 @@ _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Split to evaluate.")
 def main(argv) -> None:
     dataset, work_dir = DatasetDir(_DATASET_DIR.value), WorkDir(_WORK_DIR.value)
     with console.step(f"evaluate {_SPLIT.value}"):
-        evaluation = evaluate(load_model(work_dir, dataset), dataset, _SPLIT.value)
+        model = load_model(work_dir, dataset)
+        evaluation = evaluate(model, dataset, _SPLIT.value, method_of(model.config).metrics)
         write_json(work_dir.evaluation(_SPLIT.value), evaluation)
         history = read_json(work_dir.history)
         write_text(work_dir.report, render_report(evaluation, history, work_dir.resolved_config))

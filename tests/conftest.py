@@ -15,6 +15,7 @@ from shop_days import build_days
 
 import feature_specs
 from clsd_tf.data.examples import encode_examples, parse_records, record_tensors
+from clsd_tf.methods.pointwise.config import BceConfig
 from clsd_tf.spec.feature_spec import parse_spec
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
@@ -156,14 +157,19 @@ _TINY = [
 ]
 
 
+def _is_of_bce(assignment):
+    return assignment.removeprefix("method.").partition("=")[0] in BceConfig.model_fields
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Assignments -> config: two epochs of 13 steps on ``feed_dataset``, of which 5 steps are loss warm-up."""
 
     def config(*assignments):
-        # Settings of clsd are none of another method's.
-        shared = [entry for entry in _TINY if "method=bce" not in assignments or not entry.startswith("method.")]
-        return load_config(None, [*shared, *assignments])
+        settings = [*_TINY, *assignments]
+        if "method=bce" in assignments:  # Settings of clsd are none of its own.
+            settings = [entry for entry in settings if not entry.startswith("method.") or _is_of_bce(entry)]
+        return load_config(None, settings)
 
     return config
 

@@ -213,7 +213,7 @@ def test_random_layers_of_a_users_backbone_go_on_where_they_were(feed_dataset, t
 
 
 def keeper_with_model(config, inputs, work_dir, **arguments):
-    arguments = {"first_counted_step": 0, "sigterm": Sigterm(), **arguments}
+    arguments = {"sigterm": Sigterm(), **arguments}
     keeper = SaveAndStop(work_dir, config, steps_per_epoch=10, **arguments)
     model = build_model(config, inputs)
     keeper.resume(model)
@@ -236,7 +236,7 @@ def best_backbone_weights(work_dir):
 
 def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_dataset, tiny, tmp_path):
     work_dir = WorkDir(tmp_path)
-    keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, work_dir, first_counted_step=20)
+    keeper, model = keeper_with_model(tiny("method.loss_warmup_steps=20"), feed_dataset.inputs, work_dir)
     end_epoch(keeper, model, 0, step=10, val_auc=0.9)
     end_epoch(keeper, model, 1, step=20, val_auc=0.95)  # Steps 0 to 19 were warm-up: still plain BCE.
     assert not work_dir.weights_files
@@ -245,32 +245,32 @@ def test_epochs_within_loss_warmup_do_not_compete_for_the_best_weights(feed_data
     weights = best_backbone_weights(work_dir)
     assert len(weights) == len(model.backbone.weights)
     assert all((weight == 3.0).all() for weight in weights)  # Those of epoch 2.
-    assert not keeper.is_exhausted  # One epoch without gain: those of the warm-up do not count.
+    assert not model.stop_training  # One epoch without gain: those of the warm-up do not count.
 
 
 def test_patience_counts_epochs_since_the_best_and_survives_a_resume(feed_dataset, tiny, tmp_path):
     keeper, model = keeper_with_model(tiny(), feed_dataset.inputs, WorkDir(tmp_path))
     for epoch, val_auc in enumerate((0.6, 0.7, 0.7)):  # An equal AUC is no gain.
         end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
-        assert not keeper.is_exhausted
+        assert not model.stop_training
     again, model = keeper_with_model(tiny(), feed_dataset.inputs, WorkDir(tmp_path))
     assert again.state.epoch == 3
     assert [entry["val_auc"] for entry in again.state.history] == [0.6, 0.7, 0.7]
     assert all((weight == 3.0).all() for weight in model.backbone.get_weights())
     model.stop_training = False
     end_epoch(again, model, 3, step=40, val_auc=0.65)
-    assert again.is_exhausted
+    assert again.is_finished
     assert model.stop_training
 
 
 def test_without_patience_the_last_epoch_is_kept_and_nothing_stops(feed_dataset, tiny, tmp_path):
     work_dir = WorkDir(tmp_path)
-    config = tiny("backbone=lr", "patience_epochs=null")
-    keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir, first_counted_step=20)
+    config = tiny("backbone=lr", "patience_epochs=null", "method.loss_warmup_steps=20")
+    keeper, model = keeper_with_model(config, feed_dataset.inputs, work_dir)
     for epoch, val_auc in enumerate((0.9, 0.95, 0.7, 0.6, 0.5)):  # Two of them within loss warm-up.
         end_epoch(keeper, model, epoch, step=10 * (epoch + 1), val_auc=val_auc)
         assert max(work_dir.weights_files, default=None) == (epoch if epoch >= 2 else None)
-    assert not keeper.is_exhausted
+    assert not model.stop_training
     weights = best_backbone_weights(work_dir)
     assert weights
     assert all((weight == 5.0).all() for weight in weights)

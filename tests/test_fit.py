@@ -178,7 +178,7 @@ def test_a_training_row_without_a_teacher_score_is_refused(feed_dataset, tiny, t
     config = tiny("backbone=lr", "method.teacher=cross_fit", "max_epochs=1")
     scores = RowValues(train_ids[1:], np.full(len(train_ids) - 1, 0.5, np.float32))
     with pytest.raises(ArtifactError, match=r"scores every training row\. Received: 3,199 scores\. Allowed: 3,200"):
-        fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores=lambda: scores)
+        fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, teacher_scores={"teacher_score": scores})
 
 
 def test_a_huge_learning_rate_stops_the_fit_with_advice(feed_dataset, tiny, tmp_path):

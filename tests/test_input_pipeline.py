@@ -419,7 +419,12 @@ def test_no_dataset_that_fit_walks_is_tuned_at_run_time(feed_dataset, tiny, by_r
     scores = RowValues(by_row.row_ids, np.full(len(by_row.row_ids), 0.5, np.float32))
     config = tiny("backbone=lr", "method.teacher=cross_fit", "max_epochs=1")
     fitted(
-        feed_dataset, config, WorkDir(tmp_path / "run"), title=None, row_weights=by_row, teacher_scores=lambda: scores
+        feed_dataset,
+        config,
+        WorkDir(tmp_path / "run"),
+        title=None,
+        row_weights=by_row,
+        teacher_scores={"teacher_score": scores},
     )
     for found in walked.values():
         assert found

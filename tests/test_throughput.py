@@ -18,6 +18,7 @@ from clsd_tf.commands.console import console
 from clsd_tf.methods.clsd.config import ClsdConfig
 from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.methods.input_wait import InputWait
+from clsd_tf.methods.pointwise.method import BCE
 from clsd_tf.storage.files import read_json
 from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training import callbacks
@@ -241,7 +242,7 @@ def test_the_bar_begins_at_the_step_where_the_epoch_does(monkeypatch, steps_of_e
     terminal = rich.console.Console(force_terminal=True, file=io.StringIO())
     monkeypatch.setattr(callbacks, "console", terminal)
     monkeypatch.setattr(callbacks, "_BAR_UPDATE_SECONDS", 0.0)
-    bar = callbacks.ProgressBar("run", steps_per_epoch=STEPS, batch_size=BATCH)
+    bar = callbacks.ProgressBar("run", BCE.objective, steps_per_epoch=STEPS, batch_size=BATCH)
     seen = []
 
     class Watch(tf.keras.callbacks.Callback):

@@ -197,7 +197,7 @@ def test_guards_and_ema_teacher_begin_with_what_a_run_that_weighted_no_clicks_ha
     model.guard_state.update(**seen, drift=tf.constant(0.0), is_warming_up=tf.constant(False), has_warmup=True)
     assert history[-1]["mean_pctr"] > 0.2
     with pytest.raises(ConfidenceGuardError, match=f"Received: 0.0100 after {history[-1]['mean_pctr']:.4f}"):
-        model.guard_state.check(config.clsd.guards, 1)
+        model.guard_state.check(config.method.guards, 1)
     state = model.training_state
     for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):
         np.testing.assert_array_equal(slow, fast)
@@ -237,7 +237,7 @@ def test_without_a_checkpoint_a_run_needs_the_earlier_one_again(shop_days, first
     ("change", "message"),
     [
         ("backbone=dnn", "backbone. Received: 'dnn'. Allowed: 'deepfm'"),
-        ("embeddings.dim=5", "embedding_dim. Received: 5. Allowed: 4"),
+        ("embeddings.dim=5", "embeddings.dim. Received: 5. Allowed: 4"),
         ("hidden_units=[9]", r"hidden_units. Received: \[9\]. Allowed: \[8\]"),
         ("embeddings.unified_buckets=50", "unified_buckets. Received: 50. Allowed: None"),
         ("optimizer.embeddings.kind=ftrl", "kind. Received: 'ftrl'. Allowed: 'adagrad'"),

@@ -43,7 +43,7 @@ def known_rows() -> dict[str, Mapping[str, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A row of a study's tables: a name and what it changes in the shared config."""
 
     name: str
@@ -97,7 +97,7 @@ def merged_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     return merged({**base, "method": {}} if is_other else base, changes)
 
 
-def cell_config(shared: Mapping[str, Any], row: Row, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
+def cell_config(shared: Mapping[str, Any], row: StudyRow, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
     """Merges the shared settings, the backbone's, and the row's.
 
     Raises:
@@ -107,16 +107,16 @@ def cell_config(shared: Mapping[str, Any], row: Row, backbone: Mapping[str, Any]
     return parse_config(settings, f"method {row.name}")
 
 
-def with_placebos(rows: Sequence[Row], shared: Mapping[str, Any]) -> list[Row]:
+def with_placebos(rows: Sequence[StudyRow], shared: Mapping[str, Any]) -> list[StudyRow]:
     """The rows, and behind them each placebo of their methods, of the first row that has it.
 
     A table without a placebo cannot tell what a treatment does from what any change of that kind does.
     """
-    placebos: dict[str, Row] = {}
+    placebos: dict[str, StudyRow] = {}
     for row in rows:
         config = cell_config(shared, row, {}, 0)
         for name, changes in method_of(config.method).placebos(config.method).items():
-            control = Row(f"{row.name}_{name}", merged(row.changes, {"method": changes}))
+            control = StudyRow(f"{row.name}_{name}", merged(row.changes, {"method": changes}))
             placebos.setdefault(name, control)
     known = {row.name for row in rows}
     return [*rows, *(placebo for placebo in placebos.values() if placebo.name not in known)]
@@ -186,7 +186,7 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
         train(dataset, cell.config, work_dir, title=None)
         rows = score_split(load_model(work_dir, dataset), dataset, split, truth)
         np.savez(cell.predictions(study_dir), row_id=rows.row_id, pctr=rows.pctr)
-        result["rows"] = list(measure_slices(rows, dataset.inputs.groups))
+        result["rows"] = list(measure_slices(rows, dataset.inputs.groups, method_of(cell.config.method).metrics))
     except (TrainingDivergedError, MethodGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
     result["seconds"] = round(time.monotonic() - start, 1)

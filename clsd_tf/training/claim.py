@@ -22,7 +22,9 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
     Raises:
       ArtifactError: the directory belongs to another config, dataset or lineage.
     """
-    resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint, "files": _files(config)}
+    files = _files(config)
+    resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint}
+    resolved |= {"files": files} if files else {}
     if not work_dir.config.exists():
         work_dir.path.mkdir(parents=True, exist_ok=True)
         write_json(work_dir.trained_on, TrainedOn.of(dataset).to_dict())
@@ -38,7 +40,7 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
             f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
             "Choose another --work_dir"
         )
-    _require_same_files(work_dir, resolved["files"])
+    _require_same_files(work_dir, files)
     if init_from is None and (work_dir.has_checkpoint or work_dir.is_complete):
         return  # All that it needs of an earlier run is here.
     ancestors, allowed = lineage(dataset, init_from)["ancestors"], read_json(work_dir.lineage)["ancestors"]

@@ -13,7 +13,7 @@ from clsd_tf.backbones import require_backbone
 from clsd_tf.methods import DEFAULT_METHOD
 from clsd_tf.spec.tables import Name
 from clsd_tf.spec.validation import SpecError, StrictModel, explain_validation_error, parse_yaml_mapping
-from clsd_tf.study.cells import BASELINE, Cell, Row, cell_config, known_rows, merged_settings, with_placebos
+from clsd_tf.study.cells import BASELINE, Cell, StudyRow, cell_config, known_rows, merged_settings, with_placebos
 from clsd_tf.training.config_of_0_1 import converted
 from pipelines.public_data.feed import FeedConfig
 
@@ -124,7 +124,7 @@ class StudyConfig(StrictModel):
     def data_set(self, name: str) -> StudyData:
         return next(entry for entry in self.data if entry.name == name)
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> StudyRow:
         """A declared method, or a known one.
 
         Raises:
@@ -132,7 +132,7 @@ class StudyConfig(StrictModel):
         """
         declared = {entry.name: entry for entry in self.methods}
         if name not in declared:
-            return Row(name, self._known_changes(name))
+            return StudyRow(name, self._known_changes(name))
         entry = declared[name]
         changes, own = self._known_changes(entry.like), entry.set.get("method", {})
         named = own.get("name", DEFAULT_METHOD if own else changes["method"]["name"])
@@ -141,7 +141,7 @@ class StudyConfig(StrictModel):
                 f"method {name!r} sets {', '.join(sorted(own))} of method {named}, but is like {entry.like}, of method "
                 f"{changes['method']['name']}. Add like: global, local or both, or set method.name"
             )
-        return Row(name, merged_settings(changes, entry.set))
+        return StudyRow(name, merged_settings(changes, entry.set))
 
     def _known_changes(self, name: str) -> dict[str, Any]:
         known = known_rows()
