@@ -40,6 +40,7 @@ _COMPRESS = flags.DEFINE_bool("compress", False, "GZIP the TFRecord files.")
 
 
 def resolve_spec() -> FeatureSpec:
+    """The spec that the flags name, with what they override."""
     spec = feature_specs.get_spec(_SPEC.value)
     return override_split_rule(override_source(spec, _SOURCE.value), _SPLIT_RULE.value)
 

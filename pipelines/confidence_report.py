@@ -37,7 +37,16 @@ _SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "Split whose clicks are jud
 
 
 def scored_columns(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[dict[str, np.ndarray], str]:
-    """(columns of the rows that have weight, with ``score``; what made the scores)."""
+    """Reads the rows that have weight, with their scores.
+
+    Args:
+      work_dir: of a finished run.
+      dataset: that it was trained on.
+      split: whose rows are read.
+
+    Returns:
+      Columns, [num_rows] each, ``score`` among them; and what made the scores.
+    """
     names = ["label", "intensity_label", "intensity_value", "sample_weight", "user_hash"]
     columns = read_columns(dataset, split, [*names, *(group.name for group in dataset.inputs.groups)])
     columns["score"], source = split_scores(work_dir, dataset, split)
@@ -46,7 +55,15 @@ def scored_columns(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[
 
 
 def analyze(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(form of confidence -> its measures, noise floor of each user group)."""
+    """Measures confidence and the noise floor of clicks.
+
+    Args:
+      columns: of ``scored_columns``.
+      dataset: that they are from.
+
+    Returns:
+      Form of confidence -> its measures; user group -> noise floor of its values.
+    """
     groups = {
         group.name: merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
         for group in dataset.inputs.groups

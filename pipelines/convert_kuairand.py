@@ -33,9 +33,17 @@ _FIRST_DATE, _LAST_DATE = 20220425, 20220505  # Days of China, as the release wr
 
 
 def convert(release_dir: pathlib.Path, output_dir: pathlib.Path) -> int:
-    """Writes the four tables; returns the number of impressions.
+    """Writes the four tables.
+
+    Args:
+      release_dir: with the CSV files of the release.
+      output_dir: directory to write.
+
+    Returns:
+      The number of impressions in the log.
 
     Raises:
+      FileExistsError: ``output_dir`` is there already.
       ValueError: a file of the release is missing, or the log has no impressions of those days.
     """
     names = (LOG, EARLIER_LOG, USERS, VIDEOS)
@@ -76,9 +84,14 @@ def _since_first_date(log: pa.Table) -> pa.ChunkedArray:
 
 
 def user_sequences(impressions: pa.Table) -> pa.Table:
-    """One row per user who watched something: the last videos watched, liked and watched for long, oldest first.
+    """Makes the sequences of users who watched something.
 
-    Watched is what was played at all. ``last_time_ms`` is the time of the last video watched.
+    Args:
+      impressions: columns of the log; watched is what was played at all.
+
+    Returns:
+      One row per user: ``watch_seq``, ``like_seq`` and ``long_watch_seq``, the last videos watched, liked and watched
+      for long, oldest first; and ``last_time_ms``, the time of the last video watched.
     """
     columns = ["user_id", "video_id", "time_ms", "is_like", "long_view"]
     watched = impressions.filter(pc.greater(impressions.column("play_time_ms"), 0)).select(columns)

@@ -36,6 +36,11 @@ class CommandFailedError(RuntimeError):
 def run_step(title: str, result: pathlib.Path, *arguments: str) -> None:
     """Runs ``python -m <arguments>`` unless ``result`` is there.
 
+    Args:
+      title: printed above the command.
+      result: file or directory that the command writes last.
+      arguments: module and flags.
+
     Raises:
       CommandFailedError: the command failed.
     """
@@ -51,7 +56,14 @@ def run_step(title: str, result: pathlib.Path, *arguments: str) -> None:
 
 
 def fetch_tables(demo: pathlib.Path) -> tuple[str, pathlib.Path]:
-    """(spec name, directory of its tables): MovieLens if it can be fetched, else the simulated feed."""
+    """Fetches MovieLens, or simulates a feed where that cannot be fetched.
+
+    Args:
+      demo: directory of everything the demo writes.
+
+    Returns:
+      Name of the spec, and directory of its tables.
+    """
     movielens, feed = demo / "movielens_100k", demo / "simulated_feed"
     if not feed.exists():
         try:
@@ -64,7 +76,14 @@ def fetch_tables(demo: pathlib.Path) -> tuple[str, pathlib.Path]:
 
 
 def run_job(demo: pathlib.Path) -> str:
-    """Runs every step and returns the spec's name."""
+    """Runs every step.
+
+    Args:
+      demo: directory of everything the demo writes.
+
+    Returns:
+      Name of the spec.
+    """
     spec, tables = fetch_tables(demo)
     dataset, random_dataset = demo / "dataset", demo / "dataset_random_split"
     build = ("pipelines.build_dataset", f"--spec={spec}", f"--input_dir={tables}")
@@ -124,6 +143,12 @@ def _run_studies(demo: pathlib.Path, dataset: pathlib.Path, random_dataset: path
 
 
 def print_summary(demo: pathlib.Path, spec: str) -> None:
+    """Prints the study's table, the check of the servable, and where everything lies.
+
+    Args:
+      demo: directory of everything the demo wrote.
+      spec: its name, of ``run_job``.
+    """
     console.console.rule("[bold]Summary", align="left")
     version = version_directory(demo / "servable" / spec)
     verified = read_json(version / "assets.extra" / "manifest.json")["verification"]

@@ -32,7 +32,13 @@ _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished 
 
 
 def candidate_features(dataset: DatasetDir) -> list[str]:
-    """All that AdGate may read.
+    """Lists the features that AdGate may read.
+
+    Args:
+      dataset: whose spec declares them.
+
+    Returns:
+      Names of the user groups, then of the single-valued features of the user table.
 
     Raises:
       ValueError: the spec declares none of both.

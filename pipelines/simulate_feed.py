@@ -54,6 +54,11 @@ _SETTINGS_PER_AGE_GROUP = [
 
 
 def config_of_flags() -> FeedConfig:
+    """The feed that the flags describe.
+
+    Raises:
+      SpecError: a value out of range.
+    """
     content = {flag.name: flag.value for flag in _SETTINGS}
     for flag in _SETTINGS_PER_AGE_GROUP:
         content[flag.name] = [parse_yaml(text, f"--{flag.name}") for text in flag.value]

@@ -61,7 +61,17 @@ SERVED = "served"
 
 
 def read_statistics(dataset: DatasetDir) -> dict[str, DataStatistics]:
-    """Split -> its statistics."""
+    """Reads the statistics of a dataset.
+
+    Args:
+      dataset: complete.
+
+    Returns:
+      Split -> its statistics.
+
+    Raises:
+      ArtifactError: the dataset has none.
+    """
     path = dataset.layout.data_statistics
     if not path.is_file():
         raise ArtifactError(f"{dataset.path} has no {path.name}. Build the dataset again with this version of clsd_tf")
@@ -69,9 +79,17 @@ def read_statistics(dataset: DatasetDir) -> dict[str, DataStatistics]:
 
 
 def statistics_of_requests(path: pathlib.Path, spec: FeatureSpec) -> DataStatistics:
-    """Statistics of served requests, a file or a directory; without clicks, and with users where their key is there.
+    """Statistics of served requests, without clicks.
 
-    Raw inputs that a file declares to leave out have none.
+    Args:
+      path: file of raw inputs, or directory of such files; those that a file declares to leave out have no statistics.
+      spec: of the dataset that requests are compared with.
+
+    Returns:
+      Of all rows; with users where the files have their key.
+
+    Raises:
+      ValueError: no rows, or a raw input without a column.
     """
     files = row_files(path)
     left_out = left_out_inputs(files)
@@ -107,7 +125,16 @@ def _with_users(rows: pa.Table, spec: FeatureSpec) -> pa.Table:
 def compare_all(
     parts: dict[str, DataStatistics], baseline: dict[str, DataStatistics] | None, spec: FeatureSpec
 ) -> list[Contrast]:
-    """Training rows against validation, test and served rows, and against the baseline's training rows."""
+    """Contrasts training rows with validation, test and served rows, and with the baseline's training rows.
+
+    Args:
+      parts: of the dataset by split, and of served requests.
+      baseline: of another dataset by split, if any.
+      spec: whose limits of drift hold.
+
+    Returns:
+      A contrast per part that training rows are compared with.
+    """
     train = parts["train"]
     contrasts = [contrast("train", train, name, part, spec) for name, part in parts.items() if name != "train"]
     if baseline is not None:

@@ -71,6 +71,16 @@ class ServableHandler(ModelHandler[PlacedRows, PlacedRows, LocalServable]):
     def run_inference(
         self, batch: PlacedRows, model: LocalServable, inference_args: dict[str, Any] | None = None
     ) -> list[PlacedRows]:
+        """Scores one batch.
+
+        Args:
+          batch: of any length; its columns hold the raw inputs, typed.
+          model: of ``load_model``.
+          inference_args: not used.
+
+        Returns:
+          The same rows, once, with ``ctr``, float32, and ``servable_version``, int64, behind their columns.
+        """
         raw = batch.rows.select([entry.name for entry in model.raw_inputs])
         calls = [raw.slice(start, _ROWS_PER_CALL) for start in range(0, len(batch), _ROWS_PER_CALL)]
         ctr = np.concatenate([model.score_typed(rows) for rows in calls])
@@ -226,7 +236,7 @@ def _score(
 
 
 def _collected(path: pathlib.Path, default: Any) -> Any:
-    """What the pipeline wrote, or the default where there was nothing to write."""
+    """Value that the pipeline wrote, or the default where there was nothing to write."""
     return read_json(path) if path.exists() else default
 
 

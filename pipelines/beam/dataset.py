@@ -27,10 +27,10 @@ from clsd_tf.spec.model_inputs import NumericStatistics, Statistics
 from clsd_tf.statistics.sketches import Histogram
 from clsd_tf.storage.dataset_dir import SPLITS, DatasetDir, DatasetLayout
 from clsd_tf.storage.files import read_json, staged_directory, write_json
-from pipelines import sources
 from pipelines.beam import encoding, ingest, joining, results
 from pipelines.beam.dead_letters import kept_dead_letter, merge_dead_letters
 from pipelines.beam.engines import check_beam_arguments, make_pipeline
+from pipelines.beam.inputs import list_inputs
 from pipelines.beam.provenance import check_same_salt, write_manifest
 from pipelines.rows import outcome
 from pipelines.rows.checks import user_id_salt
@@ -45,7 +45,7 @@ _MAX_PARTITIONS = 4096  # Every shuffle file has a part for each: beyond 64 GB o
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """How a dataset is built.
+    """Settings of a build.
 
     Attributes:
       input_dir: what the spec's table paths are relative to; for TFDS the ``data_dir`` (empty: the TFDS default).
@@ -73,11 +73,21 @@ class BuildConfig:
 
 
 def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Path) -> dict[str, Any]:
-    """Builds ``output_dir`` and returns its counts.
+    """Builds a dataset directory.
+
+    Args:
+      spec: of the dataset.
+      config: settings that are not part of the spec.
+      output_dir: to write; appears under its name only when it is complete.
+
+    Returns:
+      The content of counts.json: rows of tables and splits, what became of them, and the records' digest.
 
     Raises:
       FileExistsError: ``output_dir`` is there already.
       FileNotFoundError: a table's files are missing.
+      RuntimeError: a file system cannot be reached.
+      ValueError: a table's file cannot be read or lacks a declared column.
       SpecError: ``config.grow_from`` gives ids another meaning than ``spec``.
       BadInputError: a file that cannot be read to its end, too many bad rows, duplicate profiles (or events, where the
         spec says so), an empty table or split, a constant label, an empty vocabulary. The bad rows seen so far are kept
@@ -99,7 +109,15 @@ def build_dataset(spec: FeatureSpec, config: BuildConfig, output_dir: pathlib.Pa
 def inspect_data(
     spec: FeatureSpec, config: BuildConfig, scratch_dir: pathlib.Path
 ) -> tuple[dict[str, Any], Statistics]:
-    """Joins and fits without writing a dataset: what a build would find.
+    """Joins and fits without writing a dataset.
+
+    Args:
+      spec: of the dataset.
+      config: as for a build.
+      scratch_dir: empty directory for vocabularies, statistics and intermediate files.
+
+    Returns:
+      The counts of a build so far, and the statistics that were fitted.
 
     Raises:
       As ``build_dataset``; bad rows are kept as ``<spec name>.dead_letter.parquet`` in the current directory.
@@ -158,15 +176,16 @@ class _Build:
 
     def _ingest(self) -> None:
         by_user, dead_letters = self._directory("by_user"), self._directory("dead_letters")
-        files, num_bytes, tfds_builder = self._list_inputs()
-        self._num_partitions = self._partitions_for(num_bytes)
+        self._inputs = list_inputs(self.spec, self.config.input_dir)
+        self._num_partitions = self._partitions_for(self._inputs.num_bytes)
         with self._pipeline() as pipeline:
             batches, inputs = [], []
-            if files:
-                read, found = pipeline | "Read" >> ingest.ReadTables(files, dict(self.spec.tables.items()))
+            if self._inputs.files:
+                tables = dict(self.spec.tables.items())
+                read, found = pipeline | "Read" >> ingest.ReadTables(self._inputs.files, tables)
                 batches, inputs = [read], [found]
-            if tfds_builder:
-                batches.append(pipeline | "ReadTfds" >> ingest.ReadTfds(tfds_builder, self.spec))
+            if self._inputs.tfds_builder:
+                batches.append(pipeline | "ReadTfds" >> ingest.ReadTfds(self._inputs.tfds_builder, self.spec))
             checked = (
                 batches
                 | "AllBatches" >> beam.Flatten()
@@ -186,25 +205,6 @@ class _Build:
         self._by_user: dict[str, list[str]] = {}
         for role, path in sorted(self._collected("files", [])):
             self._by_user.setdefault(role, []).append(path)
-
-    def _list_inputs(self):
-        """(files, bytes of the tables that are partitioned by user, TFDS builder or None)."""
-        files: list[sources.SourceFile] = []
-        names: dict[tuple[str, int], str] = {}
-        builder, num_bytes = None, 0
-        for role, table in self.spec.tables.items():
-            if table.format == "tfds":
-                builder = _tfds_builder(table.path, self.config.input_dir)
-                num_bytes += sum(split.num_bytes for split in builder.info.splits.values())
-                names |= {(role, index): name for index, name in enumerate(ingest.tfds_files(builder))}
-                continue
-            found = sources.list_files(table, role, self.config.input_dir)
-            files += found
-            names |= {(role, file.index): file.name for file in found}
-            if role == "log" or role in self.spec.user_tables:
-                num_bytes += sum(sources.size_in_bytes(file, table) for file in found)
-        self._file_names = names
-        return files, num_bytes, builder
 
     def _partitions_for(self, num_bytes: int) -> int:
         """So many that a partition with its histories, which repeat events, fits a worker well."""
@@ -240,7 +240,7 @@ class _Build:
             self._collect("joined", joined)
             self._collect("vocabularies", errors)
         summary = read_json(self._result("summary"))
-        outcome.require_unique_keys(summary["counts"], self.spec, self._file_names)
+        outcome.require_unique_keys(summary["counts"], self.spec, self._inputs.names)
         self.counts |= outcome.split_counts(summary, self.spec, cut_offs)
         self.counts["vocabulary_count_errors"] = dict(self._collected("vocabularies", []))
         outcome.require_usable_splits(self.counts, self.spec)
@@ -331,15 +331,6 @@ class _Build:
         _ = elements | f"Write_{name}" >> results.WriteTogether(self._result(name), merge)
 
     def _collected(self, name: str, default: Any) -> Any:
-        """What ``_collect`` has written, or the default where there were no elements."""
+        """Value that ``_collect`` has written, or the default where there were no elements."""
         path = self._result(name)
         return read_json(path) if path.exists() else default
-
-
-def _tfds_builder(name: str, data_dir: str):
-    import tensorflow_datasets as tfds  # Slow to import, and only needed here.
-
-    builder = tfds.builder(name, data_dir=data_dir or None)
-    if not builder.is_prepared():
-        builder.download_and_prepare()
-    return builder

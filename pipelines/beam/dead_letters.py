@@ -29,7 +29,13 @@ _SCHEMA = pa.schema(
 
 
 def write_dead_letter(bad_rows: Sequence[BadRow], file: SourceFile, directory: str) -> None:
-    """Bad rows of a batch -> one Parquet file, under a name that a second attempt of the same batch writes again."""
+    """Writes the bad rows of a batch to a Parquet file.
+
+    Args:
+      bad_rows: of one batch, at least one.
+      file: that they are from.
+      directory: of the dead letters; the file's name is one that a second attempt of the same batch writes again.
+    """
     columns = {
         "table": [row.role for row in bad_rows],
         "file": [row.file for row in bad_rows],
@@ -47,7 +53,13 @@ def write_dead_letter(bad_rows: Sequence[BadRow], file: SourceFile, directory: s
 def merge_dead_letters(
     directory: pathlib.Path, path: pathlib.Path, columns: Sequence[str] = tuple(_SCHEMA.names)
 ) -> None:
-    """All bad rows -> one Parquet file of these columns, by table, file and row; no file when there are none."""
+    """Joins the files of ``write_dead_letter``.
+
+    Args:
+      directory: of the files.
+      path: Parquet file to write, by table, file and row; none is written when there are no bad rows.
+      columns: to keep.
+    """
     parts = sorted(directory.glob("*.parquet"))
     if parts:
         with pa.parquet.ParquetWriter(path, pa.schema([_SCHEMA.field(name) for name in columns])) as writer:
@@ -59,7 +71,12 @@ def merge_dead_letters(
 def kept_dead_letter(dead_letter: pathlib.Path, output_dir: pathlib.Path) -> Iterator[None]:
     """When bad input ends the block, saves the bad rows from a staging directory, which is about to be removed.
 
-    They go beside ``output_dir``, as ``<output_dir>.dead_letter.parquet``, or the first name that is free.
+    Args:
+      dead_letter: file in the staging directory.
+      output_dir: beside which it is kept, as ``<output_dir>.dead_letter.parquet`` or the first name that is free.
+
+    Raises:
+      BadInputError: the one that ended the block, with the place of the bad rows.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What runs a Beam pipeline: DirectRunner on all cores by default, or the runner that flags name."""
+"""Runners of a Beam pipeline: DirectRunner on all cores by default, or the one that flags name."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
     Args:
       arguments: pipeline options, for example ``["--runner=FlinkRunner"]``. Without any: DirectRunner, a thread per
         core; the hot path is in Arrow and TensorFlow, which release Python's lock.
+
+    Returns:
+      An empty pipeline, to be used as a context manager.
     """
     options = PipelineOptions(list(arguments))
     if options.view_as(StandardOptions).runner not in (None, "DirectRunner"):
@@ -47,9 +50,9 @@ def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
 
 
 class EvenReshuffle(beam.PTransform):
-    """(key, task), keys all different -> tasks, spread over workers.
+    """Reshuffles (key, task), keys all different -> tasks, each worker as many.
 
-    Beam's own Reshuffle draws lots; on DirectRunner, which deals keys out in turn, this gives each worker as many.
+    Beam's own Reshuffle draws random keys; DirectRunner deals keys out in turn, so these come out even.
     """
 
     def expand(self, tasks):
@@ -58,6 +61,9 @@ class EvenReshuffle(beam.PTransform):
 
 def check_beam_arguments(arguments: Sequence[str]) -> None:
     """Refuses flags that neither a command nor Beam knows: Beam itself would drop them with a log line.
+
+    Args:
+      arguments: pipeline options, as for ``make_pipeline``.
 
     Raises:
       ValueError: names the unknown flags.

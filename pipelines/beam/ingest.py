@@ -34,7 +34,12 @@ _COUNTS, _TIMES, _INPUTS = "counts", "times", "inputs"
 
 
 class ReadTables(beam.PTransform):
-    """Files -> ``batches`` (RawBatch) and ``inputs`` (what the manifest says of a file)."""
+    """Files -> ``batches`` (RawBatch) and ``inputs`` (what the manifest says of a file).
+
+    Args:
+      files: of all tables.
+      tables: by role.
+    """
 
     def __init__(self, files: Sequence[SourceFile], tables: Mapping[str, Table]):
         super().__init__()
@@ -78,12 +83,24 @@ class _PlanFn(beam.DoFn):
 
 
 def tfds_files(builder) -> list[str]:
-    """Names of all files of a TFDS builder, in the order of their indices."""
+    """Lists the files of a TensorFlow Datasets builder.
+
+    Args:
+      builder: prepared, a ``tfds.core.DatasetBuilder``.
+
+    Returns:
+      Names of the files of all splits, in the order of their indices.
+    """
     return sorted(name for split in builder.info.splits.values() for name in split.filenames)
 
 
 class ReadTfds(beam.PTransform):
-    """TensorFlow Datasets splits -> ``batches`` of the log, each example with its stable ``tfds_id``."""
+    """TensorFlow Datasets splits -> batches of the log (RawBatch), each example placed by its stable ``tfds_id``.
+
+    Args:
+      builder: prepared, a ``tfds.core.DatasetBuilder``.
+      spec: whose log it is.
+    """
 
     def __init__(self, builder, spec: FeatureSpec):
         super().__init__()
@@ -109,7 +126,13 @@ class ReadTfds(beam.PTransform):
 
 
 class CheckRows(beam.PTransform):
-    """Raw batches -> ``rows`` (role, typed table) and ``counts`` (Counter); bad rows go to ``dead_letter_dir``."""
+    """Raw batches -> ``rows`` (role, typed table) and ``counts`` (Counter).
+
+    Args:
+      spec: by whose rules rows are checked.
+      salt: of user ids; None leaves them as they are.
+      dead_letter_dir: where bad rows go, a file a batch.
+    """
 
     def __init__(self, spec: FeatureSpec, salt: bytes | None, dead_letter_dir: pathlib.Path):
         super().__init__()
@@ -154,6 +177,11 @@ class WriteShuffleFiles(beam.PTransform):
     """Checked rows -> ``files`` (role, path of a shuffle file) and ``times`` (Histogram of the log's event times).
 
     Tables by user get the column ``user_hash``, whose remainder is the partition.
+
+    Args:
+      spec: names user key and event time.
+      directory: of the files.
+      num_partitions: of tables by user; others have one.
     """
 
     def __init__(self, spec: FeatureSpec, directory: pathlib.Path, num_partitions: int):
@@ -200,20 +228,28 @@ class _WriteShuffleFilesFn(beam.DoFn):
 
 
 def _at_end(output: Any):
-    """What finish_bundle has to yield."""
+    """An output in the form in which finish_bundle has to yield it."""
     if isinstance(output, beam.pvalue.TaggedOutput):
         return beam.pvalue.TaggedOutput(output.tag, _at_end(output.value))
     window = GlobalWindow()
     return WindowedValue(output, window.max_timestamp(), [window])
 
 
-# --- What the driver gets to read ------------------------------------------------------------------------------------
+# --- Results for the driver ------------------------------------------------------------------------------------------
 
 
 def merge_counts(counts: Iterable[Counter]) -> Counter:
+    """Sums of the counts by name."""
     return sum(counts, Counter())
 
 
 def merge_times(times: Iterable[Histogram]) -> dict[str, Any]:
-    """One histogram, as JSON; the order of merges does not matter."""
+    """Merges histograms; their order does not matter.
+
+    Args:
+      times: at least one.
+
+    Returns:
+      One histogram, as ``Histogram.to_dict``.
+    """
     return functools.reduce(Histogram.merge, times).to_dict()

@@ -74,6 +74,11 @@ def _salt_check(salt: bytes | None) -> str | None:
 def check_same_salt(previous: DatasetLayout, spec: FeatureSpec, salt: bytes | None) -> None:
     """Checks that user ids are hashed as in the dataset that another one grows from.
 
+    Args:
+      previous: layout of the earlier dataset.
+      spec: of the new one.
+      salt: of the new one's user ids; None where they stay as they are.
+
     Raises:
       SpecError: one has hashed ids and the other has not, or by another salt.
     """
@@ -101,7 +106,7 @@ def _split(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_versions() -> dict[str, str | None]:
-    """What a manifest says of the code that ran: this project's version and commit, and its main libraries."""
+    """Versions of this project, its commit and its main libraries, for a manifest; None where not known."""
     return {"clsd_tf": clsd_tf.__version__, "commit": _commit(), **{name: _version(name) for name in _LIBRARIES}}
 
 

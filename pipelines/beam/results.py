@@ -37,10 +37,22 @@ class WriteTogether(beam.PTransform):
 
 
 def write_json(value: Any, path: str) -> None:
+    """Writes a JSON file.
+
+    Args:
+      value: of types that JSON has a form for.
+      path: that driver and workers share.
+    """
     with tf.io.gfile.GFile(path, "w") as file:
         file.write(json.dumps(value))
 
 
 def write_lines(path: str, lines: Iterable[str]) -> None:
+    """Writes a text file.
+
+    Args:
+      path: that driver and workers share.
+      lines: without line ends; a line feed follows each.
+    """
     with tf.io.gfile.GFile(path, "w") as file:
         file.write("".join(f"{line}\n" for line in lines))

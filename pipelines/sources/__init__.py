@@ -102,12 +102,19 @@ _FORMATS = {
 
 
 def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
-    """The files of a table, sorted by path, after a look at their columns.
+    """Finds the files of a table and checks their columns.
 
-    Hidden files and folders (``.x``, ``_SUCCESS``) are left out unless the pattern names them.
+    Args:
+      table: its path may be a pattern, as for ``match_files``.
+      role: of the table in the spec: ``log``, ``user``, ...
+      input_dir: folder or URI that the path is relative to; empty is the current folder.
+
+    Returns:
+      The files, sorted by path.
 
     Raises:
       FileNotFoundError: nothing matches the path.
+      RuntimeError: the file system cannot be reached.
       ValueError: a file lacks a declared column (the message lists the columns it has) or cannot be read.
     """
     pattern = resolve_path(table.path, input_dir)
@@ -125,7 +132,14 @@ def list_files(table: Table, role: str, input_dir: str) -> list[SourceFile]:
 
 
 def discover_columns(file: SourceFile, table: Table) -> list[str]:
-    """Names of the columns of a file; ``table`` says its format.
+    """Finds the columns of a file that no spec declares yet.
+
+    Args:
+      file: to look at.
+      table: gives the format; its columns are not used.
+
+    Returns:
+      Names, in the file's order; of formats whose rows have names of their own those in the first 1,000 rows.
 
     Raises:
       ValueError: the file cannot be read.
@@ -178,6 +192,14 @@ def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) ->
     The file is read once, at the speed of its hash. The rows of the slices are those of the file, with the same ids,
     whatever their size.
 
+    Args:
+      file: of ``list_files``.
+      table: that it belongs to.
+      slice_bytes: about the size of a slice, as the file is stored.
+
+    Returns:
+      The slices, in file order, with size and SHA-256 of the file.
+
     Raises:
       ValueError: the header or the footer cannot be read; ``list_files`` refuses such a file.
     """
@@ -186,13 +208,30 @@ def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) ->
 
 
 def whole_slice(file: SourceFile, table: Table) -> SourceSlice:
-    """A file as one slice, without reading it to its end as ``plan_file`` does."""
+    """A file as one slice, without reading it to its end as ``plan_file`` does.
+
+    Args:
+      file: of ``list_files``.
+      table: that it belongs to.
+
+    Returns:
+      The slice; of CSV and TSV with the names in the header, which is read.
+
+    Raises:
+      ValueError, OSError, UnreadableError: the header cannot be read.
+    """
     return _FORMATS[table.format].whole(file, table)
 
 
 def read_slice(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
-    """Reads one slice in batches of at most ``ROWS_PER_BATCH`` rows.
+    """Reads one slice.
 
-    Damage never raises: the last batch then has ``unreadable``, the reason and the row behind which reading stopped.
+    Args:
+      part: of ``plan_file`` or ``whole_slice``.
+      table: whose declared columns are read.
+
+    Yields:
+      Batches of at most ``ROWS_PER_BATCH`` rows, in file order. Damage never raises: the last batch then has
+      ``unreadable``, the reason and the row behind which reading stopped.
     """
     return until_unreadable(_FORMATS[table.format].read(part, table), part.file, table)

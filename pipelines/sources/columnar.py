@@ -14,11 +14,36 @@ from pipelines.sources.files import FilePlan, RawBatch, SourceFile, SourceSlice,
 
 
 def column_names(file: SourceFile, table: Table) -> list[str]:
+    """Reads the names of the columns from the footer.
+
+    Args:
+      file: to look at.
+      table: not used; all formats have the same functions.
+
+    Returns:
+      Names, in the file's order.
+
+    Raises:
+      OSError, ValueError: it cannot be read.
+    """
     with files.open_arrow(file) as stream:
         return pa.parquet.ParquetFile(stream).schema_arrow.names
 
 
 def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+    """Cuts a file between row groups.
+
+    Args:
+      file: to cut.
+      table: that it belongs to.
+      slice_bytes: of uncompressed row groups that a slice holds at least, but for the last.
+
+    Returns:
+      Ranges of row groups, with size and SHA-256 of the file.
+
+    Raises:
+      OSError, ValueError: the footer cannot be read.
+    """
     with files.open_arrow(file) as stream:
         metadata = pa.parquet.ParquetFile(stream).metadata
     return FilePlan(file, tuple(_cut(file, metadata, slice_bytes)), *files.hash_file(file))
@@ -35,6 +60,18 @@ def _cut(file: SourceFile, metadata: pa.parquet.FileMetaData, slice_bytes: int) 
 
 
 def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Reads the row groups of a slice.
+
+    Args:
+      part: of ``plan``, or a whole file.
+      table: whose columns are read, with their Arrow types.
+
+    Yields:
+      Batches of at most ``ROWS_PER_BATCH`` rows.
+
+    Raises:
+      UnreadableError: the file is damaged. Rows before the damage have been yielded.
+    """
     names = [column.name_in_file for column in table.columns]
     row = part.first_row
     try:

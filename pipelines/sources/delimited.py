@@ -20,12 +20,26 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def framing(table: Table) -> Framing:
-    """CSV quotes with ". TSV has no quoting: a quote is an ordinary character, as film titles need."""
+    """Finds the framing of a table's rows.
+
+    Args:
+      table: of format ``csv`` or ``tsv``; gives the delimiter.
+
+    Returns:
+      CSV quotes with ". TSV has no quoting: a quote is an ordinary character, as film titles need.
+    """
     return Framing(table.delimiter or ",", quoted=True) if table.format == "csv" else Framing("\t")
 
 
 def column_names(file: SourceFile, table: Table) -> list[str]:
-    """Names in the header.
+    """Reads the header.
+
+    Args:
+      file: of which only the first row is read.
+      table: gives format and delimiter.
+
+    Returns:
+      Names, in the file's order.
 
     Raises:
       ValueError: the file is empty.
@@ -46,7 +60,19 @@ def _first_row(block: bytes, table: Table) -> bytes:
 
 
 def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]:
-    """Parses the rows of a block, of which the first is the header if the block starts at row 1."""
+    """Parses the rows of a block.
+
+    Args:
+      block: the first row is the header if its number is 1.
+      part: that the block is from; has the names of all columns.
+      table: whose columns are read, as binary.
+
+    Yields:
+      Batches; rows with too few or too many values are bad rows.
+
+    Raises:
+      UnreadableError: as many rows as were found cannot be parsed.
+    """
     data, first_row, num_rows = block.data, block.first_row, block.num_rows
     if first_row == HEADER_ROW:
         data, first_row, num_rows = data[len(_first_row(data, table)) :], first_row + 1, num_rows - 1
@@ -61,11 +87,14 @@ def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]
 
 
 def num_lines(rows: pa.Table, table: Table) -> np.ndarray:
-    """How many lines of its file each row takes up, int64 [num_rows]: in CSV a quoted value may hold line ends.
+    """Number of lines of the file that each row takes up: in CSV a quoted value may hold line ends.
 
     Args:
       rows: as they were read, from a table of any format.
-      table: says the format.
+      table: gives the format.
+
+    Returns:
+      int64 [num_rows], at least 1.
     """
     lines = np.ones(rows.num_rows, np.int64)
     for values in rows.columns if table.format == "csv" else ():

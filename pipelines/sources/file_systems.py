@@ -29,24 +29,34 @@ _GS_RETRY_SECONDS = 60  # By default a store that cannot be reached is tried for
 
 
 def resolve_path(path: str, directory: str = "") -> str:
-    """A path, or a pattern, as it is found from any working directory, which workers may have another of.
+    """Makes a path or a pattern absolute: workers may have another working directory.
 
     Args:
       path: local or a URI; relative to ``directory`` unless it is absolute.
       directory: local or a URI; empty is the current one.
+
+    Returns:
+      An absolute local path or a URI.
     """
     joined = path if "://" in path else os.path.join(directory, path)
     return joined if "://" in joined else os.path.abspath(joined)
 
 
 def common_folder(paths: Sequence[str]) -> str:
-    """The folder that several paths share, with a / at its end; "" for one path."""
+    """The deepest folder of several paths.
+
+    Args:
+      paths: absolute, or URIs.
+
+    Returns:
+      The folder with a / at its end; "" for one path.
+    """
     shared = os.path.commonprefix(paths)  # noqa: RUF071 - commonpath would damage gs://.
     return shared.rpartition("/")[0] + "/" if len(paths) > 1 else ""
 
 
 def match_files(pattern: str) -> list[str]:
-    """Paths of the files that match a pattern, sorted.
+    """Finds the files that match a pattern.
 
     Hidden files and folders (``.x.crc``, ``_SUCCESS``) are left out unless the pattern names them. Symbolic links to
     local folders are not followed behind a wildcard: a ``latest`` beside folders by date would double its rows.
@@ -54,6 +64,9 @@ def match_files(pattern: str) -> list[str]:
     Args:
       pattern: an absolute path or a URI. ``*``, ``?``, ``[a-c]`` and ``[!a-c]`` stand for characters of one name,
         ``**`` for anything, folders included.
+
+    Returns:
+      Paths or URIs of files, sorted; empty where none matches.
 
     Raises:
       RuntimeError: the store cannot be reached.
@@ -119,6 +132,9 @@ def _list_local_files(folder: str, recursive: bool) -> Iterator[str]:
 def file_size(path: str) -> int:
     """Bytes of a file as it is stored.
 
+    Args:
+      path: absolute, or a URI, of a file that is there.
+
     Raises:
       RuntimeError: the store cannot be reached.
     """
@@ -130,7 +146,13 @@ def file_size(path: str) -> int:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file as it is stored, open for reading, with ``seek``.
+    """Opens a file for reading, as it is stored.
+
+    Args:
+      path: absolute, or a URI.
+
+    Returns:
+      A buffered stream with ``seek``.
 
     Raises:
       OSError: it cannot be opened.

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -42,7 +42,7 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """What tells it from the table's other files, ``date=2022-04-25/part-0.csv``."""
+        """Path below the folder of the table's files, ``date=2022-04-25/part-0.csv``."""
         return self.path[len(self.root) :] if self.root else pathlib.PurePath(self.path).name
 
     @property
@@ -50,6 +50,14 @@ class SourceFile:
         return _COMPRESSIONS.get(pathlib.PurePath(self.path).suffix)
 
     def row_ids(self, rows: np.ndarray) -> np.ndarray:
+        """Makes the ids of rows.
+
+        Args:
+          rows: numbers in the file, int64 [num_rows] in [0, 2^40).
+
+        Returns:
+          int64 [num_rows]; unique among all rows of the table.
+        """
         return (self.index << FILE_SHIFT) | rows
 
 
@@ -74,7 +82,14 @@ class SourceSlice:
 
 @dataclasses.dataclass(frozen=True)
 class FilePlan:
-    """How a file is read, and what it was: its slices in file order, its size in bytes and its SHA-256 in hex."""
+    """Plan for reading a file.
+
+    Attributes:
+      file: to read.
+      slices: in file order.
+      num_bytes: as it is stored.
+      sha256: of those bytes, in hex.
+    """
 
     file: SourceFile
     slices: tuple[SourceSlice, ...]
@@ -84,8 +99,16 @@ class FilePlan:
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that was refused. ``row`` counts rows: from 1, the header, in CSV and TSV; from 1 in JSON lines; from
-    0 in other formats."""
+    """A row that was refused.
+
+    Attributes:
+      role: of the table.
+      file: name of the file.
+      row: its number: from 1, the header, in CSV and TSV; from 1 in JSON lines; from 0 in other formats.
+      reason: short and without values, ``missing:user_id``.
+      raw: the row as it was read; "" where values may not be kept.
+      lines: that it takes up in its file.
+    """
 
     role: str
     file: str
@@ -115,7 +138,12 @@ class RawBatch:
 
 
 class UnreadableError(Exception):
-    """The rest of a file cannot be read. ``last_row`` is the number of the last row before it."""
+    """The rest of a file cannot be read.
+
+    Args:
+      reason: of the library that read it; shortened.
+      last_row: number of the last row before it.
+    """
 
     def __init__(self, reason: str, last_row: int):
         super().__init__(f"{_one_line(reason)}, after row {last_row}")
@@ -127,26 +155,67 @@ def _one_line(reason: str) -> str:
 
 
 def file_index(row_id: int) -> int:
+    """Index of the file in its table, of a row or of an array of rows.
+
+    >>> file_index((3 << 40) + 17)
+    3
+    """
     return row_id >> FILE_SHIFT
 
 
 def row_number(row_id: int) -> int:
+    """Number of the row in its file, of a row or of an array of rows.
+
+    >>> row_number((3 << 40) + 17)
+    17
+    """
     return row_id & ((1 << FILE_SHIFT) - 1)
 
 
 def size_in_bytes(file: SourceFile, table: Table) -> int:
-    """Size of a file; of a compressed one about what it holds."""
+    """Size of a file.
+
+    Args:
+      file: to measure.
+      table: gives the format.
+
+    Returns:
+      Bytes; of a compressed file about what it holds.
+
+    Raises:
+      RuntimeError: the file system cannot be reached.
+    """
     size = file_size(file.path)
     return size * 5 if file.compression or table.format in ("parquet", "avro") else size
 
 
 def open_bytes(file: SourceFile) -> BinaryIO:
-    """The file as it is stored."""
+    """Opens a file as it is stored.
+
+    Args:
+      file: to read.
+
+    Returns:
+      A buffered stream with ``seek``.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
     return open_file(file.path)
 
 
 def open_arrow(file: SourceFile) -> pa.NativeFile:
-    """The file as an Arrow stream, decompressed by its ending."""
+    """Opens a file as an Arrow stream.
+
+    Args:
+      file: decompressed by its ending.
+
+    Returns:
+      A stream, with ``seek`` if the file is not compressed.
+
+    Raises:
+      OSError: it cannot be opened, or it is empty where its ending says compressed.
+    """
     stream = pa.PythonFile(open_bytes(file), mode="r")
     if file.compression and not stream.size():  # Arrow takes it for compressed text of no rows.
         stream.close()
@@ -155,7 +224,15 @@ def open_arrow(file: SourceFile) -> pa.NativeFile:
 
 
 def first_bytes(file: SourceFile, size: int = 64 << 10) -> bytes:
-    """The start of a file, decompressed; what can be read of it."""
+    """Reads the start of a file.
+
+    Args:
+      file: decompressed by its ending.
+      size: bytes at most.
+
+    Returns:
+      What can be read of it; empty where that is nothing.
+    """
     try:
         with open_arrow(file) as stream:
             return stream.read(size)
@@ -164,7 +241,14 @@ def first_bytes(file: SourceFile, size: int = 64 << 10) -> bytes:
 
 
 class HashingReader:
-    """Reads a file as it is stored, once, and hashes what it reads."""
+    """Reads a file as it is stored, once, and hashes what it reads.
+
+    Args:
+      stream: at its start.
+
+    Attributes:
+      num_bytes: read so far.
+    """
 
     def __init__(self, stream):
         self._stream = stream
@@ -172,6 +256,7 @@ class HashingReader:
         self.num_bytes = 0
 
     def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end."""
         data = self._stream.read(size)
         self._digest.update(data)
         self.num_bytes += len(data)
@@ -185,36 +270,74 @@ class HashingReader:
 
 
 def hash_file(file: SourceFile) -> tuple[int, str]:
-    """(bytes, SHA-256 in hex) of a file as it is stored."""
+    """Hashes a file as it is stored.
+
+    Args:
+      file: read to its end.
+
+    Returns:
+      (bytes, SHA-256 in hex).
+    """
     with open_bytes(file) as stream:
         return HashingReader(stream).finish()
 
 
 def named(data: pa.Table, table: Table, row_ids: np.ndarray) -> pa.Table:
-    """Selects the declared columns under their names in the spec and adds the row ids."""
+    """Selects the declared columns under their names in the spec and adds the row ids.
+
+    Args:
+      data: columns under their names in the file.
+      table: declares them.
+      row_ids: int64 [num_rows].
+
+    Returns:
+      The declared columns in the order of the spec, and ``row_id``.
+    """
     columns = {column.name: data.column(column.name_in_file) for column in table.columns}
     return pa.table({**columns, ROW_ID: pa.array(row_ids, pa.int64())})
 
 
 def empty_batch(file: SourceFile, table: Table, unreadable: str | None = None) -> RawBatch:
+    """Makes a batch without rows.
+
+    Args:
+      file: that it is from.
+      table: declares its columns, which are text.
+      unreadable: the reason why there are no more rows; None where the file ends.
+    """
     columns = {column.name: pa.array([], pa.string()) for column in table.columns}
     return RawBatch(file, pa.table({**columns, ROW_ID: pa.array([], pa.int64())}), [], unreadable)
 
 
 def cut_batches(rows: pa.Table, bad_rows: list[BadRow], file: SourceFile) -> Iterator[RawBatch]:
-    """Cuts rows into batches; the bad rows go with the first."""
+    """Cuts rows into batches.
+
+    Args:
+      rows: with ``row_id``.
+      bad_rows: among them; they go with the first batch.
+      file: that holds both.
+
+    Yields:
+      Batches of at most ``ROWS_PER_BATCH`` rows; one without rows if there are none.
+    """
     for start in range(0, max(rows.num_rows, 1), ROWS_PER_BATCH):
         yield RawBatch(file, rows.slice(start, ROWS_PER_BATCH), bad_rows if start == 0 else [])
 
 
 def until_unreadable(batches: Iterator[RawBatch], file: SourceFile, table: Table) -> Iterator[RawBatch]:
-    """Yields batches; when the rest cannot be read, a last batch says why instead of an exception."""
+    """Turns the exceptions of damage into a batch that names it.
+
+    Args:
+      batches: of one slice; iterating may raise ``UnreadableError`` or one of ``READ_ERRORS``.
+      file: that they come from.
+      table: that it belongs to.
+
+    Yields:
+      The batches; when the rest cannot be read, a last one without rows whose ``unreadable`` says why.
+    """
     try:
         yield from batches
     except UnreadableError as error:
         yield empty_batch(file, table, str(error))
     except READ_ERRORS as error:
         yield empty_batch(file, table, str(UnreadableError(str(error), 0)))
-
-
-Reader = Callable[[SourceSlice, Table], Iterator[RawBatch]]

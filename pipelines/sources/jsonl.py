@@ -23,7 +23,18 @@ _NUM_SAMPLED = 100  # Lines that tell the types of a block; where others differ,
 
 
 def keys(file: SourceFile, table: Table) -> list[str]:
-    """Keys of the first 1,000 lines, in the order in which they occur."""
+    """Finds the keys of the first 1,000 lines.
+
+    Args:
+      file: to look at.
+      table: not used; all formats have the same functions.
+
+    Returns:
+      Keys, in the order in which they occur.
+
+    Raises:
+      OSError, UnreadableError: they cannot be read.
+    """
     with files.open_arrow(file) as stream:
         block = next(row_blocks(stream.read, FRAMING, 1), None)
     lines = block.data.split(b"\n", 1000)[:1000] if block else []
@@ -31,7 +42,16 @@ def keys(file: SourceFile, table: Table) -> list[str]:
 
 
 def read(block: RowBlock, part: SourceSlice, table: Table) -> Iterator[RawBatch]:
-    """Parses the lines of a block."""
+    """Parses the lines of a block.
+
+    Args:
+      block: of whole lines.
+      part: that the block is from.
+      table: whose columns are read, as text.
+
+    Yields:
+      Batches; lines that are no JSON object are bad rows.
+    """
     columns = _parse_block(block, table)
     if columns is not None:
         rows = columns.append_column(files.ROW_ID, pa.array(part.file.row_ids(block.rows)))
@@ -68,7 +88,7 @@ def _parse_block(block: RowBlock, table: Table) -> pa.Table | None:
 
 
 def _is_one_object_a_line(data: bytes) -> bool:
-    """Whether each line starts with { and ends with }: then no object crosses a line end."""
+    """True if each line starts with { and ends with }: then no object crosses a line end."""
     characters = np.frombuffer(data.removesuffix(b"\n").removesuffix(b"\r"), np.uint8)
     ends = np.flatnonzero(characters == ord("\n"))
     if not len(characters) or characters[0] != ord("{") or characters[-1] != ord("}"):

@@ -20,7 +20,16 @@ from pipelines.sources.files import ROW_ID, RawBatch, SourceFile, SourceSlice, U
 
 
 def records_table(file: SourceFile, table: Table, records: list[tuple[int, dict[str, Any]]]) -> pa.Table:
-    """(row number, column name in the file -> value) -> the declared columns as text, and ``row_id``."""
+    """Makes a table of records.
+
+    Args:
+      file: that they are from.
+      table: declares the columns.
+      records: (row number, column name in the file -> value).
+
+    Returns:
+      The declared columns as text, null where missing, and ``row_id``.
+    """
     columns = {
         column.name: pa.array([value_to_text(record.get(column.name_in_file)) for _, record in records], pa.string())
         for column in table.columns
@@ -33,16 +42,49 @@ def records_table(file: SourceFile, table: Table, records: list[tuple[int, dict[
 
 
 def avro_column_names(file: SourceFile, table: Table) -> list[str]:
+    """Reads the names of the fields in the writer's schema.
+
+    Args:
+      file: to look at.
+      table: not used; all formats have the same functions.
+
+    Returns:
+      Names, in the file's order.
+
+    Raises:
+      OSError, ValueError: it cannot be read.
+    """
     with files.open_arrow(file) as stream, _as_value_error():
         return [field["name"] for field in fastavro.reader(stream).writer_schema["fields"]]
 
 
 def plan_whole(file: SourceFile, table: Table, slice_bytes: int) -> files.FilePlan:
-    """One slice: the format has no index of its rows."""
+    """Hashes a file and plans it as one slice: the format has no index of its rows.
+
+    Args:
+      file: read to its end.
+      table: not used; all formats have the same functions.
+      slice_bytes: not used.
+
+    Returns:
+      One slice, with size and SHA-256 of the file.
+    """
     return files.FilePlan(file, (SourceSlice(file),), *files.hash_file(file))
 
 
 def read_avro(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Reads an Avro file.
+
+    Args:
+      part: a whole file.
+      table: whose columns are read, as text; moments as the integers that stand in the file.
+
+    Yields:
+      Batches of at most ``ROWS_PER_BATCH`` rows.
+
+    Raises:
+      UnreadableError: the file is damaged. Rows before the damage have been yielded.
+    """
     row = part.first_row
     with files.open_arrow(part.file) as stream:
         records = _avro_records(stream)
@@ -106,9 +148,16 @@ def _as_value_error() -> Iterator[None]:
 def tfds_batches(
     table: Table, examples: Iterable[dict[str, Any]], file_indices: Mapping[str, int]
 ) -> Iterator[RawBatch]:
-    """TFDS examples (NumPy, with ``tfds_id``) -> a batch per file.
+    """Groups TensorFlow Datasets examples by file.
 
-    The id, ``films-train.tfrecord-00003-of-00010__17``, holds file and position; ``file_indices`` numbers the files.
+    Args:
+      table: whose columns are read, as text.
+      examples: feature -> NumPy value, with ``tfds_id``: ``films-train.tfrecord-00003-of-00010__17`` holds file and
+        position.
+      file_indices: name of a file -> its index.
+
+    Yields:
+      A batch per file.
     """
     by_file: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for example in examples:

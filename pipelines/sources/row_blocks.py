@@ -21,7 +21,7 @@ _LINE_FEED, _RETURN, _QUOTE = b'\n\r"'
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """What separates rows.
+    """Rule of where rows end.
 
     Attributes:
       delimiter: between values; None where rows are lines (JSON lines).
@@ -38,7 +38,14 @@ class Framing:
 
 @dataclasses.dataclass(frozen=True)
 class RowBlock:
-    """Whole rows: ``data`` starts at byte ``start`` of the stream; ``first_row`` is the number of its first row."""
+    """Whole rows of a stream.
+
+    Attributes:
+      data: their bytes, line ends included.
+      start: byte of the stream at which they start.
+      first_row: number of the first row.
+      num_rows: at least 1.
+    """
 
     data: bytes
     start: int
@@ -64,7 +71,10 @@ def row_blocks(
       read: number of bytes -> at most that many; none at the end.
       framing: what separates rows. The stream starts where a row starts.
       first_row: number of the first row.
-      block_bytes: how much is read at once.
+      block_bytes: how much is read at once; None is ``files.BLOCK_BYTES``.
+
+    Yields:
+      Blocks, in order; a row longer than ``block_bytes`` makes a longer one.
 
     Raises:
       UnreadableError: the stream is damaged, or a row is longer than 64 MiB. Rows before it have been yielded.
@@ -98,7 +108,16 @@ def _whole_rows(block: bytes, framing: Framing, is_last: bool) -> tuple[int, int
 
 
 def row_ends(block: bytes, framing: Framing, is_last: bool) -> np.ndarray:
-    """Places of the bytes that end a row. ``block`` starts where a row starts; more follows unless it ``is_last``."""
+    """Finds the bytes that end a row.
+
+    Args:
+      block: starts where a row starts.
+      framing: of the stream.
+      is_last: nothing follows the block.
+
+    Returns:
+      Positions in the block, ascending, int64 [num_ends].
+    """
     characters = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(characters == _LINE_FEED)
     if framing.returns_end_rows and b"\r" in block:

@@ -1,4 +1,4 @@
-"""What CSV, TSV and JSON lines share: slices are byte ranges of whole rows, compressed files one slice."""
+"""Slices of CSV, TSV and JSON lines: byte ranges of whole rows; compressed files are one slice."""
 
 from __future__ import annotations
 
@@ -18,11 +18,36 @@ def _framing(table: Table) -> Framing:
 
 
 def whole(file: SourceFile, table: Table) -> SourceSlice:
+    """Makes one slice of a file.
+
+    Args:
+      file: of which only the header is read.
+      table: gives the format.
+
+    Returns:
+      The slice; of CSV and TSV with the names in the header.
+
+    Raises:
+      OSError, ValueError, UnreadableError: the header cannot be read.
+    """
     header = () if table.format == "jsonl" else tuple(delimited.column_names(file, table))
     return SourceSlice(file, first_row=_FIRST_ROW, header=header)
 
 
 def plan(file: SourceFile, table: Table, slice_bytes: int) -> FilePlan:
+    """Cuts a file between rows while it is hashed.
+
+    Args:
+      file: read once, to its end.
+      table: that it belongs to.
+      slice_bytes: of a slice at least, but for the last.
+
+    Returns:
+      Byte ranges of whole rows, with size and SHA-256 of the file.
+
+    Raises:
+      OSError, ValueError, UnreadableError: the header cannot be read.
+    """
     part = whole(file, table)
     if file.compression:
         return FilePlan(file, (part,), *files.hash_file(file))
@@ -45,6 +70,18 @@ def _cut(blocks: Iterator[RowBlock], whole: SourceSlice, slice_bytes: int) -> It
 
 
 def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Reads the rows of a slice.
+
+    Args:
+      part: of ``plan`` or ``whole``.
+      table: whose columns are read: as binary from CSV and TSV, as text from JSON lines.
+
+    Yields:
+      Batches of at most ``ROWS_PER_BATCH`` rows.
+
+    Raises:
+      UnreadableError: the file is damaged. Rows before the damage have been yielded.
+    """
     parse = jsonl.read if table.format == "jsonl" else delimited.read
     with files.open_arrow(part.file) if part.file.compression else files.open_bytes(part.file) as stream:
         for block in row_blocks(_bounded_read(stream, part), _framing(table), part.first_row):

@@ -30,12 +30,29 @@ class AnyTypeColumn(Column):
 
 
 def feature_names(file: SourceFile, table: Table) -> list[str]:
-    """Names of the features in the first 1,000 examples, sorted."""
+    """Finds the features of the first 1,000 examples.
+
+    Args:
+      file: to look at.
+      table: not used; all formats have the same functions.
+
+    Returns:
+      Names, sorted.
+
+    Raises:
+      ValueError: they cannot be read.
+    """
     return sorted(feature_types(file))
 
 
 def feature_types(file: SourceFile) -> dict[str, str]:
-    """Name -> type of the features in the first 1,000 examples; ``string`` for one that has no value there.
+    """Finds the types of features by the first 1,000 examples.
+
+    Args:
+      file: TFRecords of tf.Example.
+
+    Returns:
+      Name -> ``string``, ``int64`` or ``float``; ``string`` for one that has no value there.
 
     Raises:
       ValueError: the file cannot be read.
@@ -54,6 +71,18 @@ def feature_types(file: SourceFile) -> dict[str, str]:
 
 
 def read(part: SourceSlice, table: Table) -> Iterator[RawBatch]:
+    """Reads a file of examples.
+
+    Args:
+      part: a whole file.
+      table: whose columns are read, by their declared types.
+
+    Yields:
+      Batches; an example of other types, or that is none, is a bad row.
+
+    Raises:
+      UnreadableError: the file is damaged. Rows before the damage have been yielded.
+    """
     row = part.first_row
     for records in _batches(part.file, row):
         yield _parse(records, row, part.file, table)
@@ -150,7 +179,7 @@ def _text(features: Mapping[str, tf.train.Feature], name: str) -> str | None:
 
 
 def _reason(record: bytes, table: Table) -> str | None:
-    """Why a record cannot be parsed; None if it can."""
+    """Reason why a record cannot be parsed; None if it can."""
     try:
         features = tf.train.Example.FromString(record).features.feature
     except DecodeError:

@@ -24,7 +24,14 @@ _MAX_GROUPS, _MAX_GROUP_VALUES = 3, 20
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of the spec and why it is there. ``content`` None: ``column`` is left out."""
+    """An entry of the spec and why it is there.
+
+    Attributes:
+      role: of the table.
+      column: that it is made from, by its name in the spec.
+      content: of the entry as YAML has it; None if the column is left out.
+      reason: for the comment behind it.
+    """
 
     role: str
     column: str
@@ -33,7 +40,15 @@ class Entry:
 
 
 def key_features(keys: Mapping[str, ColumnProfile], taken: Collection[str]) -> Iterator[Entry]:
-    """The ids themselves and the user's last items, under a name that no column has (``taken``)."""
+    """Makes features of the keys: the ids themselves and the user's last items.
+
+    Args:
+      keys: columns of the log, for ``user`` and ``item``.
+      taken: names that no feature may have.
+
+    Yields:
+      The ids of user and item, and a history of items.
+    """
     user, item = keys["user"], keys["item"]
     for column in (user, item):
         yield _id_feature("log", column)
@@ -42,6 +57,15 @@ def key_features(keys: Mapping[str, ColumnProfile], taken: Collection[str]) -> I
 
 
 def guess_feature(role: str, column: ColumnProfile) -> Entry:
+    """Guesses which type of feature a column becomes.
+
+    Args:
+      role: of its table.
+      column: neither key nor label, and known before the event.
+
+    Returns:
+      A feature, or an entry without content whose reason says why the column is left out.
+    """
     if column.num_distinct <= 1:
         return Entry(role, column.name, None, f"it tells nothing: {column.evidence()}")
     if column.unit and TIME_NAME.search(column.name.lower()):
@@ -117,7 +141,17 @@ def guess_user_groups(
     keys: Mapping[str, ColumnProfile],
     taken: Collection[str],
 ) -> list[Entry]:
-    """Up to three: age first, then text columns with few values, those with fewer first. None has a ``taken`` name."""
+    """Makes user groups of an age and of text columns with few values.
+
+    Args:
+      tables: by role.
+      candidates: (role, column) known before the event.
+      keys: columns of the log, for ``user`` and ``item``.
+      taken: names that no group may have.
+
+    Returns:
+      Up to three groups: age first, then those with fewer values.
+    """
     profile = "user" if "user" in tables else "log"
     # A group's values stand in the spec.
     columns = [column for role, column in candidates if role == profile and not column.is_personal]
@@ -141,7 +175,7 @@ def _named_apart(groups: list[Entry], taken: Collection[str]) -> Iterator[Entry]
 
 
 def _describes_user(column: ColumnProfile, user: ColumnProfile) -> bool:
-    """Whether (nearly) every user of the sample has one value."""
+    """True if (nearly) every user of the sample has one value."""
     pairs = {*zip(user.values.to_pylist(), column.values.to_pylist(), strict=True)}
     return len(pairs) <= 1.01 * user.num_distinct
 

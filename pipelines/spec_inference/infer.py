@@ -47,7 +47,12 @@ _MIN_TELLING_ROWS, _MAX_CHANCE = 10, 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What the user already knows; None is guessed. ``label`` is a column or an expression."""
+    """Settings that the user already knows; None is guessed.
+
+    Attributes:
+      user_key, item_key, event_time: columns of the log.
+      label: column of yes and no, or a comparison such as ``rating >= 4``.
+    """
 
     user_key: str | None = None
     item_key: str | None = None
@@ -72,7 +77,15 @@ class InferredSpec:
     left_out: tuple[Entry, ...]
 
     def use_of(self, role: str, column: str) -> str:
-        """What was decided about a column, in words."""
+        """Decision about a column, in words.
+
+        Args:
+          role: of its table.
+          column: by its name in the spec.
+
+        Returns:
+          Its uses, joined by commas, or the reason why it is left out.
+        """
         uses = [key for key, (value, _) in self.settings.items() if column in _columns_of(value)]
         entries = (*self.features, *self.user_groups, *self.left_out)
         found = [entry for entry in entries if (entry.role, entry.column) == (role, column)]
@@ -86,7 +99,15 @@ def _columns_of(value: Any) -> list[str]:
 
 
 def infer_spec(log: TableProfile, profiles: Mapping[str, TableProfile], choices: Choices) -> InferredSpec:
-    """Guesses how a log and its profile tables (``user``, ``item``) become a data set.
+    """Guesses how a log and its profile tables become a data set.
+
+    Args:
+      log: one row an event.
+      profiles: tables of the roles ``user`` and ``item``; none, one or both.
+      choices: what is not guessed.
+
+    Returns:
+      The spec; every guess has its reason.
 
     Raises:
       ValueError: no column looks like a key, the event time or the label; names the flag to pass.
@@ -263,14 +284,14 @@ def _rating_label(column: ColumnProfile) -> tuple[str, str]:
 
 
 def _clicks(log: TableProfile, label: str) -> np.ndarray:
-    """Whether each row of the log is a click, bool [rows]."""
+    """True for each row of the log that is a click, bool [num_rows]."""
     comparison = Comparison.parse(label)
     column = pa.table({comparison.column: log.column(comparison.column).values})
     return evaluate_comparison(comparison, column) > 0
 
 
 def _after_event(column: ColumnProfile, clicks: np.ndarray) -> str | None:
-    """Why a column of the log seems to be known only after the event; None if it does not."""
+    """Reason why a column of the log seems to be known only after the event; None if it does not."""
     word = _AFTER_EVENT.search(column.name.lower())
     if word and (column.is_number or column.yes is not None):
         return f"its name ({word[1]}...) says that it is known only after the event"

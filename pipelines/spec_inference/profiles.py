@@ -1,4 +1,4 @@
-"""What a sample of a file that nobody prepared holds: its format, its columns, and what each looks like."""
+"""Profiles of files that nobody prepared: format and columns, and what each looks like in a sample."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ColumnProfile:
 
     @property
     def yes(self) -> int | str | None:
-        """Which value says yes, in a column of 0 and 1 or of two words such as false and true; None in any other."""
+        """The value that says yes, in a column of 0 and 1 or of two words such as false and true; None in any other."""
         values = pc.unique(self.values.drop_null()).to_pylist() if self.num_distinct <= 2 else []
         if self.is_number:
             return 1 if set(values) == {0, 1} else None
@@ -126,9 +126,13 @@ class ColumnProfile:
 
 @dataclasses.dataclass(frozen=True)
 class TableProfile:
-    """A sampled table: ``table`` declares every column as text, under the names the spec will use.
+    """A sampled table.
 
-    ``unreadable`` says of which files the rest could not be read, and why.
+    Attributes:
+      role: ``log``, ``user`` or ``item``.
+      table: declares every column as text, under the names the spec will use.
+      columns: in the file's order.
+      unreadable: files whose rest could not be read, each with the reason.
     """
 
     role: str
@@ -137,15 +141,32 @@ class TableProfile:
     unreadable: tuple[str, ...] = ()
 
     def column(self, name: str) -> ColumnProfile | None:
-        """By its name in the spec or in the file."""
+        """Finds a column.
+
+        Args:
+          name: in the spec or in the file.
+
+        Returns:
+          The first column of that name; None if there is none.
+        """
         return next((column for column in self.columns if name in (column.name, column.source_name)), None)
 
 
 def profile_table(role: str, path: str, input_dir: str, max_rows: int) -> TableProfile:
-    """Looks at up to ``max_rows`` rows of the files that match ``path``, spread over at most ten of them.
+    """Looks at a sample of a table.
+
+    Args:
+      role: ``log``, ``user`` or ``item``.
+      path: path, URI or pattern, as for ``sources.match_files``.
+      input_dir: that the path is relative to; empty is the current folder.
+      max_rows: at most that many, from at most ten of the files.
+
+    Returns:
+      The profile; its path is ``path`` as it was given.
 
     Raises:
       FileNotFoundError: no file matches.
+      RuntimeError: the file system cannot be reached.
       ValueError: the files cannot be read, or hold no rows.
     """
     paths = sources.match_files(sources.resolve_path(path, input_dir))
@@ -177,6 +198,9 @@ def declare_table(path: str, file: sources.SourceFile, file_format: str | None =
       file: one of its files.
       file_format: as in a spec; by default what the name's ending or the first lines say.
 
+    Returns:
+      The table, with its format and delimiter.
+
     Raises:
       ValueError: the file cannot be read, or a column occurs twice in it.
     """
@@ -188,7 +212,14 @@ def declare_table(path: str, file: sources.SourceFile, file_format: str | None =
 
 
 def declare_columns(file: sources.SourceFile, source_names: Sequence[str]) -> tuple[Column, ...]:
-    """Columns of a file as text, under names that a spec allows.
+    """Declares the columns of a file as text, under names that a spec allows.
+
+    Args:
+      file: for messages.
+      source_names: in the file; those without a name are left out.
+
+    Returns:
+      Columns in the same order; ``source_name`` where the name differs.
 
     Raises:
       ValueError: a column occurs twice, or there is none.
@@ -209,14 +240,22 @@ def declare_columns(file: sources.SourceFile, source_names: Sequence[str]) -> tu
 
 
 def spec_name(source_name: str) -> str:
-    """A name that a spec allows; RecBole's ``user_id:token`` loses what stands behind the colon."""
+    """Makes a name that a spec allows; RecBole's ``user_id:token`` loses what stands behind the colon.
+
+    >>> spec_name("Unix Time"), spec_name("user_id:token"), spec_name("1st")
+    ('Unix_Time', 'user_id', 'column_1st')
+    """
     name = re.sub(r"\W+", "_", source_name.split(":")[0], flags=re.ASCII).strip("_")
     name = name if re.match(r"[A-Za-z]", name) else f"column_{name}".rstrip("_")
     return f"{name}_value" if name in RESERVED_RAW_NAMES else name
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
-    """``name``, or the first of name_2, name_3, ... that is neither taken nor reserved."""
+    """Finds a name that is neither taken nor reserved: ``name`` itself, or the first of name_2, name_3, ...
+
+    >>> unique_name("age", {"age", "age_2"})
+    'age_3'
+    """
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     return next(
         choice
@@ -316,7 +355,7 @@ def _unit(kind: pa.DataType, typed: pa.Array) -> str | None:
 
 
 def _separator(text: pa.Array) -> str | None:
-    """What separates values: splitting by it must leave far fewer different values, each of them short."""
+    """Separator of values: splitting by it must leave far fewer different values, each of them short."""
     distinct = pc.unique(text.drop_null())
     for separator in _SEPARATORS:
         lists = pc.split_pattern(distinct, separator)

@@ -14,7 +14,16 @@ _COMMENT_COLUMN = 80
 
 
 def to_yaml(inferred: InferredSpec, name: str, max_rows: int) -> str:
-    """The spec's text. It loads and builds as it is; the comments say what each guess rests on."""
+    """Writes an inferred spec as text that loads and builds as it is.
+
+    Args:
+      inferred: the spec.
+      name: of the spec.
+      max_rows: of the sample, for the first comment.
+
+    Returns:
+      YAML; the comments say what each guess rests on.
+    """
     lines = [
         f"# Inferred from up to {max_rows:,} rows of each table. Read the comments: every line is a guess to check.",
         f"name: {name}",
@@ -74,7 +83,11 @@ def _with_comment(line: str, comment: str) -> str:
 
 
 def flow(value: Any) -> str:
-    """A value in YAML's flow style; text in double quotes unless it is a plain word."""
+    """Writes a value in YAML's flow style; text in double quotes unless it is a plain word.
+
+    >>> flow({"name": "age", "values": ["18-30", 2.5]})
+    '{name: age, values: ["18-30", 2.5]}'
+    """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {flow(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -20,7 +20,15 @@ from pipelines.studies.config import StudyData
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Where one dataset of a study lies. A simulated feed is one for each seed, others are shared by all seeds."""
+    """One dataset of a study, which may still have to be built.
+
+    Attributes:
+      data: as the study declares it.
+      seed: of a simulated feed, of which there is one for each seed; None for data that all seeds share.
+      study_dir: directory of the study.
+      given_dataset_dir: dataset directory of the user's; None if the study builds one.
+      given_input_dir: directory of the user's tables; None if the study fetches or simulates them.
+    """
 
     data: StudyData
     seed: int | None
@@ -65,7 +73,7 @@ class PreparedData:
 
     @property
     def _source(self) -> dict[str, Any]:
-        """What the dataset is made from, as far as the study declares it; the user's own tables by name and size."""
+        """Origin of the dataset, as far as the study declares it; the user's own tables by name and size."""
         simulated = self.data.simulate.model_dump(mode="json") if self.data.simulate is not None else None
         source = {"spec_fingerprint": study_spec(self.data).fingerprint, "simulate": simulated, "seed": self.seed}
         if self.given_input_dir is not None:
@@ -107,7 +115,17 @@ class PreparedData:
 
 
 def study_spec(data: StudyData) -> FeatureSpec:
-    """The feature spec with the study's changes of its split."""
+    """The feature spec of a dataset, with the study's changes of its split.
+
+    Args:
+      data: whose ``spec`` is not None.
+
+    Returns:
+      The spec to build by.
+
+    Raises:
+      SpecError: the split is not one.
+    """
     spec = feature_specs.get_spec(data.spec)
     if not data.split:
         return spec
@@ -123,7 +141,17 @@ def prepared_data(
     dataset_dirs: Mapping[str, pathlib.Path],
     input_dirs: Mapping[str, pathlib.Path],
 ) -> PreparedData:
-    """Where the dataset of a cell lies, or will lie.
+    """Finds the dataset of a cell, whether it is built already or not.
+
+    Args:
+      data: as the study declares it.
+      seed: of the cell.
+      study_dir: directory of the study.
+      dataset_dirs: name of a dataset -> dataset directory of the user's.
+      input_dirs: name of an input -> directory of the user's tables.
+
+    Returns:
+      The dataset; ``prepare`` builds it unless it is there.
 
     Raises:
       ValueError: the tables are the user's own, and nothing says where they are.
