@@ -16,9 +16,7 @@ def declared(content):
 
 
 def column(content, name):
-    return next(
-        entry for table in content["tables"].values() for entry in table["columns"] if entry["name"] == name
-    )
+    return next(entry for table in content["tables"].values() for entry in table["columns"] if entry["name"] == name)
 
 
 def feature(content, name):
