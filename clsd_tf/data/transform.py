@@ -60,7 +60,15 @@ class VocabularyLookup(tf.Module):
 
 
 def oov_ids(values: tf.Tensor, num_oov_indices: int) -> tf.Tensor:
-    """Ids in [1, num_oov_indices] of text that is in no vocabulary."""
+    """Hashes text that is in no vocabulary.
+
+    Args:
+      values: text of any shape.
+      num_oov_indices: number of ids.
+
+    Returns:
+      int64 in [1, num_oov_indices], in the shape of ``values``.
+    """
     return 1 + tf.strings.to_hash_bucket_fast(values, num_oov_indices)
 
 
@@ -175,7 +183,7 @@ class FeatureTransform(tf.Module):
 
 
 def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa.Table) -> dict[str, np.ndarray]:
-    """The transform of a table, worked out on the distinct values of each column.
+    """Transforms a table by the distinct values of each column.
 
     Args:
       transform: fitted for ``spec``.
@@ -240,21 +248,44 @@ class _Distinct:
 
 
 def as_text(values: tf.Tensor) -> tf.Tensor:
-    """Strings as they are; int64 in decimal, with the missing value as ""."""
+    """Writes values as text.
+
+    Args:
+      values: strings or int64, of any shape.
+
+    Returns:
+      Strings as they are; int64 in decimal, with the missing value as "".
+    """
     if values.dtype == tf.string:
         return values
     return tf.where(values == MISSING_INT64, "", tf.strings.as_string(values))
 
 
 def first_values(values: tf.RaggedTensor, max_values: int) -> tf.Tensor:
-    """Ragged strings -> [batch, max_values], empty strings dropped, padded with ""."""
+    """Keeps the first values of each row.
+
+    Args:
+      values: strings, ragged [batch, any]; empty ones do not count.
+      max_values: how many to keep.
+
+    Returns:
+      Strings [batch, max_values], padded with "".
+    """
     places = tf.where(values.values != "")[:, 0]
     rows = tf.gather(values.value_rowids(), places)
     return _padded(tf.gather(values.values, places), rows, values.nrows(), max_values)
 
 
 def last_values(values: tf.Tensor | tf.RaggedTensor, max_length: int) -> tf.Tensor:
-    """[batch, any] strings -> the last ``max_length`` non-empty ones, left-aligned: [batch, max_length]."""
+    """Keeps the last values of each row.
+
+    Args:
+      values: strings [batch, any], ragged or padded with ""; empty ones do not count.
+      max_length: how many to keep.
+
+    Returns:
+      Strings [batch, max_length], left-aligned, padded with "".
+    """
     if isinstance(values, tf.RaggedTensor):
         places = tf.where(values.values != "")[:, 0]
         rows, num_rows = tf.gather(values.value_rowids(), places), values.nrows()
@@ -276,21 +307,44 @@ def _padded(values: tf.Tensor, rows: tf.Tensor, num_rows: tf.Tensor, width: int)
 
 
 def side_by_side(ids: tf.Tensor) -> tf.Tensor:
-    """[batch, max_values] as it is; [batch, max_values, ids_per_value] -> [batch, max_values * ids_per_value]."""
+    """Lays the ids of a row side by side.
+
+    Args:
+      ids: [batch, max_values] or [batch, max_values, ids_per_value].
+
+    Returns:
+      [batch, max_values * ids_per_value], value by value.
+    """
     if ids.shape.rank == 2:
         return ids
     return tf.reshape(ids, [-1, ids.shape[1] * ids.shape[2]])
 
 
 def as_float(values: tf.Tensor) -> tf.Tensor:
-    """Numbers as float32 with NaN for missing."""
+    """Casts numbers.
+
+    Args:
+      values: int64 or float, of any shape.
+
+    Returns:
+      float32, NaN for missing.
+    """
     if values.dtype == tf.int64:
         return tf.where(values == MISSING_INT64, float("nan"), tf.cast(values, tf.float32))
     return tf.cast(values, tf.float32)
 
 
 def numeric_values(feature: NumberFeature, statistics: NumericStatistics, raw: tf.Tensor) -> tf.Tensor:
-    """log1p, then scaling: (x - mean) / std, (x - min) / (max - min), or 1 + number of boundaries <= x."""
+    """Scales numbers: log1p if asked for, then (x - mean) / std, (x - min) / (max - min), or the bucket of x.
+
+    Args:
+      feature: says which.
+      statistics: fitted on the training split, after log1p.
+      raw: int64 or float, of any shape.
+
+    Returns:
+      float32, the training mean's for missing; or of buckets int64 ids, 1 + number of boundaries <= x, 0 for missing.
+    """
     values = as_float(raw)
     missing = tf.math.is_nan(values)
     if feature.log1p:
@@ -311,7 +365,15 @@ def numeric_values(feature: NumberFeature, statistics: NumericStatistics, raw: t
 
 
 def group_ids(group: UserGroup, raw: tf.Tensor) -> tf.Tensor:
-    """User-group ids [batch]: 0 unknown, then intervals or listed values, then other."""
+    """Finds the user group of each value.
+
+    Args:
+      group: its intervals or values.
+      raw: numbers or strings [batch].
+
+    Returns:
+      int64 [batch], indices of ``group.labels``: 0 unknown, then intervals or listed values, then other.
+    """
     unknown = tf.cast(MISSING_ID, tf.int64)
     if group.boundaries is not None:
         values = as_float(raw)

@@ -1,1 +1,1 @@
-"""What a data set contains, declared in YAML: types and rules, no TensorFlow."""
+"""Declarations of what a data set contains, as YAML holds them: types and rules, no TensorFlow."""

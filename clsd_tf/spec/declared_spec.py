@@ -1,4 +1,4 @@
-"""What a feature spec declares and what follows from it, before its rules are checked."""
+"""Fields of a feature spec and the facts that follow from them, before its rules are checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,14 @@ class DeclaredSpec(StrictModel):
     # --- Tables and columns
 
     def key_of(self, role: str) -> str | None:
-        """The key of the tables of a role (``log``, ``user``, ``item_state``, ...); None for the log."""
+        """Names the key of the tables of a role.
+
+        Args:
+          role: as ``Tables`` calls its tables.
+
+        Returns:
+          A column; None for the log.
+        """
         return {"log": None, "user": self.user_key, "item": self.item_key}[role.removesuffix("_state")]
 
     @property
@@ -130,7 +137,14 @@ class DeclaredSpec(StrictModel):
         return next(feature for feature in self.features if feature.name == name)
 
     def features_of(self, kind: type[Kind]) -> tuple[Kind, ...]:
-        """The features of a class, its subclasses among them, in their order."""
+        """Finds the features of a kind.
+
+        Args:
+          kind: their class, or one that they inherit from.
+
+        Returns:
+          In the order of the spec.
+        """
         return tuple(feature for feature in self.features if isinstance(feature, kind))
 
     @property
@@ -140,7 +154,7 @@ class DeclaredSpec(StrictModel):
 
     @property
     def raw_inputs(self) -> tuple[RawInput, ...]:
-        """What a serving request carries: the columns of features and user groups, the histories and the windows."""
+        """Contents of a serving request: the columns of features and user groups, the histories and the windows."""
         types = self.column_types
         return tuple(dict.fromkeys(entry.raw_input(types) for entry in self.entries))
 
@@ -151,5 +165,5 @@ class DeclaredSpec(StrictModel):
         return {name: rule for name, rule in rules.items() if rule}
 
     def id_source(self, feature: IdFeature) -> IdFeature:
-        """The feature whose ids it has: the one that it shares, or itself."""
+        """Finds the feature whose ids another one has: the one that it shares, or itself."""
         return next(found for found in self.features_of(IdFeature) if found.name == (feature.shares or feature.name))

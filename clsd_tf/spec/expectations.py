@@ -1,4 +1,4 @@
-"""What a feature spec expects of data: allowed values of a column, and how far data may drift."""
+"""Expectations that a feature spec has of data: allowed values of a column, and limits of drift."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from clsd_tf.spec.validation import StrictModel
 
 
 class DriftLimits(StrictModel):
-    """How much data may differ from a baseline, beyond what the size of the samples explains; None: not limited.
+    """Limits of how data may differ from a baseline, beyond what the size of the samples explains; None: no limit.
 
     Attributes:
       max_l_infinity: largest change of one value's share.
@@ -28,7 +28,7 @@ class DriftLimits(StrictModel):
 
 
 class Expectation(StrictModel):
-    """What the values of a column must be; missing values have a limit of their own.
+    """Limits of the values of a column; missing values have one of their own.
 
     Attributes:
       min: least number.
@@ -54,4 +54,5 @@ class Expectation(StrictModel):
 
     @property
     def has_range(self) -> bool:
+        """Tells if numbers have a limit."""
         return self.min is not None or self.max is not None

@@ -36,17 +36,20 @@ class SpecEntry(StrictModel, abc.ABC):
     @property
     @abc.abstractmethod
     def counted_as(self) -> Literal["numbers", "values", "lists"]:
-        """How data statistics sum up its raw input; of lists they know the lengths alone."""
+        """Kind of data statistics of its raw input; of lists they know the lengths alone."""
 
     @abc.abstractmethod
     def meaning(self) -> dict[str, Any]:
         """The settings that give its ids or numbers their meaning: they stay where a dataset grows from another."""
 
     def raw_input(self, column_types: Mapping[str, ColumnType]) -> RawInput:
-        """Describes what a serving request carries for it.
+        """Describes the value that a serving request carries for it.
 
         Args:
           column_types: of the columns of all tables.
+
+        Returns:
+          Name and type: of its column, or of what is made of past events.
         """
         return RawInput(self.raw_name, column_types[self.raw_name], self.is_list)
 
@@ -67,16 +70,19 @@ class BaseFeature(SpecEntry):
 
     @property
     def value_separator(self) -> str | None:
-        """What stands between the values in its column; None where the column holds single ones."""
+        """Text between the values in its column; None where the column holds single ones."""
         return None
 
     @abc.abstractmethod
     def categorical_input(
         self, feature: Callable[[str], BaseFeature], vocabulary_lengths: Mapping[str, int]
     ) -> CategoricalInput | None:
-        """Describes the ids that it becomes; None if it becomes a number.
+        """Describes the ids that it becomes.
 
         Args:
           feature: finds another feature of the spec by its name.
           vocabulary_lengths: number of values of each vocabulary, by the name of its feature.
+
+        Returns:
+          Names and sizes; None if it becomes a number.
         """

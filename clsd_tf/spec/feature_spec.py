@@ -121,9 +121,13 @@ def load_spec(path: str | pathlib.Path) -> FeatureSpec:
 
 
 def meaning_differences(spec: FeatureSpec, previous: FeatureSpec) -> list[str]:
-    """Lists what gives values another meaning in ``spec`` than in ``previous``, for the entries that both have.
+    """Compares what ids and numbers mean in two specs, for the features and user groups that both have.
 
     Values of vocabularies aside, and what decides which values a vocabulary gets.
+
+    Args:
+      spec: the newer one.
+      previous: the one that gave ids and numbers their meaning.
 
     Returns:
       A text for each setting that differs: its name, what was received and what is allowed.

@@ -76,24 +76,27 @@ class Hashing(StrictModel):
 
     @property
     def ids_per_value(self) -> int:
+        """Ids that stand for one value, side by side."""
         return {"single": 1, "quotient_remainder": 2, "multi": self.num_hashes}[self.method]
 
     @property
     def combiner(self) -> Literal["sum", "product"]:
-        """What a value's embedding is made of those of its ids, see ``CategoricalInput``."""
+        """Operation that makes a value's embedding of those of its ids, see ``CategoricalInput``."""
         return "product" if self.method == "quotient_remainder" else "sum"
 
     @property
     def num_remainders(self) -> int:
+        """Ids of hash mod r: the r of ``quotient_remainder``."""
         return self.buckets // 2
 
     @property
     def num_quotients(self) -> int:
+        """Ids of hash div r: the q of ``quotient_remainder``."""
         return self.buckets - self.num_remainders
 
 
 class IdFeature(BaseFeature):
-    """What becomes ids: by a vocabulary of the training split, or by hash (``hash_buckets: N`` is short for one).
+    """A feature that becomes ids: by a vocabulary of the training split, or by hash (``hash_buckets: N`` is short).
 
     ``shares`` names another such feature, whose ids and embedding table are this one's too: of two columns with cities,
     say. Its vocabulary is made of that feature's column alone.
@@ -129,7 +132,7 @@ class IdFeature(BaseFeature):
 
     @property
     def resolved_hash(self) -> Hashing | None:
-        """How values are hashed, or None when they have a vocabulary."""
+        """The rule by which values are hashed, or None when they have a vocabulary."""
         return Hashing(buckets=self.hash_buckets) if self.hash_buckets else self.hash
 
     @property

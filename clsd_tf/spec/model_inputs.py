@@ -1,4 +1,4 @@
-"""What the transform gives a model, as plain types: sizes, names and the statistics fitted on the training split."""
+"""Descriptions of what the transform gives a model: names, sizes and the statistics fitted on the training split."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GroupInput:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """What the transform gives a model: the only thing that backbones and AdGate know of a data set.
+    """All inputs that the transform gives a model: the only thing that backbones and AdGate know of a data set.
 
     ``user_features`` names the categorical and numeric inputs that come from the user's profile.
     """

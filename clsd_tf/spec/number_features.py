@@ -13,7 +13,7 @@ from clsd_tf.spec.tables import ColumnType, Name
 
 
 class NumberFeature(BaseFeature):
-    """What becomes a number, by statistics of the training split; with ``quantile_buckets`` the id of its bucket."""
+    """A feature that becomes a number, scaled by statistics of the training split, or the id of a bucket."""
 
     column_types: ClassVar[tuple[ColumnType, ...]] = ("int64", "float")
 

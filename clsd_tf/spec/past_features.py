@@ -16,7 +16,7 @@ from clsd_tf.spec.tables import ColumnType, Comparison, Name
 
 
 class FromPastEvents(BaseFeature):
-    """What a feature of the user's own past looks at: events strictly before the one it describes.
+    """A feature of the user's own past: of events strictly before the one that it describes.
 
     Attributes:
       where: only events for which this comparison of a log column holds, for example ``is_like == 1``. It may read
@@ -46,14 +46,18 @@ class FromPastEvents(BaseFeature):
 
     @property
     def where_comparison(self) -> Comparison | None:
+        """By which an event counts; None where all do."""
         return Comparison.parse(self.where) if self.where else None
 
     @abc.abstractmethod
     def event_column(self, feature: Callable[[str], BaseFeature]) -> str | None:
-        """The column of each past event that it is made of; None where events are only counted.
+        """Names the column of past events that it is made of.
 
         Args:
           feature: finds another feature of the spec by its name.
+
+        Returns:
+          Its name; None where events are only counted.
         """
 
 

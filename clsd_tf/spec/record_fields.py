@@ -1,4 +1,4 @@
-"""What a training record holds of a row beside the model inputs, declared once for all who write or read records."""
+"""Fields of a training record beside the model inputs, declared once for all who write or read records."""
 
 from __future__ import annotations
 
@@ -40,5 +40,12 @@ RESERVED_RAW_NAMES = (*RESERVED_NAMES, "ctr")  # Of no raw input: joined rows an
 
 
 def names_of(*purposes: Purpose) -> list[str]:
-    """Names of the fields with one of these purposes, in the order of records."""
+    """Finds the fields with a purpose.
+
+    Args:
+      purposes: one or more.
+
+    Returns:
+      Their names, in the order of records.
+    """
     return [field.name for field in RECORD_FIELDS if field.purpose in purposes]

@@ -65,6 +65,7 @@ class Column(StrictModel):
 
     @property
     def name_in_file(self) -> str:
+        """``source_name``, or the name itself."""
         return self.name if self.source_name is None else self.source_name
 
 
@@ -87,6 +88,7 @@ class EventTime(StrictModel):
 
     @property
     def microseconds_per_unit(self) -> int:
+        """Factor from the column's numbers to microseconds."""
         return {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}[self.unit]
 
 
@@ -124,6 +126,7 @@ class Table(StrictModel):
 
     @property
     def column_names(self) -> list[str]:
+        """Names of the columns as declared."""
         return [column.name for column in self.columns]
 
     def column(self, name: str) -> Column:
@@ -160,7 +163,13 @@ class Comparison:
 
     @classmethod
     def parse(cls, expression: str) -> Comparison:
-        """Reads an expression.
+        """Reads a comparison.
+
+        Args:
+          expression: a column, an operator, and a number or text in single quotes.
+
+        Returns:
+          The comparison; a number without a point is an int.
 
         Raises:
           ValueError: it is no comparison.
@@ -178,12 +187,19 @@ class Comparison:
         return cls(column, operator, float(value) if "." in value else int(value))  # Large integers are no floats.
 
     def holds(self, values: np.ndarray) -> np.ndarray:
-        """Compares the column's values, none of them missing: bool in the shape of ``values``."""
+        """Compares values of the column.
+
+        Args:
+          values: numbers, or text as Python objects; none of them missing.
+
+        Returns:
+          ``values operator value``, bool in the shape of ``values``.
+        """
         return _OPERATORS[self.operator](values, self.value)
 
 
 class Split(StrictModel):
-    """How rows become train, validation and test.
+    """The rule by which rows become train, validation and test.
 
     - ``rule: time`` cuts the event-time axis, either at quantiles (``train``, ``validation``, ``test`` fractions) or at
       the given dates; a row never trains a model that is tested on an earlier one. Events from ``until`` on are left

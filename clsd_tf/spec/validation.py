@@ -29,7 +29,14 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Reads YAML; ``source`` is named in errors.
+    """Reads YAML; numbers such as 1e-3 are numbers.
+
+    Args:
+      text: YAML.
+      source: named in errors.
+
+    Returns:
+      What it holds, as Python's types.
 
     Raises:
       SpecError: the text is not YAML.
@@ -41,7 +48,18 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
-    """Reads a YAML mapping; an empty text is an empty mapping. Errors as ``parse_yaml``."""
+    """Reads a YAML mapping.
+
+    Args:
+      text: YAML; an empty text is an empty mapping.
+      source: named in errors.
+
+    Returns:
+      Its keys and values.
+
+    Raises:
+      SpecError: the text is not YAML, or no mapping.
+    """
     content = parse_yaml(text, source)
     if content is None:
         return {}
@@ -53,13 +71,16 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 def explain_validation_error(
     error: pydantic.ValidationError, model: type[pydantic.BaseModel], source: str, at: tuple[str, ...] = ()
 ) -> str:
-    """Formats a line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed.
+    """Writes an error for whoever wrote the YAML.
 
     Args:
-      error: of ``model``.
-      model: what was checked.
-      source: the file or flag that it came from.
+      error: of the validation.
+      model: what was validated.
+      source: the file or flag that it came from; named first.
       at: where ``model`` stands in the source: the beginning of each path.
+
+    Returns:
+      A line per problem: the key's path, the rule, ``Received`` and, for unknown keys, what is allowed.
     """
     lines = []
     for problem in error.errors():

@@ -78,11 +78,14 @@ class Drift:
 
 
 def find_anomalies(statistics: DataStatistics, expectations: Mapping[str, Expectation]) -> list[Anomaly]:
-    """What breaks an expectation, sorted.
+    """Finds the columns that break an expectation.
 
     Args:
       statistics: of any rows.
       expectations: column -> what is expected of it; ``FeatureSpec.expectations``.
+
+    Returns:
+      An anomaly for each expectation that does not hold, sorted.
 
     Raises:
       ValueError: the statistics, made with another spec, lack what an expectation needs.
@@ -127,7 +130,7 @@ def _column_anomalies(name: str, column: ColumnStatistics, rows: int, expectatio
 
 
 def _count_unexpected(found: ValueSummary, expected: Sequence[str]) -> int:
-    """How often other values than the expected ones occur; where not all values are counted, at least so often."""
+    """Occurrences of other values than the expected ones; at least so many where not all values are counted."""
     is_expected = pc.is_in(found.values, value_set=pa.array(expected, pa.string())).to_numpy(zero_copy_only=False)
     kept = int(found.rows[~is_expected, 0].sum())
     # Values that were dropped are in the total alone, and each expected one may be among them as far as the error goes.
@@ -143,12 +146,30 @@ def _anomaly(column: str, kind: str, received: float, allowed: float, what: str,
 def compare(
     baseline: DataStatistics, new: DataStatistics, spec: FeatureSpec, min_group_users: int = MIN_GROUP_USERS
 ) -> list[Anomaly]:
-    """What drifts beyond the limits of ``spec.drift`` (or of the column) and the sampling error, sorted."""
+    """Finds drift from a baseline.
+
+    Args:
+      baseline: statistics of the rows that are as they should be.
+      new: statistics of other rows.
+      spec: its ``drift`` has the limits, unless the column has some of its own.
+      min_group_users: smaller user groups are part of "other".
+
+    Returns:
+      The measures that exceed limit and sampling error together, as sorted anomalies.
+    """
     return find_drift(measure_drift(baseline, new, min_group_users), spec)
 
 
 def find_drift(measures: Sequence[Drift], spec: FeatureSpec) -> list[Anomaly]:
-    """The measures that exceed their limit and their sampling error together, sorted."""
+    """Picks the measures that exceed their limit and their sampling error together.
+
+    Args:
+      measures: from ``measure_drift``.
+      spec: its ``drift`` has the limits, unless the column has some of its own.
+
+    Returns:
+      An anomaly for each, sorted.
+    """
     found = []
     for drift in measures:
         limit = getattr(_limits(spec, drift.column), _LIMIT_OF[drift.kind])
@@ -191,13 +212,25 @@ class Contrast:
 
     @property
     def title(self) -> str:
+        """Heading of a report's section."""
         return f"{self.baseline_name} → {self.new_name}"
 
 
 def contrast(
     baseline_name: str, baseline: DataStatistics, new_name: str, new: DataStatistics, spec: FeatureSpec
 ) -> Contrast:
-    """Measures and judges the drift from ``baseline`` to ``new``."""
+    """Measures and judges the drift from ``baseline`` to ``new``.
+
+    Args:
+      baseline_name: what a reader calls the baseline.
+      baseline: its statistics.
+      new_name: likewise of the other rows.
+      new: their statistics.
+      spec: has the limits.
+
+    Returns:
+      All measures, and those that are too large.
+    """
     measures = measure_drift(baseline, new)
     return Contrast(
         baseline_name,
@@ -210,10 +243,16 @@ def contrast(
 
 
 def measure_drift(baseline: DataStatistics, new: DataStatistics, min_group_users: int = MIN_GROUP_USERS) -> list[Drift]:
-    """All measures of all columns, in all rows and in each user group that both have.
+    """Measures all columns, in all rows and in each user group that both sides have.
 
-    Groups of fewer than ``min_group_users`` users are part of "other", which is compared where it holds the same
-    groups on both sides. Measures without rows on a side are left out, and so are click rates of served requests.
+    Args:
+      baseline: statistics of the rows that are as they should be.
+      new: statistics of other rows; may lack columns.
+      min_group_users: groups of fewer users are part of "other", which is compared where it holds the same groups on
+        both sides.
+
+    Returns:
+      All measures but those without rows on a side, and without the click rates of served requests.
     """
     left, right = (side.merge_small_groups(min_group_users) for side in (baseline, new))
     measures: list[Drift] = []
@@ -321,7 +360,15 @@ class _Pair:
 
 
 def jensen_shannon(left: np.ndarray, right: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two distributions over the same values, in bits: 0 alike, 1 nothing in common."""
+    """Computes the Jensen-Shannon divergence, (KL(left || m) + KL(right || m)) / 2 with m = (left + right) / 2.
+
+    Args:
+      left: shares of the values, [num_values].
+      right: shares of the same values.
+
+    Returns:
+      Bits in [0, 1]: 0 alike, 1 nothing in common.
+    """
     middle = (left + right) / 2
     return float(sum(_relative_entropy(side, middle) for side in (left, right)) / 2)
 
@@ -332,9 +379,15 @@ def _relative_entropy(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def binned_shares(left: Histogram, right: Histogram) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(upper ends of up to 20 bins that hold equally many of both sides' values, share of left and of right in each).
+    """Cuts two histograms into up to 20 bins that hold equally many of both sides' values.
 
-    The last bin has no end, so there is one end fewer than there are bins.
+    Args:
+      left: of one side.
+      right: of the other.
+
+    Returns:
+      The upper ends of the bins but the last, which has none, [num_bins - 1]; and the share of left and of right in
+      each, [num_bins].
     """
     fractions = np.arange(1, _NUM_BINS) / _NUM_BINS
     ends = np.unique(left.merge(right).quantiles(fractions))

@@ -1,4 +1,4 @@
-"""What the joined rows of a data set look like: mergeable statistics per raw input and user group.
+"""Statistics of the joined rows of a data set, per raw input and user group, that can be merged.
 
 Statistics of a part are made from a table, those of a split by merging the parts in a fixed order. They hold no user
 ids: of the user key's column only how many values are missing and distinct.
@@ -64,11 +64,19 @@ class ColumnStatistics:
         return self.lengths if self.distinct is None else None
 
     def merge(self, other: ColumnStatistics) -> ColumnStatistics:
+        """Gives the statistics of both parts' rows; ``other`` is of the same column and segments."""
         parts = {name: getattr(self, name) and getattr(self, name).merge(getattr(other, name)) for name in _SUMMARIES}
         return ColumnStatistics(self.missing + other.missing, self.missing_clicks + other.missing_clicks, **parts)
 
     def in_segments(self, chosen: Sequence[Sequence[int]]) -> ColumnStatistics:
-        """Of unions of segments: ``chosen`` holds the indices of each union."""
+        """Gives the statistics of unions of segments.
+
+        Args:
+          chosen: indices of the segments of each union.
+
+        Returns:
+          A segment per union, in their order.
+        """
         return dataclasses.replace(
             self,
             missing=sum_segments(self.missing, chosen),
@@ -77,11 +85,13 @@ class ColumnStatistics:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
         parts = {name: getattr(self, name) and getattr(self, name).to_dict() for name in _SUMMARIES}
         return {"missing": self.missing.tolist(), "missing_clicks": self.missing_clicks, **parts}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ColumnStatistics:
+        """Reads what ``to_dict`` gives."""
         parts = {name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()}
         return cls(np.array(content["missing"], np.int64), content["missing_clicks"], **parts)
 
@@ -111,18 +121,31 @@ class DataStatistics:
 
     @classmethod
     def of(cls, table: pa.Table, spec: FeatureSpec, left_out: Collection[str] = ()) -> DataStatistics:
-        """Statistics of a part.
+        """Sums up the rows of a part.
 
         Args:
           table: a column per ``spec.raw_inputs`` with null for missing; ``user_hash`` (int64, null where the user is
             not known); ``label`` (0 or 1), which may be absent.
           spec: the feature spec.
           left_out: raw inputs that the table does not have; neither they nor user groups made of them are counted.
+
+        Returns:
+          Statistics that can be merged with those of other parts.
         """
         return _Part(table, spec, left_out).statistics()
 
     def merge(self, other: DataStatistics) -> DataStatistics:
-        """Statistics of both parts, of one spec. Deterministic, but means may differ by rounding with the order."""
+        """Merges the statistics of two parts.
+
+        Args:
+          other: of the same spec.
+
+        Returns:
+          Statistics of the rows of both. Deterministic, but means may differ by rounding with the order of merges.
+
+        Raises:
+          ValueError: the parts are of different specs.
+        """
         if self.segments != other.segments or set(self.columns) != set(other.columns):
             raise ValueError("merged statistics must be of one feature spec. Received: other columns or user groups")
         return DataStatistics(
@@ -135,7 +158,14 @@ class DataStatistics:
         )
 
     def merge_small_groups(self, min_users: int = MIN_GROUP_USERS) -> DataStatistics:
-        """The statistics as reports may show them: groups of few users are part of "other", empty ones are left out."""
+        """Makes of the statistics what reports may show.
+
+        Args:
+          min_users: groups of fewer users become part of "other".
+
+        Returns:
+          The same columns, without the segments of small and of empty groups.
+        """
         unions: dict[Segment, list[int]] = {ALL_ROWS: [0]}
         for group in dict.fromkeys(group for group, _ in self.segments[1:]):
             members = [index for index, (name, _) in enumerate(self.segments) if name == group]
@@ -170,6 +200,7 @@ class DataStatistics:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DataStatistics:
+        """Reads what ``to_dict`` gives."""
         return cls(
             tuple(tuple(segment) for segment in content["segments"]),
             content["has_labels"],
@@ -188,12 +219,24 @@ def _merge_all(sketches: Sequence[DistinctSketch]) -> DistinctSketch:
 
 
 def write_data_statistics(path: pathlib.Path, splits: Mapping[str, DataStatistics]) -> None:
-    """Writes the statistics of each split as JSON, without line breaks: long lists of counts."""
+    """Writes the statistics of each split as JSON, without line breaks: long lists of counts.
+
+    Args:
+      path: of the file.
+      splits: split -> its statistics.
+    """
     write_text(path, json.dumps({split: statistics.to_dict() for split, statistics in splits.items()}) + "\n")
 
 
 def read_data_statistics(path: pathlib.Path) -> dict[str, DataStatistics]:
-    """Split -> what ``write_data_statistics`` wrote; train first."""
+    """Reads what ``write_data_statistics`` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Split -> its statistics; train first.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
     return {split: DataStatistics.from_dict(content[split]) for split in SPLITS if split in content}
 
@@ -280,10 +323,10 @@ class _Part:
         lengths = _text_lengths(encoded) if entry.dtype == "string" else None
         if entry.name == self._spec.user_key:
             return ColumnStatistics(*missing, _distinct(encoded.dictionary))
-        numbers = self._number_summary(encoded, self._rows - missing[0]) if is_number(self._spec, entry.name) else None
+        numbers = self._number_summary(encoded, self._rows - missing[0]) if _is_number(self._spec, entry.name) else None
         separator = _separators(self._spec).get(entry.name)
         counted, rows = (encoded, None) if separator is None else _separated(encoded, separator)
-        values = self._value_summary(counted, rows) if is_id(self._spec, entry.name) else None
+        values = self._value_summary(counted, rows) if _is_id(self._spec, entry.name) else None
         return ColumnStatistics(*missing, _distinct(counted.dictionary), lengths, numbers, values)
 
     def _missing(self, is_missing: np.ndarray) -> tuple[np.ndarray, int]:
@@ -327,23 +370,13 @@ class _Part:
         return ValueSummary(top, in_segments[:num_kept], clicks[:num_kept], in_segments[: num_kept + 1].sum(axis=0))
 
 
-def is_number(spec: FeatureSpec, column: str) -> bool:
-    """Tells if statistics treat the column as numbers: it is scaled, cut into intervals or expected in a range.
-
-    Args:
-      spec: declares what the column is used for.
-      column: a raw input that is no list.
-    """
+def _is_number(spec: FeatureSpec, column: str) -> bool:
+    """Tells if statistics treat the column as numbers: it is scaled, cut into intervals or expected in a range."""
     return "numbers" in _uses(spec, column) or (column in spec.expectations and spec.expectations[column].has_range)
 
 
-def is_id(spec: FeatureSpec, column: str) -> bool:
-    """Tells if statistics count the column's values: they become ids or user groups, or are listed in the spec.
-
-    Args:
-      spec: declares what the column is used for.
-      column: a raw input that is no list.
-    """
+def _is_id(spec: FeatureSpec, column: str) -> bool:
+    """Tells if statistics count the column's values: they become ids or user groups, or are listed in the spec."""
     return "values" in _uses(spec, column) or (column in spec.expectations and bool(spec.expectations[column].values))
 
 

@@ -36,7 +36,7 @@ class Sides(NamedTuple):
 
 
 def sides_of(spec: FeatureSpec) -> Sides:
-    """Sorts the raw inputs of a spec."""
+    """Sorts the raw inputs of a spec: those that tell of the user, and all others."""
     sides = spec.sides
     return Sides(
         user=tuple(entry for entry in spec.raw_inputs if sides[entry.name] == "user"),
@@ -47,7 +47,7 @@ def sides_of(spec: FeatureSpec) -> Sides:
 def rank_function(
     spec: FeatureSpec, transform: FeatureTransform, model: MethodModel, top_k: int | None
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """requests, string [batch] -> the items of each request by falling ``ctr``.
+    """Makes the function behind ``rank``: requests, string [batch] -> the items of each request by falling ``ctr``.
 
     A request is a serialized ``tensorflow.serving.ExampleListWithContext``: ``context`` is the user's Example,
     ``examples`` are the items'; ``sides_of`` says what is read where. Its ``item_ids`` [batch, num_items] and ``ctr``,
@@ -60,6 +60,9 @@ def rank_function(
       transform: as in training.
       model: scores the items.
       top_k: how many items an answer holds; None for all.
+
+    Returns:
+      A function of the requests; its answer holds ``item_ids`` and ``ctr``.
     """
     sides = sides_of(spec)
     group_names = {group.name for group in spec.user_groups}
@@ -98,7 +101,14 @@ def _for_model(
 
 
 def decode_requests(requests: tf.Tensor) -> tuple[tf.Tensor, tf.RaggedTensor]:
-    """Serialized requests [batch] -> the users' Examples [batch] and the items' Examples, ragged [batch, num_items]."""
+    """Takes requests apart.
+
+    Args:
+      requests: serialized, string [batch].
+
+    Returns:
+      The users' serialized Examples, [batch], and the items', ragged [batch, num_items].
+    """
     sizes, (context, examples) = tf.io.decode_proto(
         tf.concat([requests, [""]], axis=0),  # The op refuses an empty batch.
         _REQUEST.full_name,

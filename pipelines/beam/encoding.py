@@ -138,7 +138,16 @@ class _Encoder:
 
 
 def write_records(path: pathlib.Path, batches: Iterable[np.ndarray], compressed: bool) -> str:
-    """Writes a TFRecord file that appears under its name only when it is whole; returns the digest of its examples."""
+    """Writes a TFRecord file that appears under its name only when it is whole.
+
+    Args:
+      path: of the file.
+      batches: serialized examples, an object array each.
+      compressed: by GZIP.
+
+    Returns:
+      SHA-256 of the examples, in hexadecimal.
+    """
     options = tf.io.TFRecordOptions(compression_type="GZIP" if compressed else "")
     digest = hashlib.sha256()
     temporary = temporary_name(str(path))

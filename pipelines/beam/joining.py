@@ -53,10 +53,19 @@ class Buckets:
 
     @property
     def total(self) -> int:
+        """Buckets of all splits."""
         return sum(self.num_shards.values())
 
     def of_rows(self, row_ids: np.ndarray, splits: np.ndarray) -> np.ndarray:
-        """Bucket of each row, by a hash of its id; a shard is a sample of its split."""
+        """Finds the bucket of each row, by a hash of its id, so that a shard is a sample of its split.
+
+        Args:
+          row_ids: int64 [num_rows].
+          splits: indices in ``SPLITS``, int [num_rows].
+
+        Returns:
+          int64 [num_rows], in [0, total).
+        """
         sizes = np.array([self.num_shards[split] for split in SPLITS], np.uint64)
         first = np.append(0, np.cumsum(sizes)[:-1]).astype(np.uint64)
         return (first[splits] + mix_row_ids(row_ids, _SHARD_SEED) % sizes[splits]).astype(np.int64)
@@ -72,7 +81,7 @@ class Buckets:
 
 @dataclasses.dataclass(frozen=True)
 class JoinPlan:
-    """What every worker of the second pipeline knows.
+    """Settings that every worker of the second pipeline knows.
 
     Attributes:
       files: exchange files by table.
@@ -97,6 +106,7 @@ class JoinPlan:
         return [(unit, partitions.tolist()) for unit, partitions in enumerate(parts)]
 
     def vocabulary_path(self, unit: int) -> str:
+        """Names the file that holds the counts of a unit."""
         return str(self.directory / f"vocabularies-{unit:05d}.arrow")
 
 

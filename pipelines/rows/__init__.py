@@ -1,1 +1,1 @@
-"""What happens to rows, as functions on Arrow tables."""
+"""Steps that rows go through in a build, as functions on Arrow tables."""

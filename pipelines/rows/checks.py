@@ -1,4 +1,4 @@
-"""Which rows are good: text -> the declared types, and the rules that make a row a bad one."""
+"""Checks of rows: text -> the declared types, and the rules that make a row a bad one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ _MAX_WEIGHT = 1_000_000
 
 
 def user_id_salt(spec: FeatureSpec) -> bytes | None:
-    """The secret salt of user ids, from the environment variable that the spec names; None if it names none.
+    """Reads the secret salt of user ids from the environment variable that the spec names.
+
+    Args:
+      spec: ``user_id_salt_env`` is the variable.
+
+    Returns:
+      The salt; None if the spec names no variable.
 
     Raises:
       ValueError: the variable is not set, or too short to be a secret.
@@ -74,7 +80,14 @@ def parse_rows(batch: RawBatch, spec: FeatureSpec, salt: bytes | None = None) ->
 
 
 def parsed_schema(table: Table) -> pa.Schema:
-    """What ``parse_rows`` makes of a table: the declared columns and ``row_id``."""
+    """Describes what ``parse_rows`` makes of a table.
+
+    Args:
+      table: of any role.
+
+    Returns:
+      The declared columns and ``row_id``.
+    """
     return pa.schema([*((column.name, ARROW_TYPES[column.type]) for column in table.columns), (ROW_ID, pa.int64())])
 
 
@@ -104,7 +117,7 @@ def _bad_rows(batch: RawBatch, table: Table, failures: dict[str, np.ndarray], hi
 
 
 def _readable(value: object) -> str:
-    """What JSON has no type for: bytes that are not text, times, decimals."""
+    """Text for values that JSON has no type for: bytes that are not text, times, decimals."""
     return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 

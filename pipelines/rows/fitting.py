@@ -1,4 +1,4 @@
-"""What a build learns from joined rows: counts of the splits, vocabularies, moments and data statistics.
+"""Summaries of joined rows, which a build learns from: counts of the splits, moments and data statistics.
 
 Everything here is a summary of some rows that can be merged with another. Sums of floats depend on their order, so
 summaries are made per unit of users and merged in the order of the units, whichever worker made them.
@@ -39,6 +39,12 @@ class SplitSummary:
 
     @classmethod
     def of(cls, table: pa.Table, spec: FeatureSpec) -> SplitSummary:
+        """Counts the rows of a split, at least one.
+
+        Args:
+          table: joined rows.
+          spec: declares the user groups.
+        """
         label = table.column("label").to_numpy()
         times = table.column(EVENT_TIME).to_numpy()
         return cls(
@@ -51,6 +57,7 @@ class SplitSummary:
         )
 
     def merge(self, other: SplitSummary) -> SplitSummary:
+        """Gives the summary of both parts' rows."""
         if not self.rows or not other.rows:
             return self if self.rows else other
         groups = {
@@ -94,7 +101,15 @@ class NumericSummary:
 
     @classmethod
     def of(cls, table: pa.Table, feature: NumberFeature) -> NumericSummary | None:
-        """None where the feature has no value."""
+        """Sums up the values of a feature.
+
+        Args:
+          table: joined rows of the training split.
+          feature: says which column, and if log1p comes first.
+
+        Returns:
+          Its summary; None where no row has a value.
+        """
         values = table.column(feature.column).drop_null().to_numpy().astype(np.float64)
         if not len(values):
             return None
@@ -105,6 +120,7 @@ class NumericSummary:
         return cls(len(values), mean, deviation, float(values.min()), float(values.max()), histogram)
 
     def merge(self, other: NumericSummary) -> NumericSummary:
+        """Gives the summary of both parts' values."""
         count = self.count + other.count
         delta = other.mean - self.mean
         return NumericSummary(
@@ -117,7 +133,14 @@ class NumericSummary:
         )
 
     def statistics(self, feature: NumberFeature) -> NumericStatistics:
-        """What the transform needs; boundaries are the distinct inner quantiles."""
+        """Derives what the transform needs.
+
+        Args:
+          feature: that was summed up.
+
+        Returns:
+          Moments, and for quantile buckets the distinct inner quantiles as boundaries.
+        """
         boundaries: tuple[float, ...] = ()
         if self.histogram:
             fractions = np.arange(1, feature.num_buckets) / feature.num_buckets
@@ -126,11 +149,13 @@ class NumericSummary:
         return NumericStatistics(self.count, self.mean, std, self.minimum, self.maximum, boundaries)
 
     def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
         histogram = self.histogram.to_dict() if self.histogram else None
         return {**vars(self), "histogram": histogram}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> NumericSummary:
+        """Reads what ``to_dict`` gives."""
         histogram = Histogram.from_dict(value["histogram"]) if value["histogram"] else None
         return cls(**{**value, "histogram": histogram})
 
@@ -138,7 +163,7 @@ class NumericSummary:
 def fitted_numbers(
     spec: FeatureSpec, summaries: Mapping[str, Mapping[str, Any]], previous: Mapping[str, NumericStatistics]
 ) -> dict[str, NumericStatistics]:
-    """Statistics of the features that become numbers.
+    """Derives the statistics of the features that become numbers.
 
     Args:
       spec: declares the features.
@@ -146,7 +171,7 @@ def fitted_numbers(
       previous: of an earlier dataset, which stay as they are.
 
     Returns:
-      By the name of the feature.
+      Name of the feature -> its statistics.
 
     Raises:
       BadInputError: a feature has no value.
@@ -182,6 +207,13 @@ class FitSummary:
 
     @classmethod
     def of(cls, counts: Counter, by_split: Mapping[str, pa.Table], spec: FeatureSpec) -> FitSummary:
+        """Sums up the joined rows of some users.
+
+        Args:
+          counts: see the class.
+          by_split: the rows of each split that has any.
+          spec: declares what is learnt.
+        """
         train = by_split.get("train")
         numeric = {}
         if train is not None:
@@ -196,9 +228,11 @@ class FitSummary:
 
     @classmethod
     def empty(cls) -> FitSummary:
+        """Gives the summary of no rows."""
         return cls(Counter(), {}, {}, {})
 
     def merge(self, other: FitSummary) -> FitSummary:
+        """Gives the summary of both parts' rows."""
         return FitSummary(
             self.counts + other.counts,
             _merge_by_name(self.splits, other.splits),

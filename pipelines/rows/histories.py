@@ -1,4 +1,4 @@
-"""What a user did strictly before each event: histories and window aggregates, as functions on Arrow columns.
+"""Histories and window aggregates of what a user did strictly before each event, as functions on Arrow columns.
 
 Events are sorted by (user, time, row id). Every function cuts them by times alone, so events of one user at the same
 time never see each other. A result depends on the user's own events only, never on who else is in the table.
@@ -35,7 +35,14 @@ class SortedEvents:
         self._rows_before: dict[int, np.ndarray] = {}  # Features often share their spans.
 
     def rows_before(self, age: int) -> np.ndarray:
-        """How many rows stand before the user's first event that is at most ``age`` microseconds old, [num_events]."""
+        """Finds, for each event, the user's first event that is not too old.
+
+        Args:
+          age: microseconds that it may be old.
+
+        Returns:
+          How many rows stand before it, int64 [num_events].
+        """
         if age not in self._rows_before:
             ranks = np.searchsorted(self._distinct_times, self.times - age)
             self._rows_before[age] = np.searchsorted(self._moments, self._user_base + ranks)
@@ -57,7 +64,13 @@ class PastEvents:
 
     @classmethod
     def select(cls, events: SortedEvents, counts: np.ndarray, feature: FromPastEvents) -> PastEvents:
-        """The events in [time - within_seconds, time - delay_seconds) for which the mask ``counts`` is true."""
+        """Selects the events in [time - within_seconds, time - delay_seconds) for which a mask is true.
+
+        Args:
+          events: users and times.
+          counts: the mask, bool [num_events].
+          feature: the span.
+        """
         counted_before = np.append(0, np.cumsum(counts))
         start, end = events.first_rows, events.rows_before(round(feature.delay_seconds * _MICROSECONDS))
         if feature.within_seconds is not None:
@@ -66,19 +79,23 @@ class PastEvents:
 
     @property
     def sizes(self) -> np.ndarray:
+        """Past events that count of each event, [num_events]."""
         return self.end - self.start
 
 
 def past_values(
     events: SortedEvents, values: pa.ChunkedArray | None, holds: np.ndarray, feature: FromPastEvents
 ) -> pa.Array:
-    """What a feature of past events is for each event, [num_events].
+    """Computes a feature of past events.
 
     Args:
       events: users and times.
       values: the column of ``feature.event_column``, [num_events]; None where it names none.
       holds: where ``feature.where`` holds, bool [num_events].
       feature: what is made of which past events.
+
+    Returns:
+      Its value for each event, [num_events].
 
     Raises:
       TypeError: there is no case for this kind of feature.
@@ -95,13 +112,16 @@ def past_values(
 def user_histories(
     events: SortedEvents, values: pa.ChunkedArray, counts: np.ndarray, feature: HistoryFeature
 ) -> pa.ListArray:
-    """The user's last values before each event, oldest first, list<string> [num_events].
+    """Collects the user's last values before each event.
 
     Args:
       events: users and times.
       values: what the history is made of, strings [num_events]; nulls are left out.
       counts: where ``feature.where`` holds, bool [num_events].
       feature: says how many values to keep, and how old and how new they may be.
+
+    Returns:
+      list<string> [num_events], oldest first.
     """
     past = PastEvents.select(events, counts & values.is_valid().to_numpy(), feature)
     start = np.maximum(past.start, past.end - feature.max_length)
@@ -115,13 +135,16 @@ def user_histories(
 def window_values(
     events: SortedEvents, values: pa.ChunkedArray | None, holds: np.ndarray, feature: WindowFeature
 ) -> pa.Array:
-    """The aggregate of the user's past events, float64 [num_events], null where it has none.
+    """Aggregates the user's past events.
 
     Args:
       events: users and times.
       values: what a mean is of, numbers [num_events].
       holds: where ``feature.where`` holds, bool [num_events].
       feature: the aggregate and its window.
+
+    Returns:
+      float64 [num_events], null where the aggregate has no value.
     """
     every = np.ones_like(holds)
     match feature.aggregate:

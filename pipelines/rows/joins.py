@@ -1,4 +1,4 @@
-"""What is known of an event at its time: profiles, past events, labels. Functions on Arrow tables, no Beam."""
+"""Joins of an event with what is known at its time: profiles, past events, labels. Arrow tables, no Beam."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ USER_HASH = "user_hash"
 
 
 def evaluate_comparison(comparison: Comparison, table: pa.Table) -> np.ndarray:
-    """``column operator value`` per row, as float32 0/1; 0 where the column is missing."""
+    """Evaluates ``column operator value`` in each row.
+
+    Args:
+      comparison: of a column of ``table``.
+      table: any rows.
+
+    Returns:
+      float32 [num_rows], 0 or 1; 0 where the column is missing.
+    """
     column = table.column(comparison.column)
     valid = column.is_valid().to_numpy()
     result = np.zeros(len(valid), np.float32)
@@ -31,7 +39,15 @@ def evaluate_comparison(comparison: Comparison, table: pa.Table) -> np.ndarray:
 
 
 def microseconds(values: pa.ChunkedArray, time: EventTime) -> np.ndarray:
-    """Times as int64 microseconds since 1970 (UTC), rounded."""
+    """Converts times.
+
+    Args:
+      values: numbers [num_rows].
+      time: the unit that they are in.
+
+    Returns:
+      Microseconds since 1970 (UTC), rounded, int64 [num_rows].
+    """
     scaled = values.to_numpy() * time.microseconds_per_unit
     return scaled if scaled.dtype == np.int64 else np.rint(scaled).astype(np.int64)
 
@@ -50,12 +66,16 @@ class Profiles:
 
     @property
     def columns(self) -> list[str]:
-        """What an event gets of the table."""
+        """Columns that an event gets of the table."""
         valid_from = self.valid_from and self.valid_from.column
         return [name for name in self.table.column_names if name not in (self.key, ROW_ID, valid_from)]
 
     def duplicate_rows(self) -> tuple[int, list[int]]:
-        """How many rows repeat a key (and time), and the row ids of the first such row and of the one it repeats."""
+        """Counts the rows that repeat a key, or with ``valid_from`` a key and time.
+
+        Returns:
+          Their number, and the row ids of the row that is repeated first and of the first that repeats it.
+        """
         keys = self.table.column(self.key).combine_chunks()
         codes = pc.index_in(keys, value_set=keys).to_numpy().astype(np.int64)
         if self.valid_from:
@@ -69,11 +89,14 @@ class Profiles:
         return len(repeated), [int(row_ids[row]) for row in (first[inverse[repeated[0]]], repeated[0])]
 
     def lookup(self, keys: pa.ChunkedArray, times: np.ndarray) -> tuple[dict[str, pa.ChunkedArray], int]:
-        """What is known of each key at its time (null where nothing is), and of how many nothing is.
+        """Finds what is known of keys at a time.
 
         Args:
           keys: [num_events].
           times: microseconds, [num_events]; they matter for versioned tables only.
+
+        Returns:
+          Column -> values [num_events], null where nothing is known; and the number of events of which nothing is.
         """
         own = self.table.column(self.key).combine_chunks()
         rows = self._latest_rows(own, keys, times) if self.valid_from else pc.index_in(keys, value_set=own)

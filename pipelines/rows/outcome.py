@@ -1,4 +1,4 @@
-"""What the pipelines of a build found, as counts, and the rules by which it is refused."""
+"""Counts of what the pipelines of a build found, and the rules by which a build is refused."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ class BadInputError(ValueError):
 
 
 def table_counts(found: Mapping[str, int], roles: Sequence[str]) -> dict[str, Any]:
-    """Rows of each table, and its bad ones by reason.
+    """Sorts counts by table.
 
     Args:
       found: ``<role>/rows``, ``<role>/bad/<reason>`` and ``<role>/unreadable/<file and reason>``.
       roles: of the declared tables.
+
+    Returns:
+      Role -> ``rows``, and ``bad`` ones by reason.
 
     Raises:
       BadInputError: a file could not be read to its end.
@@ -40,6 +43,10 @@ def table_counts(found: Mapping[str, int], roles: Sequence[str]) -> dict[str, An
 
 def require_good_tables(tables: Mapping[str, Any], max_bad_fraction: float) -> None:
     """Refuses tables without rows, with too many bad rows, or with bad rows only.
+
+    Args:
+      tables: from ``table_counts``.
+      max_bad_fraction: the largest share of bad rows, in [0, 1].
 
     Raises:
       BadInputError: names the table, the counts and the reasons.
@@ -87,12 +94,15 @@ def require_unique_keys(found: Mapping[str, int], spec: FeatureSpec, file_names:
 
 
 def split_counts(summary: Mapping[str, Any], spec: FeatureSpec, cut_offs: Sequence[int]) -> dict[str, Any]:
-    """What counts.json says of the splits, of rows without a profile and of duplicates.
+    """Makes counts.json's part on the splits, on rows without a profile and on duplicates.
 
     Args:
       summary: ``FitSummary.to_dict``.
       spec: of the dataset.
       cut_offs: event times in microseconds, see ``pipelines.rows.splits.split_cut_offs``.
+
+    Returns:
+      Ready for JSON.
     """
     moments = zip(("validation_from", "test_from", "until"), map(_iso_time, cut_offs), strict=False)
     missing = {name: count for name, count in summary["counts"].items() if name.endswith("_profile_missing")}
@@ -126,6 +136,10 @@ def _split_entry(found: Mapping[str, Any] | None, spec: FeatureSpec) -> dict[str
 def require_usable_splits(counts: Mapping[str, Any], spec: FeatureSpec) -> None:
     """Refuses a split without rows, or with one value of the label.
 
+    Args:
+      counts: from ``split_counts``.
+      spec: of the dataset.
+
     Raises:
       BadInputError: names the split and the counts.
     """
@@ -146,11 +160,14 @@ def require_usable_splits(counts: Mapping[str, Any], spec: FeatureSpec) -> None:
 
 
 def account(counts: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, int]:
-    """What became of every row of the log that was read.
+    """Accounts for every row of the log.
 
     Args:
       counts: with ``tables`` and ``splits``.
       found: ``duplicates_dropped`` and ``left_out`` rows.
+
+    Returns:
+      The rows that were read, and how many of them were written, dead-lettered, dropped or left out.
 
     Raises:
       RuntimeError: rows are unaccounted for.

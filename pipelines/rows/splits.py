@@ -1,4 +1,4 @@
-"""Which split a row belongs to."""
+"""Splits: rules by which a row is of train, validation or test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _LEFT_OUT = 3  # Behind the indices of train, validation and test.
 
 
 def split_cut_offs(split: Split, histogram: Histogram) -> list[int]:
-    """Event times in microseconds at which validation and test begin (the time rule alone has cut-offs)."""
+    """Finds where the time rule cuts.
+
+    Args:
+      split: dates, or fractions.
+      histogram: of all event times in microseconds.
+
+    Returns:
+      Event times in microseconds at which validation and test begin, and at which rows are left out again, if any.
+    """
     if split.validation_from is not None:
         moments = [split.validation_from, split.test_from, split.until]
         return [_microseconds(moment) for moment in moments if moment is not None]
@@ -29,7 +37,16 @@ def _microseconds(moment: dt.datetime) -> int:
 
 
 def expected_rows(split: Split, cut_offs: Sequence[int], histogram: Histogram) -> dict[str, int]:
-    """About how many rows each split will have: what its number of shards comes from."""
+    """Estimates the size of each split, which its number of shards comes from.
+
+    Args:
+      split: the rule.
+      cut_offs: of the time rule, see ``split_cut_offs``.
+      histogram: of all event times in microseconds.
+
+    Returns:
+      Split -> about how many rows it will have.
+    """
     if split.rule != "time":
         return {name: round(getattr(split, name) * histogram.count) for name in SPLITS}
     ends = np.array([*cut_offs, np.iinfo(np.int64).max][: len(SPLITS)])
@@ -38,12 +55,15 @@ def expected_rows(split: Split, cut_offs: Sequence[int], histogram: Histogram) -
 
 
 def split_indices(split: Split, cut_offs: Sequence[int], table: pa.Table) -> np.ndarray:
-    """0 train, 1 validation, 2 test, 3 left out, per row.
+    """Finds the split of each row.
 
     Args:
       split: the rule.
       cut_offs: of the time rule, see ``split_cut_offs``.
       table: ``row_id``, ``event_time`` and ``user_hash`` of every event of some users, sorted by user, time and row id.
+
+    Returns:
+      [num_rows]: 0 train, 1 validation, 2 test, 3 left out.
     """
     match split.rule:
         case "time":

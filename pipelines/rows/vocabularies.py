@@ -36,7 +36,7 @@ class VocabularyCounts:
 
     @classmethod
     def of(cls, table: pa.Table, spec: FeatureSpec) -> VocabularyCounts:
-        """Counts of joined training rows.
+        """Counts the values of joined training rows.
 
         Missing and empty values do not count. Nor do values with a line break, which so stay out of vocabulary: a
         vocabulary file holds one value a line.
@@ -44,18 +44,27 @@ class VocabularyCounts:
         Args:
           table: the raw columns of the spec's vocabularies (string or int64) and, for weighted ones, ``sample_weight``.
           spec: names the vocabularies and their rules.
+
+        Returns:
+          Counts that can be merged with those of other rows.
         """
         return cls({name: _count(table, spec.feature(name), rule) for name, rule in spec.vocabularies.items()})
 
     def merge(self, other: VocabularyCounts) -> VocabularyCounts:
-        """Counts of both sets of rows."""
+        """Gives the counts of both sets of rows."""
         return VocabularyCounts({name: counts.merge(other.values[name]) for name, counts in self.values.items()})
 
     @staticmethod
     def merge_all(parts: Iterable[VocabularyCounts]) -> VocabularyCounts:
-        """Counts of all parts, at least one, merged in their order.
+        """Merges parts in their order.
 
         Equals are merged with equals: folding each part into the growing total would count the total again each time.
+
+        Args:
+          parts: at least one.
+
+        Returns:
+          Counts of all rows.
         """
         pending: list[tuple[int, VocabularyCounts]] = []  # (log2 of the number of parts, their counts), largest first.
         for part in parts:
@@ -66,12 +75,19 @@ class VocabularyCounts:
         return functools.reduce(lambda right, left: left.merge(right), [part for _, part in reversed(pending)])
 
     def errors(self, spec: FeatureSpec) -> dict[str, float]:
-        """Vocabulary name -> by how much a value's count, or sum of weights, may be too low; 0 where exact."""
+        """Bounds the error of the counts.
+
+        Args:
+          spec: has the rules of the vocabularies.
+
+        Returns:
+          Vocabulary name -> by how much a value's count, or sum of weights, may be too low; 0 where exact.
+        """
         return {name: counts.error / _units(spec.vocabularies[name]) for name, counts in self.values.items()}
 
 
 def _units(rule: Vocabulary) -> int:
-    """What one row of weight 1 adds to a count."""
+    """Units that one row of weight 1 adds to a count."""
     return _UNITS_PER_WEIGHT if rule.weighted else 1
 
 
@@ -110,10 +126,18 @@ def _summed(
 
 
 def rank(counts: TopValues, rule: Vocabulary, previous: Sequence[str] = ()) -> list[str]:
-    """Values in the order of their ids: the previous ones in their places, then new ones by falling count.
+    """Orders values by their ids: the previous ones in their places, then new ones by falling count.
 
     An id is 1 + num_oov_indices + place, so the ids of the previous values never change their meaning. They stay even
     if ``min_count`` or ``max_size`` would now leave them out. Ties are in the order of the text.
+
+    Args:
+      counts: of one vocabulary.
+      rule: which values are kept.
+      previous: values of the vocabulary that goes on.
+
+    Returns:
+      The lines of the vocabulary file.
     """
     table = counts.table.filter(pc.greater_equal(counts.table.column("count"), rule.min_count * _units(rule)))
     if previous:
@@ -126,9 +150,16 @@ def rank(counts: TopValues, rule: Vocabulary, previous: Sequence[str] = ()) -> l
 
 
 def previous_numbers(dataset: DatasetDir, spec: FeatureSpec) -> dict[str, NumericStatistics]:
-    """The statistics of the numeric features that ``dataset`` and one of ``spec`` share, by name: they must stay.
+    """Reads the statistics of numeric features that stay as they were fitted.
 
     Quantile buckets give ids, and scaled numbers meet weights that were trained on the earlier scale.
+
+    Args:
+      dataset: the earlier one.
+      spec: of the dataset that grows from it.
+
+    Returns:
+      Name -> statistics, of the features that both have.
     """
     numeric = {feature.name for feature in spec.features_of(NumberFeature)}
     return {name: found for name, found in dataset.statistics.numeric.items() if name in numeric}
@@ -138,6 +169,10 @@ def check_compatible(spec: FeatureSpec, previous: FeatureSpec) -> None:
     """Checks that every feature and user group that two specs share means the same in both.
 
     Values of vocabularies aside: those of ``previous`` are kept in their places. Features may come and go.
+
+    Args:
+      spec: of the dataset that grows.
+      previous: of the dataset that it grows from.
 
     Raises:
       SpecError: names the features and what differs.
