@@ -141,7 +141,7 @@ def test_intervals_stay_where_a_metric_can_be():
     perfect = single_rows(label=np.array([0.0, 0, 1, 1]), pctr=np.array([0.1, 0.2, 0.7, 0.8]))
     found = intervals(perfect)
     assert auc(perfect["label"], perfect["pctr"]) == 1
-    assert found["auc"] == [1.0, 1.0]
+    assert found["auc"] == (1.0, 1.0)
     assert found["click_rate"][1] == 1.0
     assert all(low >= 0 for low, _ in filter(None, found.values()))
 
@@ -150,7 +150,7 @@ def test_metrics_that_are_not_defined_have_no_interval(columns):
     none = intervals({**columns, "label": np.zeros(3000, np.float32), "intensity_label": None})
     undefined = ("auc", "gauc", "pcoc", "normalized_entropy", "intensity_auc", "intensity_auc_among_clicks")
     assert [none[name] for name in undefined] == [None] * 6
-    assert none["click_rate"] == [0.0, 0.0]
+    assert none["click_rate"] == (0.0, 0.0)
 
 
 def test_one_user_has_no_interval():

@@ -102,7 +102,7 @@ def train_daily(days: Sequence[Day], config: TrainConfig, *, title: str | None =
                 config,
                 day.work_dir,
                 title=title and f"{title} {day.date}",
-                init_from=previous and previous.work_dir,
+                init_from=previous.work_dir if previous else None,
             )
         day.work_dir.require_complete(day.dataset)
         measured = read_json(day.work_dir.prequential) if day.work_dir.prequential.exists() else None

@@ -95,14 +95,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     Source: Holm (1979), "A simple sequentially rejective multiple test procedure".
     """
-    known = [index for index, p_value in enumerate(p_values) if p_value is not None]
-    wrong = [p_values[index] for index in known if not 0 <= p_values[index] <= 1]
+    known = {index: p_value for index, p_value in enumerate(p_values) if p_value is not None}
+    wrong = [p_value for p_value in known.values() if not 0 <= p_value <= 1]
     if wrong:
         raise ValueError(f"p-values must lie in [0, 1]; use None where there is none. Received: {wrong}")
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
-    for rank, index in enumerate(sorted(known, key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(known) - rank) * p_values[index]))
+    for rank, index in enumerate(sorted(known, key=known.__getitem__)):
+        largest = max(largest, min(1.0, (len(known) - rank) * known[index]))
         adjusted[index] = largest
     return adjusted
 

@@ -30,7 +30,7 @@ Array = np.ndarray
 CONFIDENCE = 0.95
 
 
-def user_intervals(rows: ScoredRows, values: Mapping[str, float | None]) -> dict[str, list[float] | None]:
+def user_intervals(rows: ScoredRows, values: Mapping[str, float | None]) -> dict[str, tuple[float, float] | None]:
     """Computes the 95 % intervals of metrics, cut off where a metric cannot be.
 
     Args:
@@ -38,7 +38,7 @@ def user_intervals(rows: ScoredRows, values: Mapping[str, float | None]) -> dict
       values: metric -> value on the rows.
 
     Returns:
-      Metric -> [low, high], where ``values`` has it, of ``click_rate``, ``auc``, ``gauc``, ``log_loss``,
+      Metric -> (low, high), where ``values`` has it, of ``click_rate``, ``auc``, ``gauc``, ``log_loss``,
       ``normalized_entropy``, ``pcoc``, ``intensity_auc`` and ``intensity_auc_among_clicks``; None where the metric is
       not defined or there are fewer than two users.
     """
@@ -50,11 +50,11 @@ def user_intervals(rows: ScoredRows, values: Mapping[str, float | None]) -> dict
     }
 
 
-def _interval(name: str, value: float | None, error: float | None, num_users: int) -> list[float] | None:
+def _interval(name: str, value: float | None, error: float | None, num_users: int) -> tuple[float, float] | None:
     if value is None or error is None:
         return None
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_users - 1)) * error
-    return [max(value - margin, 0.0), min(value + margin, METRICS[name].at_most)]
+    return max(value - margin, 0.0), min(value + margin, METRICS[name].at_most)
 
 
 def _num_users(rows: ScoredRows) -> Mapping[str, int]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")  # Okabe-Ito.
-LINE_STYLE = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
+LINE_STYLE: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
 _MAX_PANELS_A_LINE = 4
 
 

@@ -109,17 +109,17 @@ def _row(
 
 
 def _with_holm(rows: list[Row]) -> list[Row]:
+    families: dict[tuple[str, str], dict[int, PairedDifference]] = {}
+    for index, row in enumerate(rows):
+        if row.difference is not None:
+            # Slices are other questions than the whole: each makes a family of its own.
+            families.setdefault((row.metric, row.place[2]), {})[index] = row.difference
     adjusted = list(rows)
-    for metric in {row.metric for row in rows}:
-        family = [index for index, row in enumerate(rows) if row.metric == metric and row.difference is not None]
-        # Slices are other questions than the whole: each makes a family of its own.
-        for part in {rows[index].place[2] for index in family}:
-            members = [index for index in family if rows[index].place[2] == part]
-            differences = [rows[index].difference for index in members]
-            of_t = holm([difference.t_p_value for difference in differences])
-            of_permutation = holm([difference.permutation_p_value for difference in differences])
-            for index, t, permutation in zip(members, of_t, of_permutation, strict=True):
-                adjusted[index] = dataclasses.replace(rows[index], holm_p=t, holm_permutation_p=permutation)
+    for family in families.values():
+        of_t = holm([difference.t_p_value for difference in family.values()])
+        of_permutation = holm([difference.permutation_p_value for difference in family.values()])
+        for index, t, permutation in zip(family, of_t, of_permutation, strict=True):
+            adjusted[index] = dataclasses.replace(rows[index], holm_p=t, holm_permutation_p=permutation)
     return adjusted
 
 
@@ -166,9 +166,9 @@ def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             continue
         found = row.difference
         lift = "" if row.lift is None else f"{row.lift:+.2%}"
-        p_values = [found.t_p_value, found.permutation_p_value, row.holm_p, row.holm_permutation_p]
-        p_values = [_p_text(value) for value in p_values]
-        measured = [str(found), _interval_text(found.confidence_interval), lift, *p_values, str(found.num_pairs)]
+        p_values = (found.t_p_value, found.permutation_p_value, row.holm_p, row.holm_permutation_p)
+        measured = [str(found), _interval_text(found.confidence_interval), lift, *map(_p_text, p_values)]
+        measured.append(str(found.num_pairs))
         measured.append("" if row.user_error is None else f"{row.user_error:.4f}")
         lines.append([*row.place[:2], row.method, tested[row.metric], *measured])
     return columns, lines
@@ -296,17 +296,17 @@ def render_html(name: str, facts: dict[str, str], grids: Sequence[GridTables]) -
 
 def _forest(rows: Sequence[Row], metric: Metric) -> Figure | None:
     """Differences to the baseline with their 95 % intervals, a line per data, backbone and method."""
-    shown = [row for row in rows if row.metric == metric.name and row.difference is not None]
+    shown = [(row, row.difference) for row in rows if row.metric == metric.name and row.difference is not None]
     if not shown:
         return None
     figure = Figure(figsize=(7.5, 0.9 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for height, row in enumerate(reversed(shown)):
-        low, high = row.difference.confidence_interval or (row.difference.mean,) * 2
+    for height, (_, difference) in enumerate(reversed(shown)):
+        low, high = difference.confidence_interval or (difference.mean, difference.mean)
         axes.plot([low, high], [height, height], color="#0072B2", linewidth=1.6)
-        axes.plot([row.difference.mean], [height], "o", color="#0072B2", markersize=4)
+        axes.plot([difference.mean], [height], "o", color="#0072B2", markersize=4)
     axes.axvline(0, color="#999999", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(shown)), [" ".join((*row.place[:2], row.method)) for row in reversed(shown)])
-    axis = f"difference to {shown[0].baseline}, 95 % interval"
+    axes.set_yticks(range(len(shown)), [" ".join((*row.place[:2], row.method)) for row, _ in reversed(shown)])
+    axis = f"difference to {shown[0][0].baseline}, 95 % interval"
     tidy(axes, metric.heading, f"{axis}; {metric.better} is better" if metric.better else axis, "")
     return figure

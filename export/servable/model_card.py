@@ -23,7 +23,17 @@ from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.training.config import TrainConfig, parse_config
 from export.publishing.versions import CARD_JSON
 from export.servable.card_text import render_card
-from export.servable.card_types import CARD_MARKDOWN, Calibration, Data, Export, Measured, ModelCard, Slice, Training
+from export.servable.card_types import (
+    CARD_MARKDOWN,
+    Calibration,
+    Data,
+    Export,
+    InputFile,
+    Measured,
+    ModelCard,
+    Slice,
+    Training,
+)
 
 _SPLIT = "test"
 _LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "numpy")
@@ -80,16 +90,17 @@ def write_model_card(
 
 
 def _slice(rows: ScoredRows) -> Slice:
-    measured = measure(rows, "evaluation")
+    measured: dict[str, Any] = {**measure(rows, "evaluation")}
     intervals = user_intervals(rows, measured)
-    own_fields = {name: measured.pop(name) for name in ("rows", "clicks", "ece")}
     return Slice(
+        rows=measured.pop("rows"),
         users=len(set(rows.user_hash.tolist())),
+        clicks=measured.pop("clicks"),
+        ece=measured.pop("ece"),
         metrics={
             metric.name: Measured(value=measured[metric.name], interval=intervals.get(metric.name))
             for metric in headlines(measured)
         },
-        **own_fields,
     )
 
 
@@ -116,14 +127,19 @@ def _data(dataset: DatasetDir) -> Data:
         label=spec.label,
         intensity_label=spec.intensity_label,
         splits=built["splits"],
-        inputs=[{**entry, "file": entry["file"].replace("\\", "/").rsplit("/", 1)[-1]} for entry in built["inputs"]],
+        inputs=[InputFile(**{**entry, "file": _file_name(entry["file"])}) for entry in built["inputs"]],
     )
+
+
+def _file_name(path: str) -> str:
+    """The last part of a local path, of POSIX or Windows, or of a URL."""
+    return path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _training(config: Mapping[str, Any], work_dir: WorkDir) -> Training:
     earlier_runs = read_json(work_dir.lineage)["ancestors"]
     init_from = " --init_from=EARLIER_WORK_DIR" if earlier_runs else ""
-    return Training(command=training_command(config) + init_from, config=config, earlier_runs=earlier_runs)
+    return Training(command=training_command(config) + init_from, config=dict(config), earlier_runs=earlier_runs)
 
 
 def training_command(config: Mapping[str, Any]) -> str:
