@@ -10,7 +10,7 @@ from clsd_tf.spec.validation import SpecError
 from clsd_tf.storage.files import read_json
 from export.servable.batching_parameters import BATCHING_FILE, read_batching_parameters
 from export.servable.profile import BatchingProfile, ExportProfile, load_profile, parse_profile
-from export.servable.quantization import QuantisationError
+from export.servable.quantization import QuantizationError
 from export.servable.saved_model import export_servable
 from export.servable.warmup import WARMUP_FILE, write_warmup_requests
 
@@ -72,7 +72,7 @@ def test_the_batching_file_is_the_profile(small):
     assert not parameters.pad_variable_length_inputs
 
 
-def test_the_manifest_says_what_quantisation_cost(small, feed_dataset):
+def test_the_manifest_says_what_quantization_cost(small, feed_dataset):
     found = read_json(small.path / "assets.extra" / "manifest.json")
     assert found["profile"] == json.loads(ExportProfile(**parse_profile(_SMALL, "t").__dict__).model_dump_json())
     cost = found["quantisation"]
@@ -83,11 +83,11 @@ def test_the_manifest_says_what_quantisation_cost(small, feed_dataset):
     assert abs(cost["auc_before"] - cost["auc_after"]) < 0.02
 
 
-def test_quantisation_that_costs_more_than_allowed_publishes_nothing(feed_dataset, clsd_run, tmp_path, monkeypatch):
+def test_quantization_that_costs_more_than_allowed_publishes_nothing(feed_dataset, clsd_run, tmp_path, monkeypatch):
     # Whether AUC falls or rises by chance: a limit below zero cannot be declared, but stands for one that is passed.
     profile = ExportProfile(quantisation={"tables": "int8"})
     object.__setattr__(profile.quantisation, "max_auc_loss", -1.0)
-    with pytest.raises(QuantisationError, match=r"at most -1 of AUC.*Received: 0\.\d+ before.*Allowed"):
+    with pytest.raises(QuantizationError, match=r"at most -1 of AUC.*Received: 0\.\d+ before.*Allowed"):
         export_servable(feed_dataset, clsd_run.work_dir, tmp_path, "feed", version=1, profile=profile)
     assert not list(tmp_path.rglob("saved_model.pb"))
 

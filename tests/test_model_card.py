@@ -29,8 +29,8 @@ def model(clsd_run, feed_dataset):
 
 @pytest.fixture(scope="module")
 def write(model, feed_dataset, clsd_run):
-    def write_card(directory, quantisation=None, work_dir=clsd_run.work_dir):
-        facts = {"profile": {"calibration": True}, "quantisation": quantisation, "verification": VERIFICATION}
+    def write_card(directory, quantization=None, work_dir=clsd_run.work_dir):
+        facts = {"profile": {"calibration": True}, "quantization": quantization, "verification": VERIFICATION}
         return write_model_card(directory, model, feed_dataset, work_dir, model_name="feed", version=7, **facts)
 
     return write_card
@@ -134,7 +134,7 @@ def test_input_files_lose_their_directories(feed_dataset, clsd_run, model, tmp_p
     monkeypatch.setattr(feed_dataset.layout, "manifest", tmp_path / "manifest.json")
     card = write_model_card(
         tmp_path, model, feed_dataset, clsd_run.work_dir,
-        model_name="feed", version=7, profile={}, quantisation=None, verification=VERIFICATION,
+        model_name="feed", version=7, profile={}, quantization=None, verification=VERIFICATION,
     )  # fmt: skip
     assert [entry.file for entry in card.data.inputs] == ["log.csv"] * 3
 
@@ -204,7 +204,7 @@ def test_the_tables_show_values_with_their_intervals(written):
     assert {row.count("|") for row in rows} == {headings.count("|")}
 
 
-def test_quantisation_is_told_with_its_cost(write, tmp_path):
+def test_quantization_is_told_with_its_cost(write, tmp_path):
     cost = {"tables": "int8", "bytes_before": 4000, "bytes_after": 1200, "auc_before": 0.71234, "auc_after": 0.71201}
     write(tmp_path, cost)
     text = (tmp_path / CARD_MARKDOWN).read_text()

@@ -116,7 +116,7 @@ def write_manifest(
     version: int,
     verification: Mapping[str, Any],
     profile: Mapping[str, Any],
-    quantisation: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the manifest: the last file of a version, since it holds the checksums of all others.
 
@@ -146,7 +146,7 @@ def write_manifest(
         "raw_inputs": raw_inputs,
         "private_inputs": sorted(user_key | spec.sensitive_columns),
         "profile": dict(profile),
-        "quantisation": quantisation,
+        "quantisation": quantization,
         "config": work_dir.resolved_config,
         "verification": dict(verification),
         "files": file_entries(directory),

@@ -162,12 +162,12 @@ def _export(card: ModelCard) -> str:
     facts = [f"Signatures: {', '.join(_signatures(differences))}." if differences else "Not verified."]
     if differences:
         facts.append(f"Largest difference to the training model: {max(differences.values()):.1e}.")
-    quantised = export.quantisation
-    if quantised is not None:
+    quantization = export.quantisation
+    if quantization is not None:
         facts.append(
-            f"Embedding tables in {quantised['tables']}: {quantised['bytes_before']:,} bytes became "
-            f"{quantised['bytes_after']:,}, AUC {_number(quantised['auc_before'])} became "
-            f"{_number(quantised['auc_after'])}."
+            f"Embedding tables in {quantization['tables']}: {quantization['bytes_before']:,} bytes became "
+            f"{quantization['bytes_after']:,}, AUC {_number(quantization['auc_before'])} became "
+            f"{_number(quantization['auc_after'])}."
         )
     libraries = [[name, version or "from sources"] for name, version in card.libraries.items()]
     profile = json.dumps(export.profile, indent=1, sort_keys=True)

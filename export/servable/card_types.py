@@ -95,7 +95,7 @@ class Training(_Part):
 
 
 class Export(_Part):
-    """How the version was made: profile, what quantisation cost (None without it), and what verification found."""
+    """How the version was made: profile, what quantization cost (None without it), and what verification found."""
 
     profile: dict[str, Any]
     quantisation: dict[str, Any] | None

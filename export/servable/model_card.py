@@ -48,20 +48,20 @@ def write_model_card(
     model_name: str,
     version: int,
     profile: Mapping[str, Any],
-    quantisation: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any] | None,
     verification: Mapping[str, Any],
 ) -> ModelCard:
     """Measures the model on the test split and writes both files; the same model and data give the same bytes.
 
     Args:
       directory: of the version that is being written.
-      model: as it is served, so quantised and without calibration where the profile says so.
+      model: as it is served, so quantized and without calibration where the profile says so.
       dataset: of the run.
       work_dir: of the run.
       model_name: of the version.
       version: its number.
       profile: that it was exported by.
-      quantisation: what that cost, None without it.
+      quantization: what that cost, None without it.
       verification: what the check of the written version found.
     """
     rows = score_split(model, dataset, _SPLIT)
@@ -79,7 +79,9 @@ def write_model_card(
         calibration=_calibration(model, rows),
         training=_training(config, work_dir),
         export=Export(
-            profile=dict(profile), quantisation=quantisation and dict(quantisation), verification=dict(verification)
+            profile=dict(profile),
+            quantisation=None if quantization is None else dict(quantization),
+            verification=dict(verification),
         ),
         libraries=_versions(),
     )

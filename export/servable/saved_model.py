@@ -28,7 +28,7 @@ from export.publishing.versions import ModelVersions
 from export.servable.batching_parameters import write_batching_parameters
 from export.servable.model_card import write_model_card
 from export.servable.profile import ExportProfile
-from export.servable.quantization import quantise_tables
+from export.servable.quantization import quantize_tables
 from export.servable.signatures import ServingModule, serving_signatures
 from export.servable.verification_sample import verification_sample
 from export.servable.warmup import write_warmup_requests
@@ -71,7 +71,7 @@ def export_servable(
     Raises:
       FileExistsError: the version's number was used already; a published version is never rewritten.
       ExportError: a signature does not agree with the training model.
-      QuantisationError: quantisation costs more AUC than the profile allows.
+      QuantizationError: quantization costs more AUC than the profile allows.
       ValueError: bad name or version, or a models.config to which the model cannot be added.
     """
     versions = ModelVersions(base_dir, name)
@@ -79,7 +79,7 @@ def export_servable(
     model = load_model(work_dir, dataset)
     method = method_of(model.config)
     profile = (profile or ExportProfile()).resolved(method.signatures(model.config))
-    quantisation = _apply_profile(model, dataset, profile)
+    quantization = _apply_profile(model, dataset, profile)
     transform = FeatureTransform(dataset.spec, dataset.statistics, dataset.layout.vocabularies)
     with versions.staged(version) as (number, staging), tempfile.TemporaryDirectory() as scratch:
         signatures = serving_signatures(dataset.spec, transform, model, profile)
@@ -96,7 +96,7 @@ def export_servable(
             "version": number,
             "verification": verification,
             "profile": profile.to_dict(),
-            "quantisation": quantisation,
+            "quantization": quantization,
         }
         write_model_card(staging, model, dataset, work_dir, **facts)
         write_manifest(staging, dataset, work_dir, **facts)
@@ -105,12 +105,12 @@ def export_servable(
 
 
 def _apply_profile(model: MethodModel, dataset: DatasetDir, profile: ExportProfile) -> dict[str, Any] | None:
-    """Makes the model what the profile asks for; returns what quantisation cost, None without it."""
+    """Makes the model what the profile asks for; returns what quantization cost, None without it."""
     if not profile.calibration:
         model.calibration = None
     if profile.quantisation.tables == "none":
         return None
-    return quantise_tables(model, dataset, profile.quantisation)
+    return quantize_tables(model, dataset, profile.quantisation)
 
 
 def _write_warmup(
