@@ -28,13 +28,16 @@ class Day:
 
 
 def days_between(first: dt.date, last: dt.date, datasets: str, work_dirs: str) -> list[Day]:
-    """The days from ``first`` to ``last``, both included.
+    """Finds the datasets of the days from ``first`` to ``last``, both included.
 
     Args:
       first: date.
       last: date, not before ``first``.
       datasets: path of a dataset directory with ``{date}`` in it, which stands for YYYY-MM-DD.
       work_dirs: path of a work directory, likewise.
+
+    Returns:
+      The days in order; their work directories need not exist.
 
     Raises:
       ValueError: ``last`` is before ``first``, or a path has no ``{date}``.

@@ -40,12 +40,27 @@ class EarlierModel:
         self._vocabulary_of = {entry.name: entry.vocabulary for entry in dataset.inputs.categorical}
 
     def predict(self, batches: tf.data.Dataset, verbose: int = 0) -> np.ndarray:
-        """Predicts pctr of batches, as the run's model does."""
+        """Predicts as the run's model does.
+
+        Args:
+          batches: of (features, labels, weights), features as the dataset has them.
+          verbose: as of ``tf.keras.Model.predict``.
+
+        Returns:
+          pctr, float32 [num_rows].
+        """
         known = batches.map(lambda features, labels, weight: (self._as_known(features), labels, weight))
         return self._model.predict(known, verbose=verbose)
 
     def logits(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Computes logits of a batch before calibration, as the run's model does."""
+        """Computes logits as the run's model does, before its calibration.
+
+        Args:
+          features: of a batch, as the dataset has them.
+
+        Returns:
+          float32 [batch].
+        """
         return self._model.logits(self._as_known(features))
 
     def _as_known(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -93,5 +108,13 @@ def validate_progressively(earlier: WorkDir, dataset: DatasetDir) -> dict[str, A
 
 
 def identity(earlier: WorkDir, dataset: DatasetDir) -> dict[str, str]:
-    """Returns the fingerprints of the run that scored and of the dataset that was scored."""
+    """Says what a progressive validation was of.
+
+    Args:
+      earlier: the run that scored.
+      dataset: that was scored.
+
+    Returns:
+      Their fingerprints, ``scored_by`` and ``dataset_fingerprint``.
+    """
     return {"scored_by": earlier.fingerprint, "dataset_fingerprint": dataset.fingerprint}

@@ -19,6 +19,11 @@ MODEL = "predictions of the run's own model, before calibration"
 def split_scores(work_dir: WorkDir, dataset: DatasetDir, split: str) -> tuple[np.ndarray, str]:
     """Scores of every row of a split, in file order: the teacher's for the training split, if the run stored some.
 
+    Args:
+      work_dir: of a finished run.
+      dataset: that it was trained on.
+      split: train, validation or test.
+
     Returns:
       (float32 [num_rows], NaN where the teacher has no score; ``TEACHER`` or ``MODEL``).
 

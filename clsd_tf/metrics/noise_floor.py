@@ -46,11 +46,14 @@ def click_noise_floor(
 
 
 def mean_of_lowest(scores: Array, share: float = _LOWEST_SHARE) -> float:
-    """Mean of the lowest ceil(share * num_rows) scores: the floor of one user group.
+    """Averages the lowest ceil(share * num_rows) scores: the floor of one user group.
 
     Args:
       scores: finite, [num_rows], num_rows >= 1.
       share: in (0, 1].
+
+    Returns:
+      Their mean, in the unit of ``scores``.
 
     Raises:
       ValueError: share outside (0, 1], or scores that are not finite.

@@ -36,6 +36,12 @@ def auc(labels: Array, scores: Array, weights: Array | None = None) -> float | N
 def auc_by_user(labels: Array, scores: Array, users: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
     """AUC within each user, exact, all users at once.
 
+    Args:
+      labels: 0/1, [num_rows].
+      scores: any ranking, [num_rows].
+      users: whose row it is, [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
     Returns:
       (users, ascending; AUC of each, NaN where all labels are equal; impressions of each, as sums of weights), each
       [num_users].
@@ -66,6 +72,12 @@ def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = Non
     Users whose labels are all equal have no AUC and are left out. This is FuxiCTR's definition; others average users
     equally or by clicks.
 
+    Args:
+      labels: 0/1, [num_rows].
+      scores: any ranking, [num_rows].
+      users: whose row it is, [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
     Returns:
       (gauc or None if no user has both labels, share of impressions that entered).
     """
@@ -78,12 +90,29 @@ def gauc(labels: Array, scores: Array, users: Array, weights: Array | None = Non
 
 
 def mean(values: Array, weights: Array) -> float:
-    """Weighted mean: sum_i weights_i * values_i / sum_i weights_i, [num_rows] each."""
+    """Weighted mean: sum_i weights_i * values_i / sum_i weights_i.
+
+    Args:
+      values: [num_rows].
+      weights: >= 0, not all 0, [num_rows].
+
+    Returns:
+      Between the smallest and the largest value.
+    """
     return float(np.average(values, weights=weights))
 
 
 def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:
-    """Weighted mean of -labels * log(pctr) - (1 - labels) * log(1 - pctr); pctr clipped to [1e-7, 1 - 1e-7]."""
+    """Weighted mean of -labels * log(pctr) - (1 - labels) * log(1 - pctr); pctr clipped to [1e-7, 1 - 1e-7].
+
+    Args:
+      labels: 0/1, [num_rows].
+      pctr: in [0, 1], [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
+    Returns:
+      In nats, >= 0.
+    """
     weights = _weights(weights, labels)
     pctr = np.clip(np.asarray(pctr, np.float64), 1e-7, 1 - 1e-7)
     losses = -(labels * np.log(pctr) + (1 - np.asarray(labels)) * np.log1p(-pctr))
@@ -91,7 +120,15 @@ def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:
 
 
 def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
-    """log_loss / log loss of always predicting the click rate; below 1 beats the constant.
+    """Log loss relative to that of the click rate r: log_loss / -(r * log(r) + (1 - r) * log(1 - r)).
+
+    Args:
+      labels: 0/1, [num_rows].
+      pctr: in [0, 1], [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
+    Returns:
+      Below 1 for predictions that beat the constant r; None when r is 0 or 1.
 
     Source: He et al. (2014), "Practical Lessons from Predicting Clicks on Ads at Facebook", section 2.
     """
@@ -102,7 +139,16 @@ def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None)
 
 
 def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
-    """Predicted clicks over clicks: mean pctr / click rate. 1 is calibrated, above 1 predicts too much."""
+    """Predicted clicks over clicks: mean pctr / click rate.
+
+    Args:
+      labels: 0/1, [num_rows].
+      pctr: in [0, 1], [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+
+    Returns:
+      1 for calibrated predictions, above 1 for too high ones; None without clicks.
+    """
     weights = _weights(weights, labels)
     rate = np.average(labels, weights=weights)
     return float(np.average(np.asarray(pctr, np.float64), weights=weights) / rate) if rate else None
@@ -111,7 +157,13 @@ def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | No
 def calibration_bins(
     labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20
 ) -> list[dict[str, float]]:
-    """Rows sorted by pctr and cut into ``num_bins`` bins of equal mass.
+    """Sorts rows by pctr and cuts them into bins of equal mass.
+
+    Args:
+      labels: 0/1, [num_rows].
+      pctr: in [0, 1], [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+      num_bins: >= 1.
 
     Returns:
       Per non-empty bin: mean ``pctr``, ``click_rate`` and ``weight``.
@@ -136,7 +188,17 @@ def calibration_bins(
 
 
 def ece(labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20) -> float:
-    """Expected calibration error: mean over equal-mass bins, by weight, of |mean pctr - click rate|."""
+    """Expected calibration error: mean over equal-mass bins, by weight, of |mean pctr - click rate|.
+
+    Args:
+      labels: 0/1, [num_rows].
+      pctr: in [0, 1], [num_rows].
+      weights: >= 0, [num_rows]; 1 by default.
+      num_bins: >= 1.
+
+    Returns:
+      In [0, 1].
+    """
     bins = calibration_bins(labels, pctr, weights, num_bins)
     total = sum(entry["weight"] for entry in bins)
     return sum(entry["weight"] * abs(entry["pctr"] - entry["click_rate"]) for entry in bins) / total

@@ -43,7 +43,11 @@ class ScoredRows:
         return len(self.label)
 
     def has(self, column: str) -> bool:
-        """Whether an optional column, or a user group, is there."""
+        """Tells whether an optional column is there.
+
+        Args:
+          column: one of the attributes; ``group_ids`` is there if any user group is.
+        """
         return bool(self.group_ids) if column == "group_ids" else getattr(self, column) is not None
 
     def select(self, rows: Array) -> ScoredRows:
@@ -51,6 +55,9 @@ class ScoredRows:
 
         Args:
           rows: bool [num_rows], or indices.
+
+        Returns:
+          All columns of these rows, in their order.
         """
         columns: dict[str, Any] = {name: values[rows] for name, values in self._columns().items()}
         return dataclasses.replace(self, **columns, group_ids={name: ids[rows] for name, ids in self.group_ids.items()})
@@ -60,7 +67,14 @@ class ScoredRows:
         return self.select(self.label > 0.5)
 
     def judged_by(self, column: str) -> ScoredRows:
-        """All rows, with another column, such as ``intensity_label``, as their label."""
+        """Replaces the label.
+
+        Args:
+          column: the column to take for it, such as ``intensity_label``; it must be there.
+
+        Returns:
+          All rows, by whose ``label`` the same metrics say how well predictions tell that column.
+        """
         return dataclasses.replace(self, label=getattr(self, column))
 
     def without_calibration(self) -> ScoredRows:
@@ -69,7 +83,14 @@ class ScoredRows:
 
     @classmethod
     def concatenated(cls, parts: Sequence[ScoredRows]) -> ScoredRows:
-        """Rows of several splits of one dataset, at least one, in their order."""
+        """Joins rows of one dataset.
+
+        Args:
+          parts: one or more, with the same columns.
+
+        Returns:
+          All rows, in the order of the parts.
+        """
         columns: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0]._columns()
         }

@@ -1,4 +1,4 @@
-"""Whether a difference is more than chance: runs that share seeds, many comparisons, resampled rows."""
+"""Tests of differences: runs that share seeds, many comparisons, resampled rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RANDOM_FLIPS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """What the differences of pairs say; all but ``mean`` and ``num_pairs`` is None below two pairs.
+    """Statistics of the differences of pairs; all but ``mean`` and ``num_pairs`` is None below two pairs.
 
     Attributes:
       mean: mean of the differences.
@@ -41,7 +41,14 @@ class PairedDifference:
 
 
 def paired_difference(treatment: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
-    """mean(treatment_i - baseline_i) and how sure it is, pair i sharing its seed.
+    """Computes mean(treatment_i - baseline_i) and how sure it is, pair i sharing its seed.
+
+    Args:
+      treatment: a metric of the treated runs, [num_pairs].
+      baseline: of those that they are compared with, [num_pairs].
+
+    Returns:
+      The mean difference with its standard error, tests and interval.
 
     Raises:
       ValueError: the lengths differ, or there is no pair.

@@ -53,7 +53,14 @@ class Metric:
     of_baseline: bool = False
 
     def measure(self, rows: ScoredRows) -> float | None:
-        """Its value on the rows, num_rows >= 1; None where it is not defined or a column that it needs is missing."""
+        """Measures rows.
+
+        Args:
+          rows: one or more.
+
+        Returns:
+          The value; None where it is not defined, or a column that it needs is missing.
+        """
         return self.compute(rows) if all(rows.has(column) for column in self.needs) else None
 
 
@@ -67,6 +74,9 @@ def metrics_in(report: Report, names: Collection[str] | None = None) -> list[Met
       report: which.
       names: those that judge a method; None for all of the table.
 
+    Returns:
+      The report's own metrics, of those with the names.
+
     Raises:
       ValueError: a name that is not in the table.
     """
@@ -78,13 +88,27 @@ def metrics_in(report: Report, names: Collection[str] | None = None) -> list[Met
 
 
 def headlines(names: Iterable[str]) -> list[Metric]:
-    """Selects the metrics that tables show, of those with the names, in the order of the table."""
+    """Selects the metrics that tables show.
+
+    Args:
+      names: what was measured; names that are no metrics are left out.
+
+    Returns:
+      Those with a heading, in the order of the table.
+    """
     wanted = set(names)
     return [metric for metric in METRICS.values() if metric.heading and metric.name in wanted]
 
 
 def definitions(metrics: Iterable[Metric]) -> str:
-    """Sentences that explain the headings of a table, for the line below it."""
+    """Explains the headings of a table.
+
+    Args:
+      metrics: its columns.
+
+    Returns:
+      A sentence for each metric with a definition, for the line below the table.
+    """
     return " ".join(f"{metric.heading}: {metric.definition}." for metric in metrics if metric.definition)
 
 

@@ -1,4 +1,4 @@
-"""How far the luck of the test split's users could move a difference between methods.
+"""Errors over users: how far the luck of the test split's users could move a difference between methods.
 
 Paired seeds share the rows they are measured on, so that their spread says nothing about other users. The standard
 errors here take users for drawn at random, with all their impressions, and the models for given.
@@ -63,7 +63,15 @@ def gauc_difference_error(
 
     influence_u = impressions_u * (d_u - difference) / impressions, with d_u the difference of the user's own AUC.
 
-    Arguments and result as ``auc_difference_error``; users whose labels are all equal do not enter.
+    Args:
+      labels: 0/1, [num_rows].
+      treatment: scores by which the treated models rank, [num_seeds, num_rows].
+      baseline: [num_seeds, num_rows].
+      users: whose row it is, [num_rows]; those whose labels are all equal do not enter.
+      weights: >= 0, [num_rows]; 1 by default.
+
+    Returns:
+      None with fewer than two users that enter.
     """
     change = []
     for one, other in zip(treatment, baseline, strict=True):
@@ -78,12 +86,15 @@ def gauc_difference_error(
 
 
 def difference_errors(columns: Mapping[str, Array], treatment: Array, baseline: Array) -> dict[str, float]:
-    """Metric -> standard error over users of its difference, of the metrics that studies test.
+    """Computes the errors over users of the metrics that studies test.
 
     Args:
       columns: ``label``, ``user_hash``, ``sample_weight`` and, where declared, ``intensity_label``, [num_rows] each.
-      treatment: [num_seeds, num_rows].
+      treatment: scores by which the treated models rank, [num_seeds, num_rows].
       baseline: [num_seeds, num_rows].
+
+    Returns:
+      Metric -> standard error of its difference, where that is defined.
     """
     label, users, weights = columns["label"], columns["user_hash"], columns["sample_weight"]
     found = {
@@ -116,6 +127,13 @@ def _placements(clicked: Array, scores: Array, weights: Array) -> Array:
 
 
 def influence_error(influence: Array) -> float | None:
-    """Standard error of what each user moves by ``influence``, [num_users]; None with fewer than two users."""
+    """Standard error over users: sqrt(num_users / (num_users - 1) * sum_u influence_u^2).
+
+    Args:
+      influence: how far each user moves the estimate, [num_users].
+
+    Returns:
+      None with fewer than two users.
+    """
     count = len(influence)
     return float(np.sqrt(count / (count - 1) * np.sum(influence**2))) if count > 1 else None

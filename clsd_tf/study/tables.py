@@ -62,12 +62,18 @@ def compare(
     user_errors: Mapping[tuple[str, str, str, str], float] | None = None,
     baseline: str = BASELINE,
 ) -> list[Row]:
-    """Results -> rows, in the order of the results.
+    """Compares the methods of a grid with its baseline.
 
     Args:
       results: from ``clsd_tf.study.cells.read_results``: the rows of one grid, the family of Holm's correction.
       user_errors: from ``clsd_tf.study.cells.errors_over_users``.
       baseline: the method that all others are compared with.
+
+    Returns:
+      A row for each place, method and metric, in the order of the results.
+
+    Raises:
+      ValueError: results of a metric that is not in the table of metrics.
     """
     values: dict[tuple[tuple[str, str, str], str, str], dict[int, float]] = {}
     for found in results:
@@ -156,7 +162,14 @@ def _measured(rows: Sequence[Row], report: Report) -> list[Metric]:
 
 
 def tests_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Makes a table with a line per comparison of a tested metric: (columns, lines)."""
+    """Makes a table with a line per comparison of a tested metric.
+
+    Args:
+      rows: from ``compare``, of one slice.
+
+    Returns:
+      (columns, lines).
+    """
     columns = ["data", "backbone", "method", "metric", "difference", "95 % interval", "RelaImpr"]
     columns += ["p (t)", "p (permutation)", "p (t, Holm)", "p (permutation, Holm)", "pairs", "± over users"]
     tested = {metric.name: metric.heading for metric in _measured(rows, "study_tests")}
@@ -206,6 +219,7 @@ def _runs(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], str]]:
 
 
 def overall(rows: Sequence[Row]) -> list[Row]:
+    """Selects the rows of the whole split, without those of user groups."""
     return [row for row in rows if row.place[2] == OVERALL]
 
 
@@ -237,6 +251,15 @@ def _p_text(p_value: float | None) -> str:
 
 
 def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Writes a table as Markdown, in which cells keep their text.
+
+    Args:
+      columns: [num_columns].
+      lines: [num_lines][num_columns].
+
+    Returns:
+      A line of text for each of the table, without a newline at the end.
+    """
     cells = [columns, ["---"] * len(columns), *lines]
     # An asterisk would start emphasis, a vertical bar a new cell.
     return "\n".join(
@@ -245,11 +268,14 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
 
 
 def render_markdown(facts: dict[str, str], grids: Sequence[GridTables]) -> str:
-    """The tables of a study as Markdown, without those of user groups.
+    """Writes the tables of a study as Markdown, without those of user groups.
 
     Args:
       facts: what the study was: command, date, versions, seeds.
       grids: its tables.
+
+    Returns:
+      The content of a file.
     """
     parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND.replace("*", "\\*")]
     for grid in grids:
@@ -260,9 +286,16 @@ def render_markdown(facts: dict[str, str], grids: Sequence[GridTables]) -> str:
 
 
 def render_groups_markdown(facts: dict[str, str], grids: Sequence[GridTables]) -> str:
-    """What was measured within user groups, as Markdown; arguments as in ``render_markdown``.
+    """Writes what was measured within user groups, as Markdown.
 
     A document of its own: with two user groups it is ten times as long as the tables of the whole.
+
+    Args:
+      facts: as of ``render_markdown``.
+      grids: its tables; those without user groups are left out.
+
+    Returns:
+      The content of a file.
     """
     parts = ["\n".join(f"* {key}: {value}" for key, value in facts.items()), _LEGEND.replace("*", "\\*")]
     for grid in grids:
@@ -283,7 +316,16 @@ _LEGEND = (
 
 
 def render_html(name: str, facts: dict[str, str], grids: Sequence[GridTables]) -> str:
-    """The same as a self-contained page, with the differences as plots."""
+    """Renders all tables of a study, with the differences as plots.
+
+    Args:
+      name: of the study.
+      facts: as of ``render_markdown``.
+      grids: its tables.
+
+    Returns:
+      A self-contained HTML page.
+    """
     sections = []
     for grid in grids:
         rows = overall(grid.rows)

@@ -33,7 +33,7 @@ def check_name(name: str) -> None:
       name: of the model.
 
     Raises:
-      ValueError: as said.
+      ValueError: it holds another character than letters, digits, _ and -.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]*[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"a model name has letters, digits, _ and - only. Received: {name!r}")
@@ -72,7 +72,7 @@ class ModelVersions:
         self.path = servable_dir / name
 
     def published(self) -> dict[int, pathlib.Path]:
-        """Version -> directory, ascending."""
+        """Lists the published versions: number -> directory, ascending."""
         return versions_on_disk(self.path)
 
     def history(self) -> list[dict[str, Any]]:

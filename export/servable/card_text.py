@@ -14,7 +14,14 @@ from export.servable.card_types import Measured, ModelCard, Slice
 
 
 def render_card(card: ModelCard) -> str:
-    """The whole card."""
+    """Writes a card as Markdown.
+
+    Args:
+      card: what a version's model_card.json holds.
+
+    Returns:
+      The content of model_card.md. Text of specs and files is escaped.
+    """
     sections = (
         ("What it is", _what(card)),
         ("What it is for", _list(_uses(card))),

@@ -22,7 +22,7 @@ class Measured(_Part):
 
 
 class Slice(_Part):
-    """What was measured on some rows; metrics as in ``clsd_tf.evaluation.evaluate``."""
+    """Measures of some rows; ``metrics`` are those of an evaluation that have a heading and no field of their own."""
 
     rows: int
     users: int
@@ -51,7 +51,7 @@ class InputFile(_Part):
 
 
 class Data(_Part):
-    """What the model was trained and measured on."""
+    """The dataset that the model was trained and measured on."""
 
     feature_spec: str
     description: str
@@ -65,7 +65,7 @@ class Data(_Part):
 
 
 class Calibration(_Part):
-    """How ``ctr`` was calibrated, and ``pcoc``, ``ece`` and ``log_loss`` without and with it on the measured split."""
+    """The calibration of ``ctr``, and what the measured split says of it: metric -> value, without it and with it."""
 
     method: str
     user_group: str | None
@@ -74,7 +74,7 @@ class Calibration(_Part):
 
 
 class EarlierRun(_Part):
-    """A run that this one goes on from: fingerprints, training rows, and the span of events it has seen, ISO, UTC."""
+    """A run that this one was warm-started from: fingerprints, training rows, span of events it has seen, ISO, UTC."""
 
     work_fingerprint: str
     dataset_fingerprint: str
@@ -84,9 +84,9 @@ class EarlierRun(_Part):
 
 
 class Training(_Part):
-    """How to train the model again: a command with placeholders for directories, and the whole config.
+    """The way to train the model again: a command with placeholders for directories, and the whole config.
 
-    ``earlier_runs``, oldest first, are those that the run goes on from.
+    ``earlier_runs``, oldest first, are those that the run was warm-started from.
     """
 
     command: str
@@ -95,7 +95,7 @@ class Training(_Part):
 
 
 class Export(_Part):
-    """How the version was made: profile, what quantization cost (None without it), and what verification found."""
+    """The making of the version: profile, what quantization cost (None without it), what verification found."""
 
     profile: dict[str, Any]
     quantisation: dict[str, Any] | None
@@ -103,7 +103,7 @@ class Export(_Part):
 
 
 class ModelCard(_Part):
-    """model_card.json.
+    """The content of model_card.json.
 
     Attributes:
       split: that ``overall``, ``groups`` and ``calibration`` were measured on, with the model as it is served.

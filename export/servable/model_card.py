@@ -1,4 +1,4 @@
-"""assets.extra/model_card.json and model_card.md: what a version is, how good it is, and what it is not for."""
+"""The model card of a version, as JSON and as Markdown: what it is, how good it is, and what it is not for."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ def write_model_card(
       profile: that it was exported by.
       quantization: what that cost, None without it.
       verification: what the check of the written version found.
+
+    Returns:
+      The card that was written.
     """
     rows = score_split(model, dataset, _SPLIT)
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).to_dict()
@@ -145,9 +148,14 @@ def _training(config: Mapping[str, Any], work_dir: WorkDir) -> Training:
 
 
 def training_command(config: Mapping[str, Any]) -> str:
-    """The command that trains with a resolved config: what differs from the defaults, as --set.
+    """Writes the command that trains with a config.
 
-    Directories stand as DATASET_DIR and WORK_DIR: where they were says nothing to others.
+    Args:
+      config: resolved, as a run's work directory holds it.
+
+    Returns:
+      The command, with what differs from the defaults as --set. Directories stand as DATASET_DIR and WORK_DIR: where
+      they were says nothing to others.
     """
     changes = [f"--set {shlex.quote(f'{key}={value}')}" for key, value in _changes(config, TrainConfig().to_dict())]
     return " ".join(["python -m pipelines.train --dataset_dir=DATASET_DIR --work_dir=WORK_DIR", *changes])
