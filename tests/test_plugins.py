@@ -21,9 +21,9 @@ import tensorflow as tf
 from clsd_tf import FieldEmbeddings, feature_inputs, register_backbone
 
 @register_backbone("{name}")
-def two_layers(inputs, *, embedding_dim, hidden_units, dropout):
+def two_layers(inputs, *, embeddings, hidden_units, dropout):
     features = feature_inputs(inputs)
-    hidden = tf.keras.layers.Flatten()(FieldEmbeddings(inputs, embedding_dim)(features))
+    hidden = tf.keras.layers.Flatten()(FieldEmbeddings(inputs, embeddings)(features))
     hidden = tf.keras.layers.Dense(hidden_units[0], "relu")(hidden)
     return tf.keras.Model(features, tf.keras.layers.Dense(1)(hidden))
 """

@@ -29,11 +29,15 @@ class PointwiseMethod(Method[PointwiseT]):
     )
 
     def build(self, config: PointwiseT, parts: ModelParts) -> PointwiseModel:
-        from clsd_tf.methods.pointwise.model import PointwiseModel  # Configs are read without TensorFlow.
-
-        model = PointwiseModel(parts.new_backbone(), config)
+        model = self.model_class()(parts.new_backbone(), config)
         model.debug_outputs(parts.example)
         return model
+
+    def model_class(self) -> type[PointwiseModel]:
+        """What ``build`` makes of a backbone and the settings."""
+        from clsd_tf.methods.pointwise.model import PointwiseModel  # Configs are read without TensorFlow.
+
+        return PointwiseModel
 
     def outputs(self, config: PointwiseT) -> tuple[Output, ...]:
         return (Output("ctr", "probability", label="label", is_calibrated=True),)
