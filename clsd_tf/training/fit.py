@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from clsd_tf.commands.interruption import Sigterm
@@ -16,7 +17,7 @@ from clsd_tf.data import input_pipeline
 from clsd_tf.data.input_pipeline import RowValues, Shard
 from clsd_tf.distributed.strategies import distributed, in_turn, is_chief, scope, wait_for_all
 from clsd_tf.methods import method_of
-from clsd_tf.methods.method import MethodWarning
+from clsd_tf.methods.method import Method, MethodWarning
 from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError
@@ -35,6 +36,8 @@ class PreparedRun:
     """A run that may begin: checked, its work directory claimed, its model built or restored.
 
     Attributes:
+      method: of the config.
+      is_chief: whether this process writes: False for workers beside the chief.
       steps_per_epoch: optimizer steps of an epoch.
       keeper: saves the run, and knows how far it is.
     """
@@ -43,7 +46,9 @@ class PreparedRun:
     config: TrainConfig
     work_dir: WorkDir
     strategy: tf.distribute.Strategy | None
+    method: Method[Any]
     model: MethodModel
+    is_chief: bool
     steps_per_epoch: int
     keeper: SaveAndStop
     sigterm: Sigterm
@@ -88,11 +93,11 @@ def prepare(
         _require_learning_rate(config, first_step)
     # Only now, or what cannot run would occupy it.
     in_turn(strategy, lambda: claim(work_dir, config, dataset, init_from))
-    sigterm = Sigterm()
-    keeper = SaveAndStop(work_dir, config, steps_per_epoch=steps, sigterm=sigterm, is_chief=is_chief(strategy))
+    sigterm, writes = Sigterm(), is_chief(strategy)
+    keeper = SaveAndStop(work_dir, config, steps_per_epoch=steps, sigterm=sigterm, is_chief=writes)
     with scope(strategy):
         keeper.resume(model)
-    return PreparedRun(dataset, config, work_dir, strategy, model, steps, keeper, sigterm)
+    return PreparedRun(dataset, config, work_dir, strategy, method, model, writes, steps, keeper, sigterm)
 
 
 def fit(
@@ -112,7 +117,8 @@ def fit(
     Args:
       run: from ``prepare``.
       title: what progress lines call the run; None for no progress lines.
-      row_weights: weight per training row, multiplied with its sample weight.
+      row_weights: weight per training row, multiplied with its sample weight; rows that the method leaves out get 0 as
+        well.
       teacher_scores: feature name -> the scores of every training row.
 
     Returns:
@@ -127,7 +133,8 @@ def fit(
     for scores in (teacher_scores or {}).values():
         _check_scores(scores, run.dataset)
     if not run.keeper.is_finished:
-        batches_from = functools.partial(_training_batches, run, row_weights, teacher_scores or {})
+        weights = [found for found in (row_weights, _weights_of_kept_rows(run)) if found is not None]
+        batches_from = functools.partial(_training_batches, run, weights, teacher_scores or {})
         with run.sigterm, _callbacks(run, title) as callbacks:
             _fit_epochs(run, batches_from, callbacks)
     wait_for_all(run.strategy)  # The chief may still be writing.
@@ -159,23 +166,22 @@ def _fit_epochs(
 @contextlib.contextmanager
 def _callbacks(run: PreparedRun, title: str | None) -> Iterator[list[tf.keras.callbacks.Callback]]:
     """In the order in which they act; the bar ends with the context, since Keras does not tell callbacks of errors."""
-    config, objective = run.config, method_of(run.config.method).objective
+    config, objective = run.config, run.method.objective
     callbacks = [StopOnNonFiniteLoss(), _validation(run)]
-    if is_chief(run.strategy):
+    if run.is_chief:
         callbacks.append(Scalars(run.work_dir, batch_size=config.batch_size))
     callbacks.append(run.keeper)
     with contextlib.ExitStack() as stack:
-        if title is not None and is_chief(run.strategy):
+        if title is not None and run.is_chief:
             bar = ProgressBar(title, objective, steps_per_epoch=run.steps_per_epoch, batch_size=config.batch_size)
             callbacks.append(stack.enter_context(contextlib.closing(bar)))
         yield callbacks
 
 
 def _validation(run: PreparedRun) -> ValidationMetrics:
-    method = method_of(run.config.method)
     batches = input_pipeline.batches(run.dataset, "validation", batch_size=EVALUATION_BATCH_SIZE)
-    fields = input_pipeline.read_columns(run.dataset, "validation", list(method.validation_fields))
-    return ValidationMetrics(batches.cache(), fields, method.validate, run.strategy)
+    fields = input_pipeline.read_columns(run.dataset, "validation", list(run.method.validation_fields))
+    return ValidationMetrics(batches.cache(), fields, run.method.validate, run.strategy)
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
@@ -206,7 +212,7 @@ def _require_learning_rate(config: TrainConfig, first_step: int) -> None:
 
 def _training_batches(
     run: PreparedRun,
-    row_weights: RowValues | None,
+    row_weights: Sequence[RowValues],
     teacher_scores: Mapping[str, RowValues],
     first_epoch: int,
     first_step: int,
@@ -223,11 +229,20 @@ def _training_batches(
         shard=shard,
         max_cache_bytes=run.config.max_cache_bytes,
     )
-    if row_weights is not None:
-        batches = input_pipeline.with_row_weights(batches, row_weights)
+    for weights in row_weights:
+        batches = input_pipeline.with_row_weights(batches, weights)
     for feature, scores in teacher_scores.items():
         batches = input_pipeline.with_teacher_scores(batches, scores, feature)
     return batches
+
+
+def _weights_of_kept_rows(run: PreparedRun) -> RowValues | None:
+    """Weight 0 for the rows that the method leaves out, 1 for all others; None where it takes all."""
+    rows = run.method.row_filter(run.config.method)
+    if rows is None:
+        return None
+    columns = input_pipeline.read_columns(run.dataset, "train", ["row_id", *rows.fields])
+    return RowValues(columns["row_id"], rows.keep(columns).astype(np.float32))
 
 
 def _check_scores(scores: RowValues, dataset: DatasetDir) -> None:

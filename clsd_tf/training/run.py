@@ -6,14 +6,12 @@ import contextlib
 import functools
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from clsd_tf.data import input_pipeline
 from clsd_tf.data.input_pipeline import RowValues
 from clsd_tf.distributed.strategies import explaining_lost_workers, in_turn, is_chief, wait_for_all
 from clsd_tf.layers.calibration import fit_calibration
-from clsd_tf.methods import method_of
 from clsd_tf.spec.model_inputs import GroupInput
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import read_json, write_json
@@ -64,7 +62,7 @@ def train(
         group = _calibration_group(dataset, config)
         run = prepare(dataset, config, work_dir, init_from=init_from, strategy=strategy)
         scores = _teacher_scores(run, title)
-        history = fit(run, title=title, row_weights=_row_weights(run), teacher_scores=scores)
+        history = fit(run, title=title, teacher_scores=scores)
         _calibrate(run, group)
         _finish(run)
     return history
@@ -81,15 +79,6 @@ def _teacher_scores(run: PreparedRun, title: str | None) -> dict[str, RowValues]
     return scores
 
 
-def _row_weights(run: PreparedRun) -> RowValues | None:
-    """Weight 0 for the rows that the method leaves out, 1 for all others; None where it takes all."""
-    rows = method_of(run.config.method).row_filter(run.config.method)
-    if rows is None:
-        return None
-    columns = input_pipeline.read_columns(run.dataset, "train", ["row_id", *rows.fields])
-    return RowValues(columns["row_id"], rows.keep(columns).astype(np.float32))
-
-
 def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput | None:
     groups = {group.name: group for group in dataset.inputs.groups}
     if config.calibration.user_group not in (None, *groups):
@@ -102,7 +91,7 @@ def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput |
 
 def _calibrate(run: PreparedRun, group: GroupInput | None) -> None:
     """Fits the calibration of the method's first output on the validation split."""
-    config, (output, *_) = run.config, method_of(run.config.method).outputs(run.config.method)
+    config, (output, *_) = run.config, run.method.outputs(run.config.method)
     if config.calibration.method == "none" or not output.is_calibrated:
         return
     names = [output.label, "sample_weight", *([group.name] if group else [])]
@@ -115,11 +104,11 @@ def _calibrate(run: PreparedRun, group: GroupInput | None) -> None:
         columns[group.name] if group else None,
         group,
     )
-    if is_chief(run.strategy):
+    if run.is_chief:
         write_json(run.work_dir.calibration, calibration.to_dict())
 
 
 def _finish(run: PreparedRun) -> None:
-    if is_chief(run.strategy):
+    if run.is_chief:
         run.work_dir.mark_complete(work_fingerprint(run.work_dir, run.config))
     wait_for_all(run.strategy)  # A worker that left early would look like one that was lost.
