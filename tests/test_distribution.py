@@ -100,7 +100,7 @@ def test_without_a_strategy_there_is_one_chief_with_all_rows(monkeypatch):
 def test_a_penalty_on_touched_rows_is_refused_where_replicas_share_a_batch(feed_dataset, tiny, tmp_path):
     config = tiny("embeddings.l2=0.1", "embeddings.l2_rows=touched")
     two_replicas = types.SimpleNamespace(num_replicas_in_sync=2)
-    with pytest.raises(ValueError, match=r"Received: embedding_l2_rows=touched, 2 replicas. Use embedding_l2_rows=all"):
+    with pytest.raises(ValueError, match=r"Received: embeddings.l2_rows=touched, 2 replicas. Use embeddings.l2"):
         fitted(feed_dataset, config, WorkDir(tmp_path / "run"), title=None, strategy=two_replicas)
     assert not (tmp_path / "run").exists()
 

@@ -187,7 +187,7 @@ def test_the_words_are_those_of_the_run(written):
     assert "0.25 as in ordinary training" in confident
     assert "Nobody has judged whether a click was meant" in confident
     assert "Not for serving" in render_card(changed(card, "method.placebo=shuffled_confidence"))
-    assert "`ctr` is not the probability of a click" in render_card(changed(card, "method.clicks=intense"))
+    assert "ctr is not the probability of a click" in render_card(changed(card, "method.clicks=intense"))
     without = render_card(card.model_copy(update={"groups": {}}))
     assert "differences between groups of users are not measured" in without
     for text in (plain, confident, without):

@@ -26,11 +26,11 @@ from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json
 from clsd_tf.study.cells import (
     BASELINE,
-    METHODS,
     Cell,
-    Method,
+    StudyRow,
     cell_config,
     errors_over_users,
+    known_rows,
     merged,
     prepare_teacher,
     read_results,
@@ -77,35 +77,35 @@ def test_a_second_merge_changes_nothing_and_every_change_is_there(base, changes)
 
 
 def known(*names):
-    return [Method(name, METHODS[name]) for name in names]
+    return [StudyRow(name, known_rows()[name]) for name in names]
 
 
 def test_every_known_method_is_a_valid_config_with_the_default_settings():
-    for method in known(*METHODS):
+    for method in known(*known_rows()):
         assert cell_config({}, method, {}, 3).seed == 3
-    assert cell_config({}, *known(BASELINE), {}, 1).method == "bce"
+    assert cell_config({}, *known(BASELINE), {}, 1).method.name == "bce"
 
 
 def test_the_method_goes_over_the_backbone_and_the_backbone_over_what_is_shared():
-    shared = {"backbone": "deepfm", "learning_rate": 0.5, "batch_size": 7, "clsd": {"kappa": 3.0, "mu": 0.1}}
+    shared = {"backbone": "deepfm", "learning_rate": 0.5, "batch_size": 7, "method": {"kappa": 3.0, "mu": 0.1}}
     backbone = {"backbone": "fm", "learning_rate": 0.25}
-    method = Method("mine", {"learning_rate": 0.125, "clsd": {"mu": 0.2, "lambda": 0.3}})
+    method = StudyRow("mine", {"learning_rate": 0.125, "method": {"name": "clsd", "mu": 0.2, "lambda": 0.3}})
     config = cell_config(shared, method, backbone, 4)
     assert (config.backbone, config.learning_rate, config.batch_size, config.seed) == ("fm", 0.125, 7, 4)
-    assert (config.clsd.kappa, config.clsd.mu, config.clsd.lambda_) == (3.0, 0.2, 0.3)
+    assert (config.method.kappa, config.method.mu, config.method.lambda_) == (3.0, 0.2, 0.3)
 
 
 def test_methods_of_one_seed_share_everything_else():
-    shared = {"learning_rate": 0.5, "clsd": {"teacher": "self"}}
+    shared = {"learning_rate": 0.5, "method": {"teacher": "self"}}
     configs = [cell_config(shared, method, {}, 2) for method in known(BASELINE, "global", "oracle")]
     for config in configs:
-        same = config.model_copy(update={"method": "bce", "clicks": "all", "clsd": configs[0].clsd})
+        same = config.model_copy(update={"method": configs[0].method})
         assert same == configs[0]
 
 
 def test_a_setting_out_of_range_names_the_method():
-    with pytest.raises(SpecError, match=r"method mine is not valid:\n  clsd\.kapa: unknown key.*kappa"):
-        cell_config({}, Method("mine", {"clsd": {"kapa": 1.0}}), {}, 1)
+    with pytest.raises(SpecError, match=r"method mine is not valid:\n  method\.kapa: unknown key.*kappa"):
+        cell_config({}, StudyRow("mine", {"method": {"kapa": 1.0}}), {}, 1)
 
 
 # Placebos.
@@ -129,15 +129,15 @@ def test_placebos_of_the_first_methods_that_weight_clicks_and_have_a_gate_are_ad
 
 
 def test_a_placebo_differs_from_its_method_in_the_placebo_alone():
-    shared = {"clsd": {"kappa": 2.0, "teacher": "self"}}
-    treated = Method("mine", {"clsd": {"lambda": 0.2, "mu": 0.7}})
+    shared = {"method": {"kappa": 2.0, "teacher": "self"}}
+    treated = StudyRow("mine", {"method": {"lambda": 0.2, "mu": 0.7}})
     _, shuffled, permuted = with_placebos([treated], shared)
     config = cell_config(shared, treated, {}, 1)
     for method, placebo in ((shuffled, "shuffled_confidence"), (permuted, "permuted_groups")):
         found = cell_config(shared, method, {}, 1)
-        assert found.clsd.placebo == placebo
-        changed = found.clsd.model_copy(update={"placebo": "none"})
-        assert found.model_copy(update={"clsd": changed}) == config
+        assert found.method.placebo == placebo
+        changed = found.method.model_copy(update={"placebo": "none"})
+        assert found.model_copy(update={"method": changed}) == config
 
 
 def test_a_placebo_that_is_listed_already_is_not_added_twice():

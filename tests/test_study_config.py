@@ -67,17 +67,18 @@ def test_a_grid_is_every_combination_with_the_baseline_first_and_the_placebos_la
 def test_settings_go_from_shared_over_data_and_backbone_to_method(content):
     by_name = {str(cell): cell.config for cell in cells(content)}
     strong = by_name["feed small_fm strong seed 2"]
-    assert (strong.learning_rate, strong.backbone, strong.embedding_dim) == (
-        0.25,
-        "fm",
-        2,
-    )  # Of the data, the backbone.
-    assert (strong.clsd.kappa, strong.clsd.lambda_, strong.clsd.mu) == (9.0, 1.0, 0.0)  # Its own, and like global.
+    # Of the data, the backbone.
+    assert (strong.learning_rate, strong.backbone, strong.embeddings.dim) == (0.25, "fm", 2)
+    assert (strong.method.kappa, strong.method.lambda_, strong.method.mu) == (
+        9.0,
+        1.0,
+        0.0,
+    )  # Its own, and like global.
     assert by_name["films lr both seed 1"].learning_rate == 0.5
-    assert by_name["films lr both seed 1"].clsd.kappa == 3.0
+    assert by_name["films lr both seed 1"].method.kappa == 3.0
     plain = by_name["films lr plain seed 1"]
-    assert (plain.method, plain.dropout) == ("bce", 0.5)  # A method is like the baseline unless it says otherwise.
-    assert by_name["feed lr strong_shuffled_confidence seed 1"].clsd.kappa == 9.0
+    assert (plain.method.name, plain.dropout) == ("bce", 0.5)  # A method is like the baseline unless it says otherwise.
+    assert by_name["feed lr strong_shuffled_confidence seed 1"].method.kappa == 9.0
 
 
 def test_a_grid_may_have_its_own_seeds(content):
@@ -96,9 +97,9 @@ def test_a_grid_may_compare_with_another_of_its_methods(content):
 
 
 def test_confidence_of_a_method_that_has_none_is_refused(content):
-    content["methods"].append({"name": "forgotten", "set": {"clsd": {"kappa": 5.0}}})
+    content["methods"].append({"name": "forgotten", "set": {"method": {"kappa": 5.0}}})
     content["grids"][0]["methods"] = ["forgotten"]
-    with pytest.raises(SpecError, match=r"'forgotten' sets clsd.*Received: method: bce\. Add like: global"):
+    with pytest.raises(SpecError, match=r"'forgotten' sets kappa of method clsd, but is like bce.*Add like: global"):
         cells(content)
 
 

@@ -70,7 +70,7 @@ def serving_signatures(
     return {
         name: tf.function(function, autograph=False).get_concrete_function(**specs)
         for name, (function, specs) in functions.items()
-        if name in profile.signatures
+        if profile.signatures is None or name in profile.signatures
     }
 
 
