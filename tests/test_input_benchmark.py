@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from benchmarks import input_rates
 from benchmarks.generated_dataset import generated_dataset
-from clsd_tf.methods.clsd.model import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_what_keeps_fit_after_its_last_batch_is_overhead(generated, monkeypatch,
         pass
 
     setattr(Late, method, lambda self, *args: time.sleep(seconds))
-    plain = ClsdModel.fit
+    plain = MethodModel.fit
 
     def late_fit(self, *args, callbacks, **kwargs):
         return plain(self, *args, callbacks=[*callbacks, Late()], **kwargs)
 
-    monkeypatch.setattr(ClsdModel, "fit", late_fit)
+    monkeypatch.setattr(MethodModel, "fit", late_fit)
     assert low < input_rates.epoch_end_overhead(generated, batch_size=100, epochs=1) < high
