@@ -15,7 +15,7 @@ from benchmarks.generated_dataset import generated_dataset
 from clsd_tf.data import input_pipeline
 from clsd_tf.data.examples import parse_records
 from clsd_tf.data.input_pipeline import RowValues, Shard
-from clsd_tf.methods.clsd.model import ClsdModel
+from clsd_tf.methods.method_model import MethodModel
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.work_dir import WorkDir
 
@@ -402,6 +402,20 @@ def test_each_epoch_takes_the_files_in_another_order(many_files, small_windows):
     assert max(means) - min(means) > 1000
 
 
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_several_labels_come_by_name_and_none_is_a_feature(feed_dataset):
+    arguments = {"batch_size": 500, "seed": 1, "first_epoch": 0, "num_epochs": 1}
+    one = input_pipeline.training_epochs(feed_dataset, **arguments)
+    both = input_pipeline.training_epochs(feed_dataset, **arguments, labels=("label", "intensity_label"))
+    for (features, label, _), (_, labels, _) in zip(one, both, strict=True):
+        np.testing.assert_array_equal(labels["label"], label)
+        assert np.all(labels["intensity_label"] <= labels["label"])  # Of a feed, only clicks can be intense.
+        assert not {"label", "intensity_label"} & features.keys()
+    assert 0 < np.concatenate([labels["intensity_label"] for _, labels, _ in both]).mean() < 1
+
+
 # --- The autotune trap -----------------------------------------------------------------------------------------------
 
 
@@ -409,13 +423,13 @@ def test_no_dataset_that_fit_walks_is_tuned_at_run_time(feed_dataset, tiny, by_r
     # When an epoch ends, Keras' fit would wait for autotune to wake up: seconds, measured with TensorFlow 2.21.
     walked = {"fit": [], "predict": []}
     for name, found in walked.items():
-        plain = getattr(ClsdModel, name)
+        plain = getattr(MethodModel, name)
 
         def noting(self, batches, *args, plain=plain, found=found, **kwargs):
             found.append(batches)
             return plain(self, batches, *args, **kwargs)
 
-        monkeypatch.setattr(ClsdModel, name, noting)
+        monkeypatch.setattr(MethodModel, name, noting)
     scores = RowValues(by_row.row_ids, np.full(len(by_row.row_ids), 0.5, np.float32))
     config = tiny("backbone=lr", "method.teacher=cross_fit", "max_epochs=1")
     fitted(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +109,7 @@ def training_epochs(
     num_epochs: int,
     first_step: int = 0,
     shard: Shard = Shard(0, 1),
+    labels: Sequence[str] = ("label",),
     max_cache_bytes: int = 0,
 ) -> tf.data.Dataset:
     """Reads the training split in epochs ``first_epoch`` to ``num_epochs``, one after the other.
@@ -125,6 +126,7 @@ def training_epochs(
       num_epochs: the last epoch is ``num_epochs`` - 1.
       first_step: batch with which the first epoch begins. Those before it are read, not parsed.
       shard: the part of each batch to yield; it may be empty in a last batch of fewer rows than workers.
+      labels: record fields that are the labels; of several, batches hold a dict of them by name.
       max_cache_bytes: a split that takes at most this once parsed is read only once and held in memory; 0 reads the
         files in each epoch. Changes nothing of what is yielded.
 
@@ -149,7 +151,7 @@ def training_epochs(
     fits = num_rows * parsed_bytes_per_row(dataset.inputs) <= max_cache_bytes
     source = _memory(dataset, "train") if fits else _files(dataset, "train")
     rows = _shuffled(source, seed, first_epoch, num_epochs).rebatch(batch_sizes).skip(first_step)
-    return _prepared(rows.map(lambda batch: _as_training_batch(source.records(shard.of(batch))), **_PARALLEL))
+    return _prepared(rows.map(lambda batch: _as_training_batch(source.records(shard.of(batch)), labels), **_PARALLEL))
 
 
 class _Source(NamedTuple):
@@ -328,11 +330,12 @@ def _require_at_least(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}. Received: {value}")
 
 
-def _as_training_batch(record):
-    [label], [weight] = names_of("label"), names_of("weight")
-    withheld = (label, weight, *names_of("held_out"))
+def _as_training_batch(record: Mapping[str, tf.Tensor], labels: Sequence[str] = ("label",)) -> tuple:
+    withheld = names_of("label", "weight", "held_out")
     features = {name: values for name, values in record.items() if name not in withheld}
-    return features, record[label], record[weight]
+    found = {name: record[name] for name in labels}
+    (weight,) = names_of("weight")
+    return features, found if len(found) > 1 else found[labels[0]], record[weight]
 
 
 def _prepared(dataset: tf.data.Dataset) -> tf.data.Dataset:

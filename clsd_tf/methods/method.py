@@ -188,7 +188,7 @@ class Method(abc.ABC, Generic[ConfigT]):
         """
 
     def labels(self, config: ConfigT) -> tuple[str, ...]:
-        """Record fields that training reads as labels, the main one first."""
+        """Record fields that training reads as labels, the main one first; of several, batches hold a dict by name."""
         return ("label",)
 
     def teacher_runs(self, config: ConfigT) -> tuple[TeacherRun, ...]:

@@ -109,6 +109,11 @@ class DatasetDir:
             )
 
     @property
+    def record_kinds(self) -> tuple[str, ...]:
+        """Kinds of records that it holds: a ``row`` for each event."""
+        return ("row",)
+
+    @property
     def teacher_scores(self) -> pathlib.Path:
         """Where teachers keep their scores: the one thing that is added to a complete directory."""
         return self.layout.teacher_scores

@@ -80,6 +80,7 @@ def prepare(
         0 before the first step.
     """
     method = method_of(config.method)
+    _check_records(method, dataset)
     method.check_dataset(config.method, dataset.spec.intensity_label is not None)
     _check_penalty(config, strategy)
     steps = steps_per_epoch(dataset, config)
@@ -189,6 +190,14 @@ def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
     return -(-dataset.num_rows("train") // config.batch_size)
 
 
+def _check_records(method: Method[Any], dataset: DatasetDir) -> None:
+    if method.record_kind not in dataset.record_kinds:
+        raise ValueError(
+            f"a dataset must hold what the method trains on. Received: method {method.Config().name}, which trains on "
+            f"records of the kind {method.record_kind}. Allowed for {dataset.path}: {', '.join(dataset.record_kinds)}"
+        )
+
+
 def _check_penalty(config: TrainConfig, strategy: tf.distribute.Strategy | None) -> None:
     if strategy is None or strategy.num_replicas_in_sync == 1 or not config.embeddings.l2:
         return
@@ -227,6 +236,7 @@ def _training_batches(
         num_epochs=run.config.max_epochs,
         first_step=first_step // joined,
         shard=shard,
+        labels=run.method.labels(run.config.method),
         max_cache_bytes=run.config.max_cache_bytes,
     )
     for weights in row_weights:

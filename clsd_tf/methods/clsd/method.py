@@ -107,6 +107,8 @@ class Clsd(PointwiseMethod[ClsdConfig]):
         ``shuffled_confidence`` weights other clicks of the batch, by the same values; ``permuted_groups`` gives AdGate
         the profiles of other users.
         """
+        if not config.weights_clicks:
+            return {}
         names = ["shuffled_confidence", *(["permuted_groups"] if config.mu > 0 else [])]
         return {name: {"placebo": name} for name in names}
 
