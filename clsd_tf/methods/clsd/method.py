@@ -95,7 +95,9 @@ class Clsd(PointwiseMethod[ClsdConfig]):
     def architecture(self, config: ClsdConfig) -> dict[str, Any]:
         content = config.model_dump(mode="json", by_alias=True)
         found = super().architecture(config)
-        found |= {f"method.{name}": content[name] for name in ("teacher", "normalizer_momentum")}
+        # Which file scores come from changes no meaning, only that they come from one.
+        found["method.teacher"] = config.teacher if isinstance(config.teacher, str) else "scores"
+        found["method.normalizer_momentum"] = config.normalizer_momentum
         found["method.mu > 0"] = config.mu > 0
         if config.mu > 0:
             found |= {f"method.ad_gate.{name}": content["ad_gate"][name] for name in _AD_GATE_ARCHITECTURE}
