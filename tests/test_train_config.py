@@ -14,7 +14,7 @@ from clsd_tf.layers.embedding_config import EmbeddingConfig
 from clsd_tf.methods.clsd.config import ClsdConfig
 from clsd_tf.methods.pointwise.config import BceConfig
 from clsd_tf.spec.validation import SpecError
-from clsd_tf.training.config import TrainConfig, load_config, parse_config
+from clsd_tf.training.config import TrainConfig, differences, load_config, parse_config
 
 # Reading.
 
@@ -229,6 +229,19 @@ def test_a_config_is_read_without_tensorflow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_differences_name_each_setting_by_itself():
+    one = load_config(None, ["method.mu=0.5", "method.ad_gate.bound=0.2", "seed=2"]).to_dict()
+    other = load_config(None, ["method.mu=0.25"]).to_dict()
+    assert differences(one, other) == (
+        {"method.mu": 0.5, "method.ad_gate.bound": 0.2, "seed": 2},
+        {"method.mu": 0.25, "method.ad_gate.bound": 0.3, "seed": 1},
+    )
+    assert differences(one, one) == ({}, {})
+    bce = load_config(None, ["method=bce"]).to_dict()
+    received, allowed = differences(bce, other)
+    assert (received["method.name"], received["method.mu"], allowed["method.mu"]) == ("bce", None, 0.25)
 
 
 # Configs of version 0.1.

@@ -30,7 +30,7 @@ from clsd_tf.storage.work_dir import WorkDir
 from clsd_tf.study.measures import measure_slices
 from clsd_tf.training.assembly import load_model, make_deterministic
 from clsd_tf.training.callbacks import TrainingDivergedError
-from clsd_tf.training.config import TrainConfig, parse_config
+from clsd_tf.training.config import TrainConfig, differences, parse_config
 from clsd_tf.training.run import train
 from clsd_tf.training.teachers.stored import scores_of
 
@@ -211,11 +211,11 @@ def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: s
     found = read_json(cell.result(study_dir))
     expected = {**cell.config.result_settings, "split": split}
     there = {**parse_config(found["config"], str(cell.result(study_dir))).result_settings, "split": found["split"]}
-    changed = {key: value for key, value in expected.items() if there.get(key) != value}
-    if changed:
+    received, allowed = differences(expected, there)
+    if received:
         raise ArtifactError(
-            f"{cell.work_dir(study_dir).path} holds a run of another config. Received: {changed}. "
-            f"Allowed: { ({key: there.get(key) for key in changed}) }. Choose another --study_dir, or remove this run"
+            f"{cell.work_dir(study_dir).path} holds a run of another config. Received: {received}. "
+            f"Allowed: {allowed}. Choose another --study_dir, or remove this run"
         )
     return True
 

@@ -10,7 +10,7 @@ from clsd_tf.data.hashing import file_sha256
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, read_json, write_json
 from clsd_tf.storage.work_dir import WorkDir
-from clsd_tf.training.config import TrainConfig, parse_config
+from clsd_tf.training.config import TrainConfig, differences, parse_config
 from clsd_tf.training.lineage import TrainedOn, lineage
 
 
@@ -33,11 +33,10 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
         return
     work_dir.require_same_dataset(dataset)
     there = parse_config(work_dir.resolved_config["train"], str(work_dir.config)).result_settings
-    changed = {key: value for key, value in config.result_settings.items() if there.get(key) != value}
-    if changed:
-        allowed = {key: there.get(key) for key in changed}
+    received, allowed = differences(config.result_settings, there)
+    if received:
         raise ArtifactError(
-            f"{work_dir.path} belongs to a run with another config. Received: {changed}. Allowed: {allowed}. "
+            f"{work_dir.path} belongs to a run with another config. Received: {received}. Allowed: {allowed}. "
             "Choose another --work_dir"
         )
     _require_same_files(work_dir, files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -119,6 +119,29 @@ def parse_method(content: str | Mapping[str, Any], source: str = "method") -> Me
         return config_type.model_validate_json(json.dumps(settings))
     except pydantic.ValidationError as error:
         raise SpecError(explain_validation_error(error, config_type, source, at=("method",))) from error
+
+
+def differences(settings: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compares settings, of nested ones each by itself.
+
+    Args:
+      settings: as ``TrainConfig.to_dict`` gives them.
+      others: likewise.
+
+    Returns:
+      (those of ``settings`` that differ, by dotted name; what ``others`` has in their place, None for nothing).
+    """
+    mine, theirs = dict(_flattened(settings)), dict(_flattened(others))
+    changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    return {name: mine.get(name) for name in changed}, {name: theirs.get(name) for name in changed}
+
+
+def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
