@@ -22,13 +22,13 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
     Raises:
       ArtifactError: the directory belongs to another config, dataset or lineage.
     """
-    files = _files(config)
+    files, own_lineage = _files(config), lineage(dataset, init_from)
     resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint}
     resolved |= {"files": files} if files else {}
     if not work_dir.config.exists():
         work_dir.path.mkdir(parents=True, exist_ok=True)
         write_json(work_dir.trained_on, TrainedOn.of(dataset).to_dict())
-        write_json(work_dir.lineage, lineage(dataset, init_from))
+        write_json(work_dir.lineage, own_lineage)
         write_json(work_dir.config, resolved)
         return
     work_dir.require_same_dataset(dataset)
@@ -42,7 +42,7 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
     _require_same_files(work_dir, files)
     if init_from is None and (work_dir.has_checkpoint or work_dir.is_complete):
         return  # All that it needs of an earlier run is here.
-    ancestors, allowed = lineage(dataset, init_from)["ancestors"], read_json(work_dir.lineage)["ancestors"]
+    ancestors, allowed = own_lineage["ancestors"], read_json(work_dir.lineage)["ancestors"]
     if ancestors != allowed:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run that goes on from another. Received: --init_from with fingerprint "
