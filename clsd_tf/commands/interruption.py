@@ -22,7 +22,7 @@ class Sigterm:
     died by the signal. One that comes too late for anyone to look at ``received`` is passed on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> Sigterm:

@@ -81,9 +81,13 @@ def loss_function(name: str, *, smoothing: float, gamma: float) -> Callable[[tf.
       name: ``bce``, ``label_smoothing`` or ``focal``.
       smoothing: of ``label_smoothed_bce``.
       gamma: of ``focal_loss``.
+
+    Returns:
+      The loss, without reduction.
     """
-    return {
+    losses: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
         "bce": bce_from_logits,
         "label_smoothing": functools.partial(label_smoothed_bce, smoothing=smoothing),
         "focal": functools.partial(focal_loss, gamma=gamma),
-    }[name]
+    }
+    return losses[name]

@@ -13,7 +13,7 @@ import tensorflow as tf
 class InputWait:
     """Seconds that training steps have waited for their batch, measured around ``next(iterator)``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
 
     def timed(self, iterator: Iterator) -> Iterator:

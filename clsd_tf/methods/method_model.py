@@ -24,14 +24,18 @@ class MethodModel(tfrs.Model):
     several processes save and stop after the same step.
     """
 
-    # Loss warm-up and the like: epochs that end before this optimizer step do not compete for the best weights.
-    first_competing_step: int = 0
     config: MethodConfig
+    train_function: Callable | None
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.requests = AgreedFlags(2)  # To save, and to stop: callbacks ask.
         self._input_wait = InputWait()
+
+    @property
+    def first_competing_step(self) -> int:
+        """The optimizer step before which, as in loss warm-up, epochs do not compete for the best weights."""
+        return 0
 
     @property
     @abc.abstractmethod

@@ -92,11 +92,18 @@ class ColumnStatistics:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ColumnStatistics:
         """Reads what ``to_dict`` gives."""
-        parts = {name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()}
+        parts: dict[str, Any] = {
+            name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()
+        }
         return cls(np.array(content["missing"], np.int64), content["missing_clicks"], **parts)
 
 
-_SUMMARIES = {"distinct": DistinctSketch, "lengths": Histogram, "numbers": NumberSummary, "values": ValueSummary}
+_SUMMARIES: dict[str, type[DistinctSketch | Histogram | NumberSummary | ValueSummary]] = {
+    "distinct": DistinctSketch,
+    "lengths": Histogram,
+    "numbers": NumberSummary,
+    "values": ValueSummary,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -305,7 +312,7 @@ class _Part:
 
     def _sum(self, weights: np.ndarray) -> np.ndarray:
         """Sum over the rows of each segment, float64 [num_segments]."""
-        parts = [[weights.sum(dtype=np.float64)]]
+        parts: list[np.ndarray] = [np.array([weights.sum(dtype=np.float64)])]
         parts += [np.bincount(ids, weights, minlength=size) for ids, size in self._groups]
         return np.concatenate(parts)
 

@@ -140,6 +140,7 @@ def start_worker(plugins: Sequence[str] = ()) -> None:
 def _end_with_parent() -> None:
     """A killed study must not leave processes behind that work through its queue."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
@@ -253,7 +254,7 @@ def errors_over_users(
         if cell not in stopped:
             runs.setdefault((cell.data, cell.backbone), {}).setdefault(cell.method, {})[cell.seed] = cell
     measured_rows = functools.cache(lambda path: _measured_rows(path, split))
-    errors = {}
+    errors: dict[tuple[str, str, str, str], float] = {}
     for place, methods in runs.items():
         compared_with = methods.pop(baseline, {})
         for method, treated in methods.items():

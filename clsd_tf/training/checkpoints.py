@@ -127,7 +127,7 @@ class RunState(tf.train.experimental.PythonState):
       history: of the finished epochs.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.epoch = 0
         self.steps_done = 0
         self.best_epoch = -1

@@ -97,7 +97,7 @@ class SaveAndStop(tf.keras.callbacks.Callback):
             return True
         return every_minutes is not None and time.monotonic() - self._saved_at >= 60 * every_minutes
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         step = int(self.model.optimizer.iterations.numpy())
         competes = step > self.model.first_competing_step
         if competes:

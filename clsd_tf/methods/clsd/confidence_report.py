@@ -6,7 +6,7 @@ import functools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -99,19 +99,19 @@ def measure_confidence(
     Raises:
       ValueError: no clicks, columns of different lengths, confidence that is not finite, or nothing to judge it by.
     """
-    columns = {
-        "confidence": np.asarray(confidence, np.float64),
-        "users": np.unique(users, return_inverse=True)[1],
-        "intensity_label": None if intensity_label is None else np.asarray(intensity_label, np.float64),
-        "intensity_value": None if intensity_value is None else np.asarray(intensity_value, np.float64),
-    }
-    _check(columns, groups)
+    clicks = _Clicks(
+        confidence=np.asarray(confidence, np.float64),
+        users=np.unique(users, return_inverse=True)[1],
+        intensity_label=None if intensity_label is None else np.asarray(intensity_label, np.float64),
+        intensity_value=None if intensity_value is None else np.asarray(intensity_value, np.float64),
+    )
+    _check(clicks, groups)
     bootstrap = functools.partial(bootstrap_interval, num_resamples=num_resamples, seed=seed, confidence=_INTERVAL)
     return {
-        "overall": _measure(columns, bootstrap),
+        "overall": _measure(clicks, bootstrap),
         "groups": {
             name: {
-                label: _measure(_rows(columns, ids == index), bootstrap)
+                label: _measure(clicks.rows(ids == index), bootstrap)
                 for index, label in enumerate(labels)
                 if np.count_nonzero(ids == index) >= _MIN_ROWS
             }
@@ -120,17 +120,35 @@ def measure_confidence(
     }
 
 
-def _check(columns: dict[str, Array | None], groups: Groups) -> None:
-    if columns["intensity_label"] is None and columns["intensity_value"] is None:
+class _Clicks(NamedTuple):
+    """One value a click, each [num_clicks]; None for a signal that the spec does not declare."""
+
+    confidence: Array
+    users: Array
+    intensity_label: Array | None
+    intensity_value: Array | None
+
+    def rows(self, chosen: Array) -> _Clicks:
+        label, value = self.intensity_label, self.intensity_value
+        return _Clicks(
+            self.confidence[chosen],
+            self.users[chosen],
+            None if label is None else label[chosen],
+            None if value is None else value[chosen],
+        )
+
+
+def _check(clicks: _Clicks, groups: Groups) -> None:
+    if clicks.intensity_label is None and clicks.intensity_value is None:
         raise ValueError(
             "click confidence is judged by an intensity signal. Received: neither intensity_label nor intensity_value. "
             "Declare one of them in the feature spec and build the dataset again"
         )
-    lengths = {name: len(values) for name, values in columns.items() if values is not None}
+    lengths = {name: len(values) for name, values in clicks._asdict().items() if values is not None}
     lengths |= {name: len(ids) for name, (ids, _) in groups.items()}
-    if len(set(lengths.values())) > 1 or not len(columns["confidence"]):
+    if len(set(lengths.values())) > 1 or not len(clicks.confidence):
         raise ValueError(f"columns need equal lengths >= 1, one value a click. Received: {lengths}")
-    _require_finite("confidence", columns["confidence"])
+    _require_finite("confidence", clicks.confidence)
 
 
 def _require_finite(name: str, values: Array) -> None:
@@ -139,25 +157,20 @@ def _require_finite(name: str, values: Array) -> None:
         raise ValueError(f"{name} must be finite. Received: {num_wrong} that are not. Leave out rows without a score")
 
 
-def _rows(columns: dict[str, Array | None], mask: Array) -> dict[str, Array | None]:
-    return {name: None if values is None else values[mask] for name, values in columns.items()}
-
-
-def _measure(columns: dict[str, Array | None], bootstrap: Callable[..., tuple[float, float] | None]) -> dict[str, Any]:
-    confidence, users = columns["confidence"], columns["users"]
-    label, value = columns["intensity_label"], columns["intensity_value"]
-    known = np.zeros(len(users), bool) if value is None else np.isfinite(value)
-    undefined = {"value": None, "interval": None}
+def _measure(clicks: _Clicks, bootstrap: Callable[..., tuple[float, float] | None]) -> dict[str, Any]:
+    confidence, users, label, value = clicks
+    undefined: dict[str, Any] = {"value": None, "interval": None}
+    spearman = undefined
+    if value is not None and (known := np.isfinite(value)).any():
+        spearman = _estimate(_spearman, [_codes(confidence[known]), _codes(value[known])], bootstrap, users[known])
     return {
         "num_clicks": len(users),
         "num_users": len(np.unique(users)),
         "mean_confidence": _mean(confidence, users, bootstrap),
         "mean_intensity_label": undefined if label is None else _mean(label, users, bootstrap),
         "auc": undefined if label is None else _estimate(_auc, [_codes(confidence), label > 0.5], bootstrap, users),
-        "spearman": _estimate(_spearman, [_codes(confidence[known]), _codes(value[known])], bootstrap, users[known])
-        if known.any()
-        else undefined,
-        "reliability": _reliability(columns),
+        "spearman": spearman,
+        "reliability": _reliability(clicks),
     }
 
 
@@ -213,26 +226,25 @@ def _spearman(confidence_codes: Array, value_codes: Array) -> float | None:
     return float((ranks * value_ranks).sum()) / scale if scale else None
 
 
-def _reliability(columns: dict[str, Array | None]) -> list[dict[str, Any]]:
+def _reliability(clicks: _Clicks) -> list[dict[str, Any]]:
     """Clicks sorted by confidence and cut into up to 10 bins of equal mass, of 20 clicks or more.
 
     Returns:
       Per bin: ``num_clicks``, ``mean_confidence``, ``mean_intensity_label`` with its 95 % ``interval``, and
       ``mean_intensity_value`` over the clicks that have one; None where there is nothing to average.
     """
-    order = np.argsort(columns["confidence"], kind="stable")
+    order = np.argsort(clicks.confidence, kind="stable")
     num_bins = min(_MAX_BINS, max(1, len(order) // _MIN_ROWS))
     bins = []
     for rows in np.array_split(order, num_bins):
-        part = _rows(columns, rows)
-        label, value = part["intensity_label"], part["intensity_value"]
+        confidence, users, label, value = clicks.rows(rows)
         known = np.array([]) if value is None else value[np.isfinite(value)]
         bins.append(
             {
                 "num_clicks": len(rows),
-                "mean_confidence": float(part["confidence"].mean()),
+                "mean_confidence": float(confidence.mean()),
                 "mean_intensity_label": None if label is None else float(label.mean()),
-                "interval": None if label is None else _share_interval(*_by_user(label, part["users"])),
+                "interval": None if label is None else _share_interval(*_by_user(label, users)),
                 "mean_intensity_value": float(known.mean()) if len(known) else None,
             }
         )

@@ -28,7 +28,7 @@ class GuardState(tf.Module):
     loss warm-up it is the click rate throughout, or 0.5 where that is less.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._sums = tf.Variable(tf.zeros([4]), trainable=False, name="guard_sums", **SAME_EVERYWHERE)
         self._weight = tf.Variable(0.0, trainable=False, name="guard_weight", **SAME_EVERYWHERE)

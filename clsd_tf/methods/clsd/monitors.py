@@ -60,7 +60,7 @@ class GroupLogs(tf.keras.callbacks.Callback):
         for means in self._means_per_group:
             means.reset_state()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         for means in self._means_per_group:
             logs.update(means.result())
 

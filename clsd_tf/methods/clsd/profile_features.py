@@ -103,8 +103,8 @@ def _explained(user_means: Array, levels: Array) -> dict[str, Any]:
     samples = [user_means[levels == level] for level in np.unique(levels)]
     samples = [sample for sample in samples if len(sample) >= _MIN_USERS]
     num_users, num_levels = sum(map(len, samples)), len(samples)
-    result = {"num_users": num_users, "num_levels": num_levels, "eta_squared": 0.0, "omega_squared": 0.0}
-    result |= {"f_p_value": None, "alexander_govern_p_value": None}
+    result: dict[str, Any] = {"num_users": num_users, "num_levels": num_levels}
+    result |= {"eta_squared": 0.0, "omega_squared": 0.0, "f_p_value": None, "alexander_govern_p_value": None}
     if num_levels < 2 or np.ptp(user_means) <= _ROUNDING:
         return result
     grand_mean = np.concatenate(samples).mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from clsd_tf.methods.method import Method, ModelParts, Objective, Output, RowFilter
+from clsd_tf.methods.method import Method, MethodConfig, ModelParts, Objective, Output, RowFilter
 from clsd_tf.methods.pointwise.config import BceConfig, PointwiseConfig
 from clsd_tf.metrics import pointwise
 
@@ -20,7 +20,7 @@ PointwiseT = TypeVar("PointwiseT", bound=PointwiseConfig)
 class PointwiseMethod(Method[PointwiseT]):
     """A method that gives each row the probability of a click, ``ctr``."""
 
-    Config = PointwiseConfig
+    Config: ClassVar[type[MethodConfig]] = PointwiseConfig
     objective = Objective(
         "auc",
         "AUC",

@@ -71,7 +71,8 @@ class PointwiseModel(MethodModel):
       (logits, features) to pctr.
     """
 
-    watched: tuple[str, ...] = _WATCHED
+    config: PointwiseConfig
+    built: bool
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class PointwiseModel(MethodModel):
         self._calibration: tf.keras.layers.Layer | None = None
         self._loss_function = loss_function or _loss_of(self.config)
         self._means = WeightedMeans(self.watched)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of the means that every training step reports, those of all methods first."""
+        return _WATCHED
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:

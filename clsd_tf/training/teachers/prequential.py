@@ -23,7 +23,7 @@ def prequential(job: TeacherJob) -> RowValues:
     count 1. A killed job keeps the days that are done. Holds the training split in memory.
     """
     dataset, config, inputs = job.dataset, job.config, job.dataset.inputs
-    names = [entry.name for entry in (*inputs.categorical, *inputs.groups)] + list(inputs.numeric)
+    names = [*(entry.name for entry in inputs.categorical), *(group.name for group in inputs.groups), *inputs.numeric]
     columns = input_pipeline.read_columns(dataset, "train", [*names, "label", "sample_weight", "event_time", "row_id"])
     days = (columns["event_time"] - columns["event_time"].min()) // _DAY_MICROSECONDS
     if days.max() == 0:
