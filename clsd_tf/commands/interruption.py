@@ -47,6 +47,9 @@ def handling_sigterm(handler: Callable[..., None]) -> Iterator[None]:
 
     Args:
       handler: takes the signal's number and the frame that it interrupts.
+
+    Yields:
+      Once, with the handler in place.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before is None or threading.current_thread() is not threading.main_thread():

@@ -75,7 +75,7 @@ def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor, total_weight: tf.
 
 
 def loss_function(name: str, *, smoothing: float, gamma: float) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Loss by name: (labels, logits), each [batch] -> [batch].
+    """Finds a loss by name.
 
     Args:
       name: ``bce``, ``label_smoothing`` or ``focal``.
@@ -83,7 +83,7 @@ def loss_function(name: str, *, smoothing: float, gamma: float) -> Callable[[tf.
       gamma: of ``focal_loss``.
 
     Returns:
-      The loss, without reduction.
+      (labels, logits), each [batch] -> loss of each row, [batch].
     """
     losses: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
         "bce": bce_from_logits,

@@ -273,7 +273,14 @@ def _share_interval(successes: Array, trials: Array) -> list[float]:
 
 
 def table_rows(measured: dict[str, Any]) -> list[list[Any]]:
-    """Rows of a table with the headlines: overall first, then each group; estimates as "value [low, high]"."""
+    """Lays out measured confidence as a table under ``HEADLINES``.
+
+    Args:
+      measured: from ``measure_confidence``.
+
+    Returns:
+      Overall first, then a row for each group; estimates as "value [low, high]".
+    """
     entries = {"overall": measured["overall"]}
     for name, labels in measured["groups"].items():
         entries |= {f"{name} {label}": entry for label, entry in labels.items()}

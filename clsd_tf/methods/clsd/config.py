@@ -165,7 +165,11 @@ class ClsdConfig(PointwiseConfig):
         return self.lambda_ + self.mu > 0
 
     def teacher_warning(self, num_epochs: int) -> str | None:
-        """What to tell a user whose teacher is overconfident, or None."""
+        """Warns of a teacher that will be overconfident after ``num_epochs`` epochs.
+
+        Returns:
+          What to tell the user, or None.
+        """
         if self.teacher not in ONLINE_TEACHERS or not self.weights_clicks or num_epochs == 1:
             return None
         return (

@@ -158,7 +158,12 @@ class ClsdModel(PointwiseModel):
         return super().fit(*args, callbacks=given, **kwargs)
 
     def begin_after(self, earlier: MethodModel, last_epoch: Mapping[str, Any]) -> None:
-        """Sets what loss warm-up would have left, where the earlier run weighted no clicks and so has not kept it."""
+        """Sets what loss warm-up would have left, where the earlier run weighted no clicks and so has not kept it.
+
+        Args:
+          earlier: the model of the run before, a ``ClsdModel``.
+          last_epoch: its last entry in the history.
+        """
         assert isinstance(earlier, ClsdModel), "a run goes on from one of the same method"
         if not self.config.weights_clicks or earlier.config.weights_clicks:
             return
@@ -168,9 +173,15 @@ class ClsdModel(PointwiseModel):
                 slow.assign(fast)
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
-        """Logit, the self teacher's score (uncalibrated pctr) and AdGate's correction, each float32 [batch].
+        """Computes what the signature ``debug`` tells of each row.
 
-        The scores of other teachers exist for training rows only; what serves is the model itself.
+        The scores of other teachers than the model itself exist for training rows only.
+
+        Args:
+          features: name -> [batch, ...].
+
+        Returns:
+          ``logit``, ``teacher_score`` (uncalibrated pctr) and ``ad_gate_correction``, each float32 [batch].
         """
         logits = self.logits(features)
         correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
@@ -226,7 +237,11 @@ class ClsdModel(PointwiseModel):
         return features["teacher_score"]
 
     def weigh(self, batch: Batch) -> Weighed:
-        """Teacher, AdGate and confidence of a batch; nothing here is for the backbone's gradient."""
+        """Runs teacher and AdGate on a ``batch``; nothing here is for the backbone's gradient.
+
+        Returns:
+          Confidence as the weight of each row's loss; ``found`` is what is watched of it.
+        """
         labels, sample_weight = batch.labels, batch.sample_weight
         teacher_score = self._teacher_score(batch.features, batch.logits)
         # A teacher may have no score for some rows (no model precedes the first day): their clicks count 1.
@@ -272,6 +287,9 @@ class ClsdModel(PointwiseModel):
         """Moves the EMA teacher: teacher = momentum * teacher + (1 - momentum) * backbone.
 
         The momentum is small in the first steps.
+
+        Args:
+          batch: of the step.
         """
         teacher = self._teacher_backbone
         if teacher is None or not self.config.weights_clicks:

@@ -1,4 +1,4 @@
-"""Which profile features AdGate should read: those by which users differ in how much their clicks can be trusted."""
+"""Profile features for AdGate: those by which users differ in how much their clicks can be trusted."""
 
 from __future__ import annotations
 
@@ -131,7 +131,14 @@ def _p_values(samples: list[Array]) -> dict[str, float | None]:
 
 
 def table_rows(ranking: list[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of a table with the headlines; p-values with their order of magnitude."""
+    """Lays out a ranking as a table under ``HEADLINES``.
+
+    Args:
+      ranking: from ``rank_features``.
+
+    Returns:
+      A row for each feature; p-values with their order of magnitude.
+    """
     return [
         [
             f"{entry[key]:.1e}" if key.endswith("p_value") and entry[key] is not None else entry[key]
