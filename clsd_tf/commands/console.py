@@ -1,4 +1,4 @@
-"""What commands share: how they start, how they report progress and tables, and how they fail."""
+"""Console of the commands: quiet start, progress, tables, and errors without a traceback."""
 
 from __future__ import annotations
 

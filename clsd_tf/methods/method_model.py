@@ -40,7 +40,7 @@ class MethodModel(tfrs.Model):
     @property
     @abc.abstractmethod
     def parts(self) -> dict[str, tf.Module]:
-        """What is kept of the best epoch and served, by name; ``backbone`` is trained by the model's optimizer."""
+        """Parts that are kept of the best epoch and served, by name; the model's optimizer trains ``backbone``."""
 
     @property
     @abc.abstractmethod
@@ -49,7 +49,7 @@ class MethodModel(tfrs.Model):
 
     @property
     def epoch_variables(self) -> list[tf.Variable]:
-        """What starts anew in each epoch: the state of the metrics."""
+        """Variables that start anew in each epoch: the state of the metrics."""
         return [variable for metric in self.metrics for variable in metric.variables]
 
     @property
@@ -81,7 +81,7 @@ class MethodModel(tfrs.Model):
 
     @property
     def input_wait_seconds(self) -> float | None:
-        """How long training steps have waited for input here; None where a coordinator hands steps to workers."""
+        """Seconds that training steps have waited for input here; None where a coordinator hands steps to workers."""
         return None if self._cluster_coordinator else self._input_wait.seconds
 
     def make_train_function(self, force: bool = False) -> Callable:

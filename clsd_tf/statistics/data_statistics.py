@@ -64,7 +64,14 @@ class ColumnStatistics:
         return self.lengths if self.distinct is None else None
 
     def merge(self, other: ColumnStatistics) -> ColumnStatistics:
-        """Gives the statistics of both parts' rows; ``other`` is of the same column and segments."""
+        """Adds the rows of another part.
+
+        Args:
+          other: of the same column and segments.
+
+        Returns:
+          The statistics of both parts' rows.
+        """
         parts = {name: getattr(self, name) and getattr(self, name).merge(getattr(other, name)) for name in _SUMMARIES}
         return ColumnStatistics(self.missing + other.missing, self.missing_clicks + other.missing_clicks, **parts)
 
@@ -91,7 +98,11 @@ class ColumnStatistics:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ColumnStatistics:
-        """Reads what ``to_dict`` gives."""
+        """Reads a ``content`` of ``to_dict``.
+
+        Returns:
+          Equal statistics.
+        """
         parts: dict[str, Any] = {
             name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()
         }
@@ -207,7 +218,11 @@ class DataStatistics:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DataStatistics:
-        """Reads what ``to_dict`` gives."""
+        """Reads a ``content`` of ``to_dict``.
+
+        Returns:
+          Equal statistics.
+        """
         return cls(
             tuple(tuple(segment) for segment in content["segments"]),
             content["has_labels"],

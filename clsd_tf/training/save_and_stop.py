@@ -69,7 +69,7 @@ class SaveAndStop(tf.keras.callbacks.Callback):
 
     @property
     def is_finished(self) -> bool:
-        """Whether all epochs are done, or patience has run out."""
+        """True if all epochs are done, or patience has run out."""
         return self.state.epoch >= self._config.max_epochs or self._best.is_exhausted(self.state)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How fast training goes, and how much of its time it waits for input."""
+"""Throughput of training, and the share of its time that it waits for input."""
 
 from __future__ import annotations
 

@@ -106,7 +106,11 @@ class JoinPlan:
         return [(unit, partitions.tolist()) for unit, partitions in enumerate(parts)]
 
     def vocabulary_path(self, unit: int) -> str:
-        """Names the file that holds the counts of a unit."""
+        """Names the file that holds the counts of ``unit``.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return str(self.directory / f"vocabularies-{unit:05d}.arrow")
 
 

@@ -76,7 +76,7 @@ def measure_confidence(
     num_resamples: int = 300,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How well click confidence tells strong interest from weak, among clicks alone.
+    """Measures how well click confidence tells strong interest from weak, among clicks alone.
 
     A user's clicks are alike, so intervals come from resampling whole users. Rows have equal weight.
 

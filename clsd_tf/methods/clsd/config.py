@@ -77,7 +77,7 @@ class ScoresFile(StrictModel):
 
 
 class ClsdConfig(PointwiseConfig):
-    """How clicks are weighted.
+    """Settings of click confidence.
 
     By default each click counts 1 + teacher_score - the mean teacher_score over the clicks of its user group, which
     leaves the mean of every user group at 1. ``lambda = 1, mu = 0`` compares with all clicks instead.
@@ -161,7 +161,7 @@ class ClsdConfig(PointwiseConfig):
 
     @property
     def weights_clicks(self) -> bool:
-        """Whether confidence ever enters the loss."""
+        """True if confidence ever enters the loss."""
         return self.lambda_ + self.mu > 0
 
     def teacher_warning(self, num_epochs: int) -> str | None:

@@ -44,14 +44,14 @@ class GuardState(tf.Module):
         is_warming_up: tf.Tensor,
         has_warmup: bool,
     ) -> None:
-        """Takes in a training step.
+        """Takes in a training step; tensors are scalars over the global batch.
 
         Args:
-          mean_pctr: over the rows of the global batch, like all that follow a scalar.
-          click_rate: weighted as the rows are.
-          click_share: of ``effective_click_share``.
-          drift: distance of AdGate's mean correction from 1 - the mean teacher score.
-          is_warming_up: whether the step came before loss warm-up ended, bool.
+          mean_pctr: in [0, 1].
+          click_rate: likewise.
+          click_share: of ``effective_click_share``, in (0, 1].
+          drift: distance of AdGate's mean correction from 1 - the mean teacher score, >= 0.
+          is_warming_up: bool, whether the step came before loss warm-up ended.
           has_warmup: whether the run has a loss warm-up.
         """
         reference = tf.minimum(click_rate, mean_pctr if has_warmup else _UNTRAINED_PCTR)

@@ -352,7 +352,7 @@ class ClsdModel(PointwiseModel):
 
 
 class _Found(NamedTuple):
-    """How a batch came by its confidence: [batch], or scalars.
+    """The values by which a batch came by its confidence: [batch], or scalars.
 
     ``total_click_weight`` is a sum over the global batch, ``gate_loss`` is the replica's share.
     """
