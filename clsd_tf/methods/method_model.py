@@ -45,7 +45,7 @@ class MethodModel(tfrs.Model):
     @property
     @abc.abstractmethod
     def training_state(self) -> dict[str, Sequence[tf.Variable]]:
-        """All that training goes on from, by part: weights, slots and step counts of optimizers, moving means."""
+        """State that training resumes from, by part: weights, slots and step counts of optimizers, moving means."""
 
     @property
     def epoch_variables(self) -> list[tf.Variable]:
@@ -65,7 +65,7 @@ class MethodModel(tfrs.Model):
         self.optimizer.build(self.parts["backbone"].trainable_variables)
 
     def begin_after(self, earlier: MethodModel, last_epoch: Mapping[str, Any]) -> None:
-        """Sets what an earlier run of the same method has not kept, for training that goes on from it.
+        """Sets what an earlier run of the same method has not kept, for a warm start.
 
         Args:
           earlier: the model of the run before, with the state of its last step.

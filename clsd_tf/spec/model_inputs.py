@@ -61,7 +61,7 @@ class GroupInput:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """All inputs that the transform gives a model: the only thing that backbones and AdGate know of a data set.
+    """All inputs that the transform gives a model: the only thing that models know of a data set.
 
     ``user_features`` names the categorical and numeric inputs that come from the user's profile.
     """

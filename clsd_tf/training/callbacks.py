@@ -83,7 +83,7 @@ class ValidationMetrics(tf.keras.callbacks.Callback):
 class Scalars(tf.keras.callbacks.Callback):
     """Writes logs and throughput as TensorBoard scalars, every 100 optimizer steps and after each epoch.
 
-    Keras' TensorBoard callback walks through all logs at every step, even when it writes per epoch: with a mean per
+    Keras' TensorBoard callback goes through all logs at every step, even when it writes per epoch: with a mean per
     user group that took a third of a small model's step. The values are means since the epoch began. A resumed run
     writes the steps since its checkpoint again, with the same values.
 

@@ -124,7 +124,7 @@ def fit(
     Raises:
       ArtifactError: a training row has no score.
       CheckpointError: a checkpoint could not be written.
-      TrainingDivergedError, ConfidenceGuardError: the run went wrong.
+      TrainingDivergedError, MethodGuardError: the run went wrong.
       TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
     """
     for scores in (teacher_scores or {}).values():

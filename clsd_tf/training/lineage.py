@@ -1,4 +1,4 @@
-"""Lineage: the dataset that a run was trained on, and the runs that it goes on from."""
+"""Lineage: the dataset that a run was trained on, and the runs that its weights come from."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def lineage(dataset: DatasetDir, init_from: WorkDir | None) -> dict[str, Any]:
 
     Args:
       dataset: what a run trains on.
-      init_from: the finished run that it goes on from; None for a run that begins anew.
+      init_from: the finished run of its warm start; None for a run that begins anew.
 
     Returns:
       ``run``: fingerprint of the dataset, number of training rows, and first and last event that the run sees, in
@@ -200,6 +200,7 @@ def require_unseen(work_dir: WorkDir, dataset: DatasetDir) -> None:
     first = min((entry["first_event"] for entry in dataset.counts["splits"].values()), key=dt.datetime.fromisoformat)
     if dt.datetime.fromisoformat(first) <= dt.datetime.fromisoformat(seen_until):
         raise ArtifactError(
-            f"a model is measured ahead on events later than all it has seen. Received: {dataset.path}, whose events "
-            f"begin at {first}. Allowed: after {seen_until}, the last event that {work_dir.path} has seen"
+            "progressive validation measures a model on events later than all it has seen. Received: "
+            f"{dataset.path}, whose events begin at {first}. Allowed: after {seen_until}, the last event that "
+            f"{work_dir.path} has seen"
         )

@@ -224,7 +224,7 @@ class FitSummary:
         Args:
           counts: see the class.
           by_split: the rows of each split that has any.
-          spec: declares what is learnt.
+          spec: declares what is learned.
         """
         train = by_split.get("train")
         numeric = {}

@@ -34,8 +34,8 @@ HEADLINES = (
 )
 
 
-def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
-    """Click confidence in the two forms of CLSD, before clipping and mixing.
+def global_and_local_confidence(scores: Array, groups: Groups) -> dict[str, Array]:
+    """Click confidence, global and local, before clipping and mixing.
 
     global = scores / mean(scores)
     local = 1 + scores - mean(scores of the clicks of the same group), where AdGate ends if it reads that group alone
@@ -44,7 +44,7 @@ def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
 
     Args:
       scores: teacher scores of the clicks, [num_clicks], in [0, 1].
-      groups: user groups; the local form takes the first and is left out where there is none.
+      groups: user groups; local confidence takes the first and is left out where there is none.
 
     Returns:
       ``global`` and ``local``, each [num_clicks] with mean 1; ``local`` also within each label of the first group.
@@ -58,12 +58,12 @@ def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
     _require_finite("scores", scores)
     if not scores.any():
         raise ValueError(f"one click or more must score above 0. Received: {len(scores)} clicks. Choose another split")
-    forms = {"global": scores / scores.mean()}
+    found = {"global": scores / scores.mean()}
     if groups:
         ids, _ = next(iter(groups.values()))
         _, codes = np.unique(ids, return_inverse=True)
-        forms["local"] = 1.0 + scores - (np.bincount(codes, scores) / np.bincount(codes))[codes]
-    return forms
+        found["local"] = 1.0 + scores - (np.bincount(codes, scores) / np.bincount(codes))[codes]
+    return found
 
 
 def measure_confidence(
@@ -267,9 +267,9 @@ def _share_interval(successes: Array, trials: Array) -> list[float]:
     independent = count * share * (1 - share)
     design_effect = ((successes - share * trials) ** 2).sum() / independent if independent > 0 else 1.0
     per_trial = statistics.NormalDist().inv_cdf((1 + _INTERVAL) / 2) ** 2 * max(1.0, design_effect) / count
-    centre = share + per_trial / 2
+    center = share + per_trial / 2
     margin = np.sqrt(per_trial * share * (1 - share) + per_trial**2 / 4)
-    return [float((centre - margin) / (1 + per_trial)), float((centre + margin) / (1 + per_trial))]
+    return [float((center - margin) / (1 + per_trial)), float((center + margin) / (1 + per_trial))]
 
 
 def table_rows(measured: dict[str, Any]) -> list[list[Any]]:
@@ -302,7 +302,7 @@ def render_confidence_report(
     """Renders the report.
 
     Args:
-      measured: form of confidence (``global``, ``local``) -> from ``measure_confidence``.
+      measured: ``global`` and ``local`` -> from ``measure_confidence``.
       noise_floor: from ``clsd_tf.metrics.noise_floor.click_noise_floor``.
       facts: ``split``, ``scores`` (what made them), ``label``, ``intensity_label``, ``intensity_value`` (None where
         the spec has none) and ``dataset_fingerprint``.
@@ -314,7 +314,7 @@ def render_confidence_report(
         _TEMPLATE,
         facts=facts,
         headings=[heading for _, heading in HEADLINES],
-        tables={form: table_rows(entry) for form, entry in measured.items()},
+        tables={part: table_rows(entry) for part, entry in measured.items()},
         first_group=next(iter(noise_floor), None),
         reliability=svg(_reliability_curves(measured)),
         noise_floor={name: svg(_floor_bars(labels)) for name, labels in noise_floor.items()},
@@ -323,27 +323,27 @@ def render_confidence_report(
 
 def _reliability_curves(measured: Mapping[str, dict[str, Any]]) -> Figure:
     """Mean intensity against mean confidence: one small panel overall and one per label of the first user group."""
-    panels = {"overall": {form: entry["overall"] for form, entry in measured.items()}}
+    panels = {"overall": {part: entry["overall"] for part, entry in measured.items()}}
     first = next(iter(measured.values()))["groups"]
     for name in list(first)[:1]:
         for label in first[name]:
-            panels[label] = {form: entry["groups"][name][label] for form, entry in measured.items()}
+            panels[label] = {part: entry["groups"][name][label] for part, entry in measured.items()}
     figure, grid = panel_grid(len(panels), (2.5, 2.3))
-    for axes, (title, forms) in zip(grid, panels.items(), strict=True):
-        for (form, entry), color in zip(forms.items(), COLORS, strict=False):
-            _draw_reliability(axes, entry["reliability"], form, color)
-        num_clicks = next(iter(forms.values()))["num_clicks"]
+    for axes, (title, parts) in zip(grid, panels.items(), strict=True):
+        for (part, entry), color in zip(parts.items(), COLORS, strict=False):
+            _draw_reliability(axes, entry["reliability"], part, color)
+        num_clicks = next(iter(parts.values()))["num_clicks"]
         tidy(axes, f"{title} ({num_clicks:,} clicks)", "mean confidence", "mean intensity")
     grid[0].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
-def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], form: str, color: str) -> None:
+def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], part: str, color: str) -> None:
     """The label's mean with its interval, or the value's mean where no label is declared."""
     key = "mean_intensity_value" if bins[0]["interval"] is None else "mean_intensity_label"
     drawn = [entry for entry in bins if entry[key] is not None]
     confidence, intensity = ([entry[name] for entry in drawn] for name in ("mean_confidence", key))
-    axes.plot(confidence, intensity, label=form, color=color, **LINE_STYLE)
+    axes.plot(confidence, intensity, label=part, color=color, **LINE_STYLE)
     if key == "mean_intensity_label":
         axes.vlines(confidence, *zip(*(entry["interval"] for entry in drawn), strict=True), color=color, linewidth=1)
 

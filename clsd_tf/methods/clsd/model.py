@@ -164,7 +164,7 @@ class ClsdModel(PointwiseModel):
           earlier: the model of the run before, a ``ClsdModel``.
           last_epoch: its last entry in the history.
         """
-        assert isinstance(earlier, ClsdModel), "a run goes on from one of the same method"
+        assert isinstance(earlier, ClsdModel), "a warm start is from a run of the same method"
         if not self.config.weights_clicks or earlier.config.weights_clicks:
             return
         self.guard_state.begin(last_epoch["mean_pctr"])

@@ -58,7 +58,7 @@ class PointwiseModel(MethodModel):
     on the way, ``weigh``.
 
     Under a synchronous ``tf.distribute`` strategy each replica has a part of the batch, and every mean is one over the
-    global batch: the gradients that the replicas add up are those of one replica with all rows. Batch normalisation
+    global batch: the gradients that the replicas add up are those of one replica with all rows. Batch normalization
     within a backbone (``din``) stays that of the replica's rows.
 
     Args:
