@@ -128,7 +128,7 @@ def documentation(modules: Modules) -> list[Measure]:
 def _share(name: str, title: str, functions: list, documented: Callable[[source_code.Function], bool]) -> Measure:
     against = [function.place for function in functions if not documented(function)]
     share = 100 * (1 - len(against) / len(functions))
-    return Measure(name, f"public functions with arguments that have {title}, %", share, lowest=75, against=against)
+    return Measure(name, f"public functions with arguments that have {title}, %", share, lowest=80, against=against)
 
 
 def openings(modules: Modules) -> Measure:

@@ -3,7 +3,7 @@
 Example:
   python -m benchmarks.input_pipeline --directory=/tmp/generated
 
-Writes a dataset of generated records (26 ids a row) to --directory, unless it is there, and walks its training split
+Writes a dataset of generated records (26 ids a row) to --directory, unless it is there, and reads its training split
 shuffled, from files that the page cache holds and from memory. Two floors are measured in the same run: reading the
 records without parsing them, and copying as many bytes as the parsed rows have.
 """

@@ -21,7 +21,7 @@ def pipeline_examples_per_second(
 ) -> float:
     """Median rate at which the shuffled training split comes without a model; what is held in memory is read before."""
     arguments = {"seed": 1, "batch_size": batch_size, "max_cache_bytes": max_cache_bytes}
-    # An epoch ahead: it fills the page cache, and traces.
+    # An epoch that does not count: it fills the page cache, and traces.
     batches = training_epochs(dataset, first_epoch=0, num_epochs=1 + repeats, **arguments)
     rows, start, seconds = 0, time.perf_counter(), []
     for _, labels, _ in batches:

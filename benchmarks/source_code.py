@@ -24,6 +24,7 @@ _OVERRIDES = re.compile(
     "update_state|deserialize|serialize|expand|process|setup|start_bundle|finish_bundle|get_metrics_namespace|"
     "get_num_bytes|load_model|run_inference|should_skip_batching|intercept_service|[A-Z].*"
 )
+_RULE_DECORATORS = {"base_rule", "version_rule"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +183,20 @@ def num_floors(graph: Graph) -> float:
 
 
 def public_functions(module: Module) -> Iterator[Function]:
-    """Yields functions and methods of public classes of ``module``; no ``main``, overrides, dunders and setters."""
+    """Yields functions and methods of public classes of ``module``; no ``main``, overrides, dunders and setters.
+
+    Nor functions that ``export.contract_rules.rules`` turns into a rule: its title and reason document it.
+    """
     for node in module.tree.body:
-        if isinstance(node, _DEFINITIONS) and _is_public(node.name) and node.name != "main":
+        if isinstance(node, _DEFINITIONS) and _is_public(node.name) and node.name != "main" and not _is_rule(node):
             yield _function(module, node, node.name, _argument_names(node))
         elif isinstance(node, ast.ClassDef) and _is_public(node.name):
             yield from _public_methods(module, node)
+
+
+def _is_rule(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    calls = [decorator.func for decorator in node.decorator_list if isinstance(decorator, ast.Call)]
+    return any(isinstance(function, ast.Name) and function.id in _RULE_DECORATORS for function in calls)
 
 
 def _public_methods(module: Module, cls: ast.ClassDef) -> Iterator[Function]:
@@ -229,9 +238,12 @@ def function_lengths(module: Module) -> Iterator[tuple[str, int]]:
     """Yields (path:line name, lines) of all functions of ``module``; a docstring's lines do not count."""
     for node in ast.walk(module.tree):
         if isinstance(node, _DEFINITIONS):
-            documented = node.body[0] if ast.get_docstring(node) is not None else None
-            without = documented.end_lineno - documented.lineno + 1 if documented else 0
-            yield f"{module.path}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1 - without
+            without = _num_lines(node.body[0]) if ast.get_docstring(node) is not None else 0
+            yield f"{module.path}:{node.lineno} {node.name}", _num_lines(node) - without
+
+
+def _num_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def public_classes(module: Module) -> set[str]:

@@ -36,7 +36,7 @@ VARIANTS = {
     _BASELINE: ["method=bce"],
     "bce again": ["method=bce"],
     "global": ["method.teacher=self", "method.lambda=1", "method.mu=0"],
-    "local (AdGate)": ["method.teacher=self", "method.lambda=0", "method.mu=1"],
+    "local": ["method.teacher=self", "method.lambda=0", "method.mu=1"],
     "both": ["method.teacher=self", "method.lambda=0.5", "method.mu=0.5"],
 }
 

@@ -76,7 +76,7 @@ def _run(work_dir: pathlib.Path, scale: Scale) -> None:
         beside = [(contender, tasks[few]) for contender in BESIDE_MANY] if size == many else []
         results[size] = contest([*((contender, task) for contender in contenders), *beside], work_dir, scale.rounds)
         _print_results([result for result in results[size] if result.task.vocabulary_size == size])
-    with console.step("walk the input pipeline"):
+    with console.step("measure the input pipeline"):
         dataset = generated_dataset(work_dir, num_rows=scale.pipeline_rows, vocabulary_size=few)
         targets = [
             *training_targets(results[few], results[many], few, many),

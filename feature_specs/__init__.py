@@ -15,7 +15,13 @@ def spec_names() -> list[str]:
 
 
 def get_spec(name_or_path: str) -> FeatureSpec:
-    """Loads a spec by name (``movielens_100k``) or by path (``./my_spec.yaml``).
+    """Loads a spec.
+
+    Args:
+      name_or_path: ``movielens_100k``, or ``./my_spec.yaml``.
+
+    Returns:
+      The spec.
 
     Raises:
       ValueError: neither a known name nor an existing file; the message lists the names.

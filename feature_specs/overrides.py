@@ -10,7 +10,15 @@ _TFDS = "tfds:"
 
 
 def override_source(spec: FeatureSpec, source: str | None) -> FeatureSpec:
-    """Reads the log from ``source``: a path in the spec's format, or ``tfds:<name>``."""
+    """Reads the log from another source.
+
+    Args:
+      spec: declares the log.
+      source: a path in the spec's format, or ``tfds:<name>``; None for the spec's own.
+
+    Returns:
+      A spec that names the source.
+    """
     if source is None:
         return spec
     if source.startswith(_TFDS):
@@ -19,7 +27,15 @@ def override_source(spec: FeatureSpec, source: str | None) -> FeatureSpec:
 
 
 def override_split_rule(spec: FeatureSpec, rule: str | None) -> FeatureSpec:
-    """Splits by ``rule`` instead of the spec's; its dates and gap are those of the time rule alone."""
+    """Splits by another rule; the spec's dates and gap are those of the time rule alone.
+
+    Args:
+      spec: declares a split.
+      rule: its name; None for the spec's own.
+
+    Returns:
+      A spec with that rule.
+    """
     if rule is None:
         return spec
     of_time = {"validation_from": None, "test_from": None, "until": None, "gap_days": 0}

@@ -5,7 +5,7 @@ Example:
 
 Does a click of high confidence stand for strong interest? On the training split it takes the teacher's scores, by which
 the run weighted its clicks; where the run has none, and on other splits, predictions of the run's model. Prints a table
-for each form of confidence, overall and per user group; leaves confidence_report_<split>.json and
+for global and local confidence, overall and per user group; leaves confidence_report_<split>.json and
 confidence_report_<split>.html in the work directory. The spec must declare intensity_label or intensity_value. Rows of
 sample weight 0 are left out; all others count alike.
 """
@@ -20,7 +20,7 @@ from clsd_tf.data.input_pipeline import read_columns
 from clsd_tf.evaluation.scores import MODEL, split_scores
 from clsd_tf.methods.clsd.confidence_report import (
     HEADLINES,
-    confidence_forms,
+    global_and_local_confidence,
     measure_confidence,
     render_confidence_report,
     table_rows,
@@ -62,7 +62,7 @@ def analyze(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[s
       dataset: that they are from.
 
     Returns:
-      Form of confidence -> its measures; user group -> noise floor of its values.
+      ``global`` and ``local`` -> measures of that confidence; user group -> noise floor of its values.
     """
     groups = {
         group.name: merge_small_groups(columns[group.name], group.labels, columns["user_hash"])
@@ -73,14 +73,14 @@ def analyze(columns: dict[str, np.ndarray], dataset: DatasetDir) -> tuple[dict[s
     clicks = {name: values[clicked] for name, values in columns.items()}
     groups_of_clicks = {name: (ids[clicked], labels) for name, (ids, labels) in groups.items()}
     measured = {
-        form: measure_confidence(
+        part: measure_confidence(
             confidence,
             clicks["intensity_label"] if dataset.spec.intensity_label else None,
             clicks["intensity_value"] if dataset.spec.intensity_value else None,
             groups_of_clicks,
             clicks["user_hash"],
         )
-        for form, confidence in confidence_forms(clicks["score"], groups_of_clicks).items()
+        for part, confidence in global_and_local_confidence(clicks["score"], groups_of_clicks).items()
     }
     return measured, noise_floor
 
@@ -104,8 +104,8 @@ def main(argv) -> None:
     path = work_dir.path / f"confidence_report_{split}"
     write_json(path.with_suffix(".json"), {**facts, "confidence": measured, "click_noise_floor": noise_floor})
     write_text(path.with_suffix(".html"), render_confidence_report(measured, noise_floor, facts))
-    for form, entry in measured.items():
-        title = f"{form} confidence of {work_dir.path} on clicks of {split}: value [95 % interval]"
+    for part, entry in measured.items():
+        title = f"{part} confidence of {work_dir.path} on clicks of {split}: value [95 % interval]"
         console.print_table(title, ["", *(heading for _, heading in HEADLINES)], table_rows(entry))
     console.console.print(f"{path}.json and {path}.html", soft_wrap=True)
 

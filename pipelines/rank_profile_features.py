@@ -3,7 +3,7 @@
 Example:
   clsd rank-profile-features --dataset_dir=demo/dataset --work_dir=demo/clsd
 
-AdGate corrects click confidence for users whose clicks score higher or lower than those of others. The ranking tells
+Local confidence is corrected for users whose clicks score higher or lower than those of others. The ranking tells
 which features these users differ by: analysis of variance, over each feature, of the users' mean of 1 - score. It reads
 clicks of the training split with the teacher's scores, or of the validation split with the model's predictions where
 the run has none. Ranked are all user groups and all single-valued features of the user table.
@@ -32,7 +32,7 @@ _WORK_DIR = flags.DEFINE_string("work_dir", None, "Work directory of a finished 
 
 
 def candidate_features(dataset: DatasetDir) -> list[str]:
-    """Lists the features that AdGate may read.
+    """Lists the features that local confidence may be corrected by.
 
     Args:
       dataset: whose spec declares them.
@@ -46,7 +46,7 @@ def candidate_features(dataset: DatasetDir) -> list[str]:
     names = [*(group.name for group in dataset.inputs.groups), *dataset.inputs.user_features]
     if not names:
         raise ValueError(
-            "AdGate reads user groups and features of the user table. Received: a spec with neither. "
+            "profile features are user groups and features of the user table. Received: a spec with neither. "
             "Declare user_groups in the spec and build the dataset again"
         )
     return names

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from clsd_tf.methods.clsd.confidence_report import (
-    confidence_forms,
+    global_and_local_confidence,
     measure_confidence,
     render_confidence_report,
     table_rows,
@@ -39,21 +39,21 @@ def measure(confidence, label=None, value=None, *, groups=None, users=None, num_
 def test_forms_by_hand():
     # Mean score .5. Means of the groups .3 and .7.
     scores, ids = np.array([0.2, 0.4, 0.6, 0.8]), np.array([1, 1, 4, 4])
-    forms = confidence_forms(scores, {"age_group": (ids, "abcde"), "city_group": (np.zeros(4, int), "a")})
+    forms = global_and_local_confidence(scores, {"age_group": (ids, "abcde"), "city_group": (np.zeros(4, int), "a")})
     assert forms["global"] == pytest.approx([0.4, 0.8, 1.2, 1.6])
     assert forms["local"] == pytest.approx([0.9, 1.1, 0.9, 1.1])
 
 
 def test_without_user_groups_there_is_no_local_weighting():
-    assert list(confidence_forms(np.array([0.2, 0.4]), {})) == ["global"]
+    assert list(global_and_local_confidence(np.array([0.2, 0.4]), {})) == ["global"]
 
 
 def test_forms_refuse_scores_that_give_no_confidence():
     for scores in ([], [0.0, 0.0]):
         with pytest.raises(ValueError, match=rf"score above 0. Received: {len(scores)} clicks"):
-            confidence_forms(np.array(scores), {})
+            global_and_local_confidence(np.array(scores), {})
     with pytest.raises(ValueError, match=r"scores must be finite. Received: 1 that are not"):
-        confidence_forms(np.array([0.5, np.nan]), {})
+        global_and_local_confidence(np.array([0.5, np.nan]), {})
 
 
 @given(_CLICKS)
@@ -198,7 +198,7 @@ def analysed(*, groups=True, label=True):
     groups = {"city_group": (ids, ("Rome", "Oslo"))} if groups else {}
     measured = {
         form: measure(confidence, intensity > 0.6 if label else None, intensity, groups=groups, num_resamples=20)
-        for form, confidence in confidence_forms(scores, groups).items()
+        for form, confidence in global_and_local_confidence(scores, groups).items()
     }
     return measured, click_noise_floor(scores, groups)
 

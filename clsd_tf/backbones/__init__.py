@@ -60,6 +60,9 @@ BACKBONES = Registry(
 def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]:
     """Registers a factory in ``BACKBONES``: ``@register_backbone("mine")`` above its definition.
 
+    Args:
+      name: by which configs call it.
+
     Returns:
       A decorator that gives back the factory.
 
@@ -70,7 +73,7 @@ def register_backbone(name: str) -> Callable[[BackboneFactory], BackboneFactory]
 
 
 def require_backbone(name: str) -> None:
-    """Checks a name.
+    """Checks the ``name`` of a backbone.
 
     Raises:
       ValueError: it is not registered; the message lists those that are.

@@ -168,6 +168,9 @@ def feature_inputs(inputs: ModelInputs) -> dict[str, tf.Tensor]:
 def example_features(inputs: ModelInputs) -> dict[str, tf.Tensor]:
     """Makes one row of zeros, user groups included: a model that has seen it has all its variables.
 
+    Args:
+      inputs: what the transform gives.
+
     Returns:
       Tensors by name, shaped as in a batch of 1.
     """

@@ -1,1 +1,1 @@
-"""How commands start, report, fail and are interrupted; what they load of a user's own."""
+"""Start, reports, failure and interruption of commands, and the loading of a user's own modules."""

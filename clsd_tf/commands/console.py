@@ -1,4 +1,4 @@
-"""What commands share: how they start, how they report progress and tables, and how they fail."""
+"""Console of the commands: quiet start, progress, tables, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -129,7 +129,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def format_number(value: object) -> str:
-    """Formats integers with thousands separators, fractions with 4 decimals, and None as "-"."""
+    """Formats a ``value`` for a table.
+
+    Returns:
+      Integers with thousands separators, fractions with 4 decimals, None as "-".
+    """
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -22,7 +22,7 @@ class Sigterm:
     died by the signal. One that comes too late for anyone to look at ``received`` is passed on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> Sigterm:
@@ -47,6 +47,9 @@ def handling_sigterm(handler: Callable[..., None]) -> Iterator[None]:
 
     Args:
       handler: takes the signal's number and the frame that it interrupts.
+
+    Yields:
+      Once, with the handler in place.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before is None or threading.current_thread() is not threading.main_thread():

@@ -79,7 +79,7 @@ def train_daily(days: Sequence[Day], config: TrainConfig, *, title: str | None =
     """Measures and trains day by day; what is done already is not done again, so that a killed one goes on.
 
     The first day is only trained on, unless its run is there already. Every other day is first measured, in all of its
-    rows, by the run of the day before; then a run that goes on from that one trains on its training split. Validation
+    rows, by the run of the day before; then a run trains on its training split, warm-started from that one. Validation
     rows stop and calibrate that run as in any other; they and test rows are measured, but no run trains on them.
 
     Args:

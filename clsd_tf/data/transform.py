@@ -121,9 +121,10 @@ class FeatureTransform(tf.Module):
         self._lookups = {feature.name: own[spec.id_source(feature).name] for feature in features}
 
     def _lookup(self, feature: IdFeature, directory: pathlib.Path) -> tf.Module:
+        if hashing := feature.resolved_hash:
+            return HashLookup(hashing)
         rule = feature.resolved_vocabulary
-        if rule is None:
-            return HashLookup(feature.resolved_hash)
+        assert rule is not None, "an own feature has a hash or a vocabulary"
         return VocabularyLookup(directory / f"{feature.name}.txt", rule.num_oov_indices)
 
     def __call__(self, raw: Tensors, *, inputs: Collection[str] | None = None) -> dict[str, tf.Tensor]:
@@ -145,6 +146,7 @@ class FeatureTransform(tf.Module):
 
     def _rows(self, entry: SpecEntry, values: tf.Tensor) -> tf.Tensor:
         if entry.is_list:
+            assert entry.values_per_row is not None, "rows of lists are of one length"
             return side_by_side(self.column(entry.name, last_values(values, entry.values_per_row)))
         return self.column(entry.name, values)
 
@@ -199,6 +201,7 @@ def transform_distinct(transform: FeatureTransform, spec: FeatureSpec, table: pa
         column = encoded[entry.raw_name]
         distinct = transform.column(entry.name, column.values).numpy()
         if entry.is_list:
+            assert entry.values_per_row is not None, "rows of lists are of one length"
             # Several ids may stand for one value: [num_rows, values_per_row, ids_per_value].
             ids = distinct[column.padded_codes(entry.values_per_row)]
             outputs[entry.name] = ids.reshape([table.num_rows, -1])
@@ -237,6 +240,7 @@ class _Distinct:
 
     def padded_codes(self, max_length: int) -> np.ndarray:
         """Codes of histories, left-aligned and padded with the missing value: [num_rows, max_length]."""
+        assert self.lengths is not None, "of histories"
         padded = np.full((len(self.lengths), max_length), len(self.values) - 1)
         rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
         starts = np.cumsum(self.lengths) - self.lengths

@@ -95,7 +95,7 @@ def _group_monitors(history: list[dict[str, Any]], group: str, labels: list[str]
 
 
 def _watched(history: list[dict[str, Any]], group: str, labels: list[str]) -> dict[str, dict[str, str]]:
-    """What was watched -> label -> its key in the history, ``<what>/<user group>/<label>``."""
+    """Monitored value -> label -> its key in the history, ``<value>/<user group>/<label>``."""
     names = dict.fromkeys(key.partition("/")[0] for key in history[0] if f"/{group}/" in key)
     found = {
         name: {label: key for label in labels if (key := f"{name}/{group}/{label}") in history[0]} for name in names

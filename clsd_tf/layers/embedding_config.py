@@ -13,7 +13,7 @@ Initializer = Literal["normal", "uniform"]
 
 
 class EmbeddingConfig(StrictModel):
-    """How ids and numbers are embedded.
+    """Settings of the embeddings of ids and numbers.
 
     Attributes:
       dim: size of each field's embedding.

@@ -142,7 +142,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
           ValueError: the layer has no tables: none of its inputs is categorical.
         """
         if not self.has_tables:
-            raise ValueError("quantisation is for tables of categorical inputs. Received: a layer with numbers only")
+            raise ValueError("quantization is for tables of categorical inputs. Received: a layer with numbers only")
         table = tf.convert_to_tensor(self._tables)
         if kind == "float16":
             self._quantized = (tf.Variable(tf.cast(table, tf.float16), trainable=False, name="tables_float16"), None)
@@ -291,7 +291,7 @@ class FieldEmbeddings(tf.keras.layers.Layer):
 
 
 def _row_bounds(inputs: ModelInputs, unified_buckets: int | None) -> dict[str, tuple[int, int]]:
-    """First row and end of each vocabulary: Keras walks through what layers hold, and would through all of a range."""
+    """First row and end of each vocabulary: Keras goes through what layers hold, and would through all of a range."""
     if unified_buckets is not None:
         return {_UNIFIED: (0, unified_buckets)}
     sizes = {entry.vocabulary: entry.vocabulary_size for entry in inputs.categorical}

@@ -75,15 +75,19 @@ def weighted_mean(values: tf.Tensor, sample_weight: tf.Tensor, total_weight: tf.
 
 
 def loss_function(name: str, *, smoothing: float, gamma: float) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Loss by name: (labels, logits), each [batch] -> [batch].
+    """Finds a loss by name.
 
     Args:
       name: ``bce``, ``label_smoothing`` or ``focal``.
       smoothing: of ``label_smoothed_bce``.
       gamma: of ``focal_loss``.
+
+    Returns:
+      (labels, logits), each [batch] -> loss of each row, [batch].
     """
-    return {
+    losses: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
         "bce": bce_from_logits,
         "label_smoothing": functools.partial(label_smoothed_bce, smoothing=smoothing),
         "focal": functools.partial(focal_loss, gamma=gamma),
-    }[name]
+    }
+    return losses[name]

@@ -22,7 +22,10 @@ METHODS = Registry(
 
 
 def method_of(config: MethodConfig) -> Method[Any]:
-    """The method that settings belong to.
+    """Finds the method that the settings ``config`` belong to.
+
+    Returns:
+      The registered instance.
 
     Raises:
       ValueError: no method of that name is registered.

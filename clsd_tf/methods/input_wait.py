@@ -1,4 +1,4 @@
-"""How long training steps wait for their batch."""
+"""The time that training steps wait for their batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ import tensorflow as tf
 class InputWait:
     """Seconds that training steps have waited for their batch, measured around ``next(iterator)``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
 
     def timed(self, iterator: Iterator) -> Iterator:
-        """The same batches; each adds the time that it took to come."""
+        """Measures how long the batches of ``iterator`` take to come.
+
+        Returns:
+          An iterator over the same batches.
+        """
         return _Timed(iterator, self)
 
     def add_since(self, start: np.ndarray) -> np.ndarray:
+        """Adds the seconds since ``start``, a time of ``time.monotonic``.
+
+        Returns:
+          The start, for ``tf.numpy_function``.
+        """
         self.seconds += time.monotonic() - float(start)
         return start
 

@@ -66,6 +66,15 @@ class Objective:
         return float("-inf") if self.greater_is_better else float("inf")
 
     def is_better(self, value: float, than: float) -> bool:
+        """Compares two values.
+
+        Args:
+          value: of the metric.
+          than: likewise.
+
+        Returns:
+          Whether ``value`` is strictly better.
+        """
         return value > than if self.greater_is_better else value < than
 
 
@@ -120,7 +129,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
-    """What training hands a method to make its model of.
+    """The parts that training hands a method to make its model of.
 
     Attributes:
       inputs: what the transform gives.
@@ -157,22 +166,45 @@ class Method(abc.ABC, Generic[ConfigT]):
         """Makes the model of a run, with all its variables.
 
         The same seed must give the same backbone for every method: make it first.
+
+        Args:
+          config: the method's settings.
+          parts: what training has for it.
+
+        Returns:
+          A model that is not compiled yet.
         """
 
     @abc.abstractmethod
     def outputs(self, config: ConfigT) -> tuple[Output, ...]:
-        """The model's answers, the one that rows are ranked by first."""
+        """The model's answers under the settings ``config``.
+
+        Returns:
+          The one that rows are ranked by first.
+        """
 
     @abc.abstractmethod
     def signatures(self, config: ConfigT) -> tuple[str, ...]:
-        """Names of the serving signatures that its models can have, see ``export.servable.signatures``."""
+        """The serving signatures that models with the settings ``config`` can have.
+
+        Returns:
+          Names, see ``export.servable.signatures``.
+        """
 
     @abc.abstractmethod
     def describe(self, config: ConfigT) -> str:
-        """A sentence for the model card: how clicks counted in training."""
+        """Says for the model card how clicks counted in training with the settings ``config``.
+
+        Returns:
+          A sentence.
+        """
 
     def limits(self, config: ConfigT) -> tuple[str, ...]:
-        """Sentences for the model card: what the model is not for, because of how it was trained."""
+        """Says for the model card what a model is not for, because it was trained with the settings ``config``.
+
+        Returns:
+          Sentences.
+        """
         return ()
 
     @abc.abstractmethod
@@ -188,41 +220,73 @@ class Method(abc.ABC, Generic[ConfigT]):
         """
 
     def labels(self, config: ConfigT) -> tuple[str, ...]:
-        """Record fields that training reads as labels, the main one first; of several, batches hold a dict by name."""
+        """The labels that training with the settings ``config`` reads.
+
+        Returns:
+          Record fields, the main one first. Of several, batches hold a dict by name.
+        """
         return ("label",)
 
     def teacher_runs(self, config: ConfigT) -> tuple[TeacherRun, ...]:
-        """The scores that must be there before the fit begins."""
+        """The scores that must be there before a fit with the settings ``config`` begins.
+
+        Returns:
+          A run for each feature that they join the rows as.
+        """
         return ()
 
     def row_filter(self, config: ConfigT) -> RowFilter | None:
-        """The training rows that it looks at; None for all."""
+        """The training rows that the settings ``config`` look at.
+
+        Returns:
+          A filter; None for all rows.
+        """
         return None
 
     def check_dataset(self, config: ConfigT, has_intensity_label: bool) -> None:
         """Refuses a dataset that lacks what the settings need.
+
+        Args:
+          config: the method's settings.
+          has_intensity_label: whether the dataset's rows have one.
 
         Raises:
           ValueError: names what is missing.
         """
 
     def check_steps(self, config: ConfigT, last_step: int) -> None:
-        """Refuses settings that make no sense for a run that ends with optimizer step ``last_step``.
+        """Refuses settings that make no sense for a run of that length.
+
+        Args:
+          config: the method's settings.
+          last_step: optimizer step with which the run ends.
 
         Raises:
           ValueError: names the setting and what is allowed.
         """
 
     def warning(self, config: ConfigT, max_epochs: int) -> str | None:
-        """A caution for the user before a run begins, or None."""
+        """Cautions the user before a run begins.
+
+        Args:
+          config: the method's settings.
+          max_epochs: of the run.
+
+        Returns:
+          A sentence, or None.
+        """
         return None
 
     def architecture(self, config: ConfigT) -> dict[str, Any]:
-        """Setting -> value, of those that give weights and moving means their meaning: a warm start keeps them."""
+        """The settings in ``config`` that give weights and moving means their meaning: a warm start keeps them.
+
+        Returns:
+          Setting -> value.
+        """
         return {}
 
     def placebos(self, config: ConfigT) -> dict[str, Mapping[str, Any]]:
-        """Controls for studies: the treatment without what it claims to use.
+        """Controls for studies: the treatment ``config`` without what it claims to use.
 
         Returns:
           Name -> what it changes in the method's settings.

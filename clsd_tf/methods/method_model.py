@@ -24,9 +24,8 @@ class MethodModel(tfrs.Model):
     several processes save and stop after the same step.
     """
 
-    # Loss warm-up and the like: epochs that end before this optimizer step do not compete for the best weights.
-    first_competing_step: int = 0
     config: MethodConfig
+    train_function: Callable | None
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -34,18 +33,23 @@ class MethodModel(tfrs.Model):
         self._input_wait = InputWait()
 
     @property
+    def first_competing_step(self) -> int:
+        """The optimizer step before which, as in loss warm-up, epochs do not compete for the best weights."""
+        return 0
+
+    @property
     @abc.abstractmethod
     def parts(self) -> dict[str, tf.Module]:
-        """What is kept of the best epoch and served, by name; ``backbone`` is trained by the model's optimizer."""
+        """Parts that are kept of the best epoch and served, by name; the model's optimizer trains ``backbone``."""
 
     @property
     @abc.abstractmethod
     def training_state(self) -> dict[str, Sequence[tf.Variable]]:
-        """All that training goes on from, by part: weights, slots and step counts of optimizers, moving means."""
+        """State that training resumes from, by part: weights, slots and step counts of optimizers, moving means."""
 
     @property
     def epoch_variables(self) -> list[tf.Variable]:
-        """What starts anew in each epoch: the state of the metrics."""
+        """Variables that start anew in each epoch: the state of the metrics."""
         return [variable for metric in self.metrics for variable in metric.variables]
 
     @property
@@ -61,7 +65,7 @@ class MethodModel(tfrs.Model):
         self.optimizer.build(self.parts["backbone"].trainable_variables)
 
     def begin_after(self, earlier: MethodModel, last_epoch: Mapping[str, Any]) -> None:
-        """Sets what an earlier run of the same method has not kept, for training that goes on from it.
+        """Sets what an earlier run of the same method has not kept, for a warm start.
 
         Args:
           earlier: the model of the run before, with the state of its last step.
@@ -77,7 +81,7 @@ class MethodModel(tfrs.Model):
 
     @property
     def input_wait_seconds(self) -> float | None:
-        """How long training steps have waited for input here; None where a coordinator hands steps to workers."""
+        """Seconds that training steps have waited for input here; None where a coordinator hands steps to workers."""
         return None if self._cluster_coordinator else self._input_wait.seconds
 
     def make_train_function(self, force: bool = False) -> Callable:

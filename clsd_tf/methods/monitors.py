@@ -1,4 +1,4 @@
-"""What methods watch of every training step; all of it reaches history and TensorBoard."""
+"""Monitors of every training step; all of it reaches history and TensorBoard."""
 
 from __future__ import annotations
 

@@ -46,7 +46,10 @@ class ScoredRows:
         """Tells whether an optional column is there.
 
         Args:
-          column: one of the attributes; ``group_ids`` is there if any user group is.
+          column: one of the attributes.
+
+        Returns:
+          True if it is; of ``group_ids``, if any user group is.
         """
         return bool(self.group_ids) if column == "group_ids" else getattr(self, column) is not None
 

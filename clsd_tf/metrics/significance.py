@@ -97,6 +97,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Args:
       p_values: in [0, 1]; None, a test that could not be made, stays None and does not count.
 
+    Returns:
+      Adjusted ones in the same order.
+
     Raises:
       ValueError: a p-value outside [0, 1].
 

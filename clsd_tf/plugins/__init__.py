@@ -1,4 +1,4 @@
-"""What a user's own modules add: registries of names, and how the modules are loaded.
+"""Plug-ins: registries of names, and the loading of a user's own modules that add to them.
 
 A plug-in is a module that registers what it brings as it is imported, for example a backbone with
 ``clsd_tf.backbones.register_backbone``. Every command loads the modules that ``--plugin=<module>`` names, which may lie

@@ -28,6 +28,9 @@ class Registry(Mapping[str, Any]):
     def register(self, name: str) -> Callable[[T], T]:
         """Registers an object: ``@registry.register("mine")`` above its definition.
 
+        Args:
+          name: by which it is found.
+
         Returns:
           A decorator that gives back what it is put on.
 
@@ -48,7 +51,7 @@ class Registry(Mapping[str, Any]):
         return add
 
     def require(self, name: str) -> None:
-        """Checks a name.
+        """Checks a ``name``.
 
         Raises:
           ValueError: it is not registered; the message lists those that are.

@@ -133,7 +133,11 @@ class DeclaredSpec(StrictModel):
         return (*self.features, *self.user_groups)
 
     def feature(self, name: str) -> Feature:
-        """Finds a feature by its name, which must be one of the spec's."""
+        """Finds a feature by its ``name``, which must be one of the spec's.
+
+        Returns:
+          The feature.
+        """
         return next(feature for feature in self.features if feature.name == name)
 
     def features_of(self, kind: type[Kind]) -> tuple[Kind, ...]:
@@ -165,5 +169,9 @@ class DeclaredSpec(StrictModel):
         return {name: rule for name, rule in rules.items() if rule}
 
     def id_source(self, feature: IdFeature) -> IdFeature:
-        """Finds the feature whose ids another one has: the one that it shares, or itself."""
+        """Finds the feature whose ids ``feature`` has.
+
+        Returns:
+          The one that it shares, or itself.
+        """
         return next(found for found in self.features_of(IdFeature) if found.name == (feature.shares or feature.name))

@@ -34,6 +34,11 @@ class SpecEntry(StrictModel, abc.ABC):
         """Name of the raw input that it is made of: a column's, or its own."""
 
     @property
+    def values_per_row(self) -> int | None:
+        """The most values that a row has, padded where it has fewer; None for a single one."""
+        return None
+
+    @property
     @abc.abstractmethod
     def counted_as(self) -> Literal["numbers", "values", "lists"]:
         """Kind of data statistics of its raw input; of lists they know the lengths alone."""
@@ -62,11 +67,6 @@ class BaseFeature(SpecEntry):
     """
 
     column_types: ClassVar[tuple[ColumnType, ...]] = ()
-
-    @property
-    def values_per_row(self) -> int | None:
-        """The most values that a row has, padded where it has fewer; None for a single one."""
-        return None
 
     @property
     def value_separator(self) -> str | None:

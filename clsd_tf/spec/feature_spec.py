@@ -61,7 +61,7 @@ class FeatureSpec(DeclaredSpec):
         )
 
     def _user_features(self, categorical: Mapping[str, CategoricalInput]) -> tuple[str, ...]:
-        """Features of one id or number that tell of the user's profile, never of the user's id: for AdGate."""
+        """Features of one id or number that tell of the user's profile, never of the user's id."""
         sides = self.sides
         return tuple(
             feature.name

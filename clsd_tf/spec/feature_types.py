@@ -2,7 +2,7 @@
 
 To add one: a class that answers the questions of ``feature_base``, its line here, and its TensorFlow ops in
 ``clsd_tf.data.transform``. What is made of past events has its computation in ``pipelines.rows.histories``, and what is
-learnt from training rows has it in ``pipelines.rows``: ``vocabularies`` for ids, ``fitting`` for numbers.
+learned from training rows has it in ``pipelines.rows``: ``vocabularies`` for ids, ``fitting`` for numbers.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class GroupInput:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """All inputs that the transform gives a model: the only thing that backbones and AdGate know of a data set.
+    """All inputs that the transform gives a model: the only thing that models know of a data set.
 
     ``user_features`` names the categorical and numeric inputs that come from the user's profile.
     """
@@ -82,7 +82,11 @@ class ModelInputs:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelInputs:
-        """Reads what ``to_dict`` gives."""
+        """Reads a ``value`` of ``to_dict``.
+
+        Returns:
+          Equal inputs.
+        """
         return cls(
             categorical=tuple(CategoricalInput(**entry) for entry in value["categorical"]),
             numeric=tuple(value["numeric"]),
@@ -124,7 +128,11 @@ class Statistics:
 
     @classmethod
     def from_json(cls, text: str) -> Statistics:
-        """Reads what ``to_json`` gives."""
+        """Reads a ``text`` of ``to_json``.
+
+        Returns:
+          Equal statistics.
+        """
         value = json.loads(text)
         numeric = {
             name: NumericStatistics(**{**entry, "boundaries": tuple(entry["boundaries"])})

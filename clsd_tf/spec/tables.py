@@ -130,7 +130,11 @@ class Table(StrictModel):
         return [column.name for column in self.columns]
 
     def column(self, name: str) -> Column:
-        """Finds a column by its name, which must be one of ``column_names``."""
+        """Finds a column by its ``name``, which must be one of ``column_names``.
+
+        Returns:
+          Its declaration.
+        """
         return next(column for column in self.columns if column.name == name)
 
 

@@ -13,7 +13,7 @@ from clsd_tf.spec.tables import Name
 
 
 class UserGroup(SpecEntry):
-    """A user-profile attribute that AdGate reads and every report is sliced by.
+    """A user-profile attribute that a method may read and every report is sliced by.
 
     Ids: 0 unknown; then one id per interval of ``boundaries`` ([b0, b1), ...) or per entry of ``values``, then other.
     """

@@ -16,7 +16,7 @@ import scipy.stats
 from clsd_tf.spec.expectations import DriftLimits, Expectation
 from clsd_tf.spec.feature_spec import FeatureSpec
 from clsd_tf.spec.model_inputs import OTHER_GROUP
-from clsd_tf.statistics.column_summaries import ValueSummary
+from clsd_tf.statistics.column_summaries import NumberSummary, ValueSummary
 from clsd_tf.statistics.data_statistics import ALL_ROWS, ColumnStatistics, DataStatistics, Segment
 from clsd_tf.statistics.sketches import Histogram
 from clsd_tf.statistics.small_groups import MIN_GROUP_USERS
@@ -90,7 +90,7 @@ def find_anomalies(statistics: DataStatistics, expectations: Mapping[str, Expect
     Raises:
       ValueError: the statistics, made with another spec, lack what an expectation needs.
     """
-    found = []
+    found: list[Anomaly] = []
     for name, expectation in expectations.items():
         _check_can_be_checked(name, statistics.columns.get(name), expectation)
         found += _column_anomalies(name, statistics.columns[name], int(statistics.rows[0]), expectation)
@@ -117,7 +117,7 @@ def _column_anomalies(name: str, column: ColumnStatistics, rows: int, expectatio
     if expectation.max_missing is not None and share > expectation.max_missing:
         yield _anomaly(name, "missing", share, expectation.max_missing, "share of missing values")
     numbers = column.numbers
-    if numbers and numbers.minimum is not None:
+    if numbers and numbers.minimum is not None and numbers.maximum is not None:
         if expectation.min is not None and numbers.minimum < expectation.min:
             yield _anomaly(name, "below_min", numbers.minimum, expectation.min, "smallest number", "at least")
         if expectation.max is not None and numbers.maximum > expectation.max:
@@ -300,18 +300,22 @@ class _Pair:
         missing = self._of([column.missing for column in columns])
         before, after = (count / rows for count, rows in zip(missing, self._rows, strict=True))
         yield self._drift(name, "missing_change", abs(after - before), _share_error(missing, self._rows))
-        if all(column.values for column in columns):
-            yield from self._values(name, columns)
-        if all(column.numbers for column in columns):
-            yield from self._mean(name, columns)
-        if not self._group:  # Histograms are kept of all rows alone.
-            yield from self._histograms(name, columns)
+        values = [column.values for column in columns if column.values]
+        if len(values) == 2:
+            yield from self._values(name, values)
+        numbers = [column.numbers for column in columns if column.numbers]
+        if len(numbers) == 2:
+            yield from self._mean(name, numbers)
+        histograms = [column.histogram for column in columns if column.histogram and column.histogram.count]
+        if len(histograms) == 2 and not self._group:  # Histograms are kept of all rows alone.
+            counts = np.stack(binned_shares(*histograms)[1:], axis=1) * [histogram.count for histogram in histograms]
+            yield self._divergence(name, counts)
 
-    def _values(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        totals = np.array(self._of([column.values.total for column in columns]))
+    def _values(self, name: str, sides: Sequence[ValueSummary]) -> Iterator[Drift]:
+        totals = np.array(self._of([side.total for side in sides]))
         if not totals.all():
             return
-        counts = self._aligned_counts(columns, totals)
+        counts = self._aligned_counts(sides, totals)
         shares = counts / totals
         largest = int(np.argmax(np.abs(shares[:, 0] - shares[:, 1]))) if len(counts) else None
         if largest is not None:
@@ -319,36 +323,30 @@ class _Pair:
             yield self._drift(name, "l_infinity", abs(shares[largest, 0] - shares[largest, 1]), error)
         frequent = counts[counts.sum(axis=1) >= _MIN_COUNT]
         yield self._divergence(name, np.vstack([frequent, np.maximum(totals - frequent.sum(axis=0), 0)]))
-        if not any(column.values.top.error for column in columns):  # Otherwise nobody knows all values of a side.
-            known = pc.is_in(columns[1].values.values, value_set=columns[0].values.values)
-            unseen = totals[1] - columns[1].values.rows[known.to_numpy(zero_copy_only=False), self._indices[1]].sum()
+        if not any(side.top.error for side in sides):  # Otherwise nobody knows all values of a side.
+            known = pc.is_in(sides[1].values, value_set=sides[0].values)
+            unseen = totals[1] - sides[1].rows[known.to_numpy(zero_copy_only=False), self._indices[1]].sum()
             yield self._drift(name, "unseen", unseen / totals[1], 0.0)
 
-    def _aligned_counts(self, columns: Sequence[ColumnStatistics], totals: np.ndarray) -> np.ndarray:
+    def _aligned_counts(self, sides: Sequence[ValueSummary], totals: np.ndarray) -> np.ndarray:
         """Counts of the values that either side has kept, [num_values, 2]."""
-        kept = pc.unique(pa.concat_arrays([column.values.values for column in columns]))
+        kept = pc.unique(pa.concat_arrays([side.values for side in sides]))
         counts, known = np.zeros((len(kept), 2)), np.zeros((len(kept), 2), bool)
-        for side, column in enumerate(columns):
-            positions = pc.index_in(column.values.values, value_set=kept).to_numpy(zero_copy_only=False)
-            counts[positions, side] = column.values.rows[:, self._indices[side]]
-            known[positions, side] = True
+        for place, side in enumerate(sides):
+            positions = pc.index_in(side.values, value_set=kept).to_numpy(zero_copy_only=False)
+            counts[positions, place] = side.rows[:, self._indices[place]]
+            known[positions, place] = True
         # What a side has not kept may be as frequent as its error allows: taken as near the other side as that goes.
         alike = (counts / totals)[:, ::-1] * totals
-        return np.where(known, counts, np.minimum(alike, [column.values.top.error for column in columns]))
+        return np.where(known, counts, np.minimum(alike, [side.top.error for side in sides]))
 
-    def _mean(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        counts = self._of([column.numbers.count for column in columns])
-        before, after = self._of([column.numbers.mean for column in columns])
-        std = columns[0].numbers.std[self._indices[0]]
+    def _mean(self, name: str, sides: Sequence[NumberSummary]) -> Iterator[Drift]:
+        counts = self._of([side.count for side in sides])
+        before, after = self._of([side.mean for side in sides])
+        std = sides[0].std[self._indices[0]]
         if all(counts) and std > 0:
             error = _STANDARD_ERRORS * np.sqrt(1 / counts[0] + 1 / counts[1])
             yield self._drift(name, "mean_change", abs(after - before) / std, error)
-
-    def _histograms(self, name: str, columns: Sequence[ColumnStatistics]) -> Iterator[Drift]:
-        histograms = [column.histogram for column in columns]
-        if all(histogram and histogram.count for histogram in histograms):
-            counts = np.stack(binned_shares(*histograms)[1:], axis=1) * [histogram.count for histogram in histograms]
-            yield self._divergence(name, counts)
 
     def _divergence(self, name: str, counts: np.ndarray) -> Drift:
         totals = counts.sum(axis=0)
@@ -391,11 +389,11 @@ def binned_shares(left: Histogram, right: Histogram) -> tuple[np.ndarray, np.nda
     """
     fractions = np.arange(1, _NUM_BINS) / _NUM_BINS
     ends = np.unique(left.merge(right).quantiles(fractions))
-    shares = [np.diff(np.concatenate([[0.0], side.share_up_to(ends), [1.0]])) for side in (left, right)]
-    return ends, *shares
+    of_left, of_right = (np.diff(np.concatenate([[0.0], side.share_up_to(ends), [1.0]])) for side in (left, right))
+    return ends, of_left, of_right
 
 
-def _share_error(counts: Sequence[float], totals: Sequence[float]) -> float:
+def _share_error(counts: Sequence[float] | np.ndarray, totals: Sequence[float] | np.ndarray) -> float:
     """4 standard errors of the difference of two shares of one size."""
     share = sum(counts) / sum(totals)
     return float(_STANDARD_ERRORS * np.sqrt(share * (1 - share) * sum(1 / total for total in totals)))

@@ -64,7 +64,14 @@ class ColumnStatistics:
         return self.lengths if self.distinct is None else None
 
     def merge(self, other: ColumnStatistics) -> ColumnStatistics:
-        """Gives the statistics of both parts' rows; ``other`` is of the same column and segments."""
+        """Adds the rows of another part.
+
+        Args:
+          other: of the same column and segments.
+
+        Returns:
+          The statistics of both parts' rows.
+        """
         parts = {name: getattr(self, name) and getattr(self, name).merge(getattr(other, name)) for name in _SUMMARIES}
         return ColumnStatistics(self.missing + other.missing, self.missing_clicks + other.missing_clicks, **parts)
 
@@ -91,12 +98,23 @@ class ColumnStatistics:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ColumnStatistics:
-        """Reads what ``to_dict`` gives."""
-        parts = {name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()}
+        """Reads a ``content`` of ``to_dict``.
+
+        Returns:
+          Equal statistics.
+        """
+        parts: dict[str, Any] = {
+            name: content[name] and kind.from_dict(content[name]) for name, kind in _SUMMARIES.items()
+        }
         return cls(np.array(content["missing"], np.int64), content["missing_clicks"], **parts)
 
 
-_SUMMARIES = {"distinct": DistinctSketch, "lengths": Histogram, "numbers": NumberSummary, "values": ValueSummary}
+_SUMMARIES: dict[str, type[DistinctSketch | Histogram | NumberSummary | ValueSummary]] = {
+    "distinct": DistinctSketch,
+    "lengths": Histogram,
+    "numbers": NumberSummary,
+    "values": ValueSummary,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,7 +218,11 @@ class DataStatistics:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DataStatistics:
-        """Reads what ``to_dict`` gives."""
+        """Reads a ``content`` of ``to_dict``.
+
+        Returns:
+          Equal statistics.
+        """
         return cls(
             tuple(tuple(segment) for segment in content["segments"]),
             content["has_labels"],
@@ -305,7 +327,7 @@ class _Part:
 
     def _sum(self, weights: np.ndarray) -> np.ndarray:
         """Sum over the rows of each segment, float64 [num_segments]."""
-        parts = [[weights.sum(dtype=np.float64)]]
+        parts: list[np.ndarray] = [np.array([weights.sum(dtype=np.float64)])]
         parts += [np.bincount(ids, weights, minlength=size) for ids, size in self._groups]
         return np.concatenate(parts)
 

@@ -122,7 +122,7 @@ class Histogram:
         buckets, counts = _sum_equal(self.buckets >> more, self.counts)
         return dataclasses.replace(self, shift=self.shift + more, buckets=buckets, counts=counts)
 
-    def quantiles(self, fractions: Sequence[float]) -> np.ndarray:
+    def quantiles(self, fractions: Sequence[float] | np.ndarray) -> np.ndarray:
         """Finds the smallest v with at least ``fraction * count`` values <= v, for each fraction.
 
         v is rounded up to the end of its bucket; with ``shift`` 0 it is ``np.quantile(method="inverted_cdf")``.

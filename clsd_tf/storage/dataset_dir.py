@@ -37,17 +37,35 @@ class DatasetLayout:
         self.success = root / SUCCESS
 
     def vocabulary(self, name: str) -> pathlib.Path:
-        """File of a vocabulary: a value a line, in the order of ids."""
+        """Names the file of the vocabulary ``name``: a value a line, in the order of ids.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return self.vocabularies / f"{name}.txt"
 
     def vocabulary_values(self, name: str) -> list[str]:
-        """The values of a vocabulary in the order of their ids; [] if there is none of this name."""
+        """Reads the vocabulary ``name``.
+
+        Returns:
+          Its values in the order of their ids; [] if there is none of this name.
+        """
         path = self.vocabulary(name)
         # Not str.splitlines: a value may hold the characters that only Python takes for line breaks.
         return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
     def shard(self, split: str, index: int, num_shards: int, compressed: bool) -> pathlib.Path:
-        """File of the records of a split number ``index``, counted from 0."""
+        """Names a file of records.
+
+        Args:
+          split: of the rows.
+          index: of the file within the split, from 0.
+          num_shards: files of the split.
+          compressed: by gzip.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         suffix = ".tfrecord.gz" if compressed else ".tfrecord"
         return self.records / f"{split}-{index:05d}-of-{num_shards:05d}{suffix}"
 
@@ -60,7 +78,7 @@ class DatasetLayout:
         return digest.hexdigest()[:16]
 
     def mark_complete(self, spec: FeatureSpec) -> None:
-        """Writes ``_SUCCESS``; the last thing a writer does."""
+        """Writes ``_SUCCESS``, which names ``spec`` by its fingerprint; the last thing a writer does."""
         write_json(self.success, {"spec_fingerprint": spec.fingerprint, "dataset_fingerprint": self.fingerprint()})
 
 
@@ -120,15 +138,22 @@ class DatasetDir:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What became of the rows: per split, per table, and in all."""
+        """Counts of rows and what became of them: per split, per table, and in all."""
         return read_json(self.layout.counts)
 
     def num_rows(self, split: str) -> int:
-        """Rows of a split, those of sample weight 0 included."""
+        """Counts the rows of a ``split``, those of sample weight 0 included.
+
+        Returns:
+          Their number, as the build counted them.
+        """
         return self.counts["splits"][split]["rows"]
 
     def record_files(self, split: str) -> list[str]:
-        """TFRecord shards of a split, in order.
+        """Finds the TFRecord shards of a ``split``.
+
+        Returns:
+          Paths, in order.
 
         Raises:
           ValueError: an unknown split.

@@ -40,7 +40,7 @@ def incomplete(kind: str, path: pathlib.Path, remedy: str) -> ArtifactError:
 
 
 def require_absent(path: pathlib.Path) -> None:
-    """Refuses an output path that exists, so that nothing is ever overwritten.
+    """Refuses an output ``path`` that exists, so that nothing is ever overwritten.
 
     Raises:
       FileExistsError: it does.
@@ -132,7 +132,12 @@ def _require_locks() -> None:
 
 
 def remove_abandoned(parent: pathlib.Path, pattern: str) -> None:
-    """Removes the directories in ``parent`` of that name which no process holds, as far as it may."""
+    """Removes directories that no process holds, as far as it may.
+
+    Args:
+      parent: of the directories.
+      pattern: glob of their names.
+    """
     with contextlib.ExitStack() as locks:
         with locked(parent):  # None is between its making and its lock.
             abandoned = [path for path in parent.glob(pattern) if _hold_if_free(locks, path)]
@@ -155,7 +160,7 @@ def _sync(directory: pathlib.Path) -> None:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Removes a file, or a directory with all that it holds."""
+    """Removes ``path``, a file or a directory with all that it holds."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -163,17 +168,31 @@ def remove(path: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON as ``write_text`` does."""
+    """Writes JSON as ``write_text`` does.
+
+    Args:
+      path: of the file.
+      value: ready for JSON.
+    """
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes through a temporary file, so that a reader never sees half of it."""
+    """Writes through a temporary file, so that a reader never sees half of it.
+
+    Args:
+      path: of the file; one that is there is replaced.
+      text: stored in UTF-8.
+    """
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads JSON in UTF-8."""
+    """Reads the file ``path``, JSON in UTF-8.
+
+    Returns:
+      Its value.
+    """
     return json.loads(path.read_text(encoding="utf-8"))

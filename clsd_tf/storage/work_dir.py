@@ -16,7 +16,7 @@ from clsd_tf.storage.files import SUCCESS, ArtifactError, incomplete, lock, read
 
 
 class WorkDir:
-    """What one training run leaves: config, lineage, checkpoints, events, history, best weights, evaluations.
+    """The files of one training run: config, lineage, checkpoints, events, history, best weights, evaluations.
 
     Args:
       path: of the directory, which need not exist yet.
@@ -47,11 +47,19 @@ class WorkDir:
         return "not finished" if self.config.is_file() else "not started"
 
     def evaluation(self, split: str) -> pathlib.Path:
-        """Where the measures of a split are kept."""
+        """Names the file with the measures of a ``split``.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return self.path / f"evaluation_{split}.json"
 
     def weights_of(self, epoch: int) -> pathlib.Path:
-        """Prefix of the files with the weights of an epoch that was the best so far."""
+        """Names the files with the weights of ``epoch``, one that was the best so far.
+
+        Returns:
+          The prefix that they share.
+        """
         return self.path / "best_weights" / f"weights-{epoch}"
 
     @property
@@ -75,6 +83,9 @@ class WorkDir:
         Args:
           wait: until another process that holds it lets go.
 
+        Yields:
+          Once, while it is held.
+
         Raises:
           ArtifactError: another process holds it, or this platform has no locks.
         """
@@ -91,12 +102,12 @@ class WorkDir:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one to resume from."""
+        """True if there is one to resume from."""
         return (self.checkpoints / "checkpoint").is_file()
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has finished."""
+        """True if the run has finished."""
         return self.success.is_file()
 
     def mark_complete(self, fingerprint: str) -> None:
@@ -131,7 +142,7 @@ class WorkDir:
             raise incomplete("work", self.path, "Run `python -m pipelines.train` (again) first")
 
     def require_complete(self, dataset: DatasetDir) -> None:
-        """Refuses a run that has not finished, or that was trained on another dataset.
+        """Refuses a run that has not finished, or that was trained on another dataset than ``dataset``.
 
         Raises:
           ArtifactError: names what was received and what to do.
@@ -140,7 +151,7 @@ class WorkDir:
         self.require_same_dataset(dataset)
 
     def require_same_dataset(self, dataset: DatasetDir) -> None:
-        """Refuses a run that was trained on another dataset.
+        """Refuses a run that was trained on another dataset than ``dataset``.
 
         Raises:
           ArtifactError: names both fingerprints.

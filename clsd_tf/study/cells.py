@@ -61,14 +61,27 @@ class Cell:
     config: TrainConfig = dataclasses.field(compare=False)
 
     def work_dir(self, study_dir: pathlib.Path) -> WorkDir:
+        """Names the cell's work directory below ``study_dir``.
+
+        Returns:
+          The directory, which need not exist yet.
+        """
         return WorkDir(study_dir / "runs" / self.data / self.backbone / self.method / f"seed_{self.seed}")
 
     def result(self, study_dir: pathlib.Path) -> pathlib.Path:
-        """Written last: a cell that has it is finished."""
+        """Names the file of the cell's result below ``study_dir``. Written last: a cell that has it is finished.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return self.work_dir(study_dir).path / "result.json"
 
     def predictions(self, study_dir: pathlib.Path) -> pathlib.Path:
-        """Row ids and pctr of the rows that were measured."""
+        """Names the file below ``study_dir`` with row ids and pctr of the rows that were measured.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return self.work_dir(study_dir).path / "predictions.npz"
 
     def __str__(self) -> str:
@@ -76,7 +89,15 @@ class Cell:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, mapping by mapping."""
+    """Merges settings, mapping by mapping.
+
+    Args:
+      base: any.
+      changes: win over those of ``base``.
+
+    Returns:
+      A new mapping.
+    """
     result = dict(base)
     for key, value in changes.items():
         is_nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -91,6 +112,9 @@ def merged_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
       base: settings that rows share; what stands under ``method`` is for rows of the method that it names, by default
         ``clsd``.
       changes: of a row; where they name another method, nothing under ``base["method"]`` is for it.
+
+    Returns:
+      A new mapping.
     """
     shared, own = base.get("method", {}), changes.get("method", {})
     is_other = "name" in own and own["name"] != shared.get("name", DEFAULT_METHOD)
@@ -100,6 +124,15 @@ def merged_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
 def cell_config(shared: Mapping[str, Any], row: StudyRow, backbone: Mapping[str, Any], seed: int) -> TrainConfig:
     """Merges the shared settings, the backbone's, and the row's.
 
+    Args:
+      shared: by all rows.
+      row: its changes win over all others.
+      backbone: settings that come with it.
+      seed: of the run.
+
+    Returns:
+      The config of a run.
+
     Raises:
       SpecError: unknown key or value out of range.
     """
@@ -108,9 +141,14 @@ def cell_config(shared: Mapping[str, Any], row: StudyRow, backbone: Mapping[str,
 
 
 def with_placebos(rows: Sequence[StudyRow], shared: Mapping[str, Any]) -> list[StudyRow]:
-    """The rows, and behind them each placebo of their methods, of the first row that has it.
+    """Adds the placebos of methods: without one, a table cannot tell a treatment from any change of its kind.
 
-    A table without a placebo cannot tell what a treatment does from what any change of that kind does.
+    Args:
+      rows: of the tables.
+      shared: settings that they have in common.
+
+    Returns:
+      The rows, and behind them each placebo of their methods, of the first row that has it.
     """
     placebos: dict[str, StudyRow] = {}
     for row in rows:
@@ -140,12 +178,18 @@ def start_worker(plugins: Sequence[str] = ()) -> None:
 def _end_with_parent() -> None:
     """A killed study must not leave processes behind that work through its queue."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def run_task(function: Callable[..., None], *arguments: Any) -> None:
-    """Runs a task of a worker; after a SIGTERM that interrupted its training the worker ends, as it would elsewhere."""
+    """Runs a task of a worker; after a SIGTERM that interrupted its training the worker ends, as it would elsewhere.
+
+    Args:
+      function: the task.
+      arguments: its own.
+    """
     try:
         function(*arguments)
     except TrainingInterruptedError:
@@ -156,6 +200,10 @@ def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
     """Trains and stores the teacher scores that cells with this config will take from the dataset.
 
     A teacher that diverges stores none; its cells will find that out, too, and say so.
+
+    Args:
+      dataset_path: a complete dataset directory.
+      config: of the cells.
     """
     with contextlib.suppress(TrainingDivergedError):
         dataset = DatasetDir(dataset_path)
@@ -167,15 +215,15 @@ def prepare_teacher(dataset_path: str, config: TrainConfig) -> None:
 def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str, truth: str | None) -> None:
     """Trains and measures a cell; a finished one is kept.
 
-    Raises:
-      ArtifactError: the cell's directory holds a run of other settings.
-
     Args:
       cell: the run.
       dataset_path: a complete dataset directory.
       study_dir: where the cell's work directory and result go.
       split: the split to measure on.
       truth: Parquet file with the ground truth of a simulated log, or None.
+
+    Raises:
+      ArtifactError: the cell's directory holds a run of other settings.
     """
     if is_finished(cell, dataset_path, study_dir, split):
         return
@@ -199,7 +247,16 @@ _open_dataset = functools.cache(DatasetDir)  # Hundreds of cells share a few.
 
 
 def is_finished(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str) -> bool:
-    """Whether a cell has its result.
+    """Tells whether a cell has its result.
+
+    Args:
+      cell: the run.
+      dataset_path: of its dataset, which need not be there any more.
+      study_dir: that holds the cell.
+      split: that is to be measured.
+
+    Returns:
+      True if it has one of these settings.
 
     Raises:
       ArtifactError: it has one of other settings, or of another dataset: old numbers must not stand under new ones.
@@ -227,7 +284,15 @@ def _remove_checkpoints(work_dir: WorkDir) -> None:
 
 
 def read_results(cells: Sequence[Cell], study_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """One dict per measured number: data, backbone, method, seed, slice, metric, value."""
+    """Reads the results of finished cells.
+
+    Args:
+      cells: all of them finished.
+      study_dir: that holds them.
+
+    Returns:
+      One dict per measured number: data, backbone, method, seed, slice, metric, value.
+    """
     rows = []
     for cell in cells:
         key = {"data": cell.data, "backbone": cell.backbone, "method": cell.method, "seed": cell.seed}
@@ -243,9 +308,19 @@ def errors_over_users(
     split: str,
     baseline: str = BASELINE,
 ) -> dict[tuple[str, str, str, str], float]:
-    """(data, backbone, method, metric) -> standard error over users of its difference to the baseline.
+    """Computes standard errors over users, of methods whose seeds share a dataset.
 
-    Of methods whose seeds share a dataset: with rows of its own for each seed, the spread over seeds is one over users.
+    With rows of its own for each seed, the spread over seeds is one over users already.
+
+    Args:
+      cells: all of them finished.
+      study_dir: that holds them.
+      dataset_paths: cell -> its dataset.
+      split: that was measured.
+      baseline: the method that others are compared with.
+
+    Returns:
+      (data, backbone, method, metric) -> standard error of its difference to the baseline.
     """
     stopped = stopped_cells(cells, study_dir)
     runs: dict[tuple[str, str], dict[str, dict[int, Cell]]] = {}
@@ -253,7 +328,7 @@ def errors_over_users(
         if cell not in stopped:
             runs.setdefault((cell.data, cell.backbone), {}).setdefault(cell.method, {})[cell.seed] = cell
     measured_rows = functools.cache(lambda path: _measured_rows(path, split))
-    errors = {}
+    errors: dict[tuple[str, str, str, str], float] = {}
     for place, methods in runs.items():
         compared_with = methods.pop(baseline, {})
         for method, treated in methods.items():
@@ -284,11 +359,27 @@ def _pctr(cell: Cell, study_dir: pathlib.Path) -> np.ndarray:
 
 
 def run_seconds(cells: Sequence[Cell], study_dir: pathlib.Path) -> float:
-    """What the runs took, one after the other, without teachers; also those of earlier sessions."""
+    """Adds up the seconds that the runs took, one after the other, without teachers; also those of earlier sessions.
+
+    Args:
+      cells: all of them finished.
+      study_dir: that holds them.
+
+    Returns:
+      Seconds.
+    """
     return sum(read_json(cell.result(study_dir)).get("seconds", 0.0) for cell in cells)
 
 
 def stopped_cells(cells: Sequence[Cell], study_dir: pathlib.Path) -> dict[Cell, str]:
-    """The cells that a guard stopped, with its message."""
+    """Finds the cells that a guard stopped.
+
+    Args:
+      cells: all of them finished.
+      study_dir: that holds them.
+
+    Returns:
+      Cell -> the guard's message.
+    """
     found = {cell: read_json(cell.result(study_dir))["stopped"] for cell in cells}
     return {cell: message for cell, message in found.items() if message}

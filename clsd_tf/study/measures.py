@@ -1,4 +1,4 @@
-"""What is measured of a run of a study: overall and per user group."""
+"""Measures of a run of a study: overall and per user group."""
 
 from __future__ import annotations
 

@@ -219,7 +219,11 @@ def _runs(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], str]]:
 
 
 def overall(rows: Sequence[Row]) -> list[Row]:
-    """Selects the rows of the whole split, without those of user groups."""
+    """Selects from ``rows`` those of the whole split, without those of user groups.
+
+    Returns:
+      Rows in their order.
+    """
     return [row for row in rows if row.place[2] == OVERALL]
 
 

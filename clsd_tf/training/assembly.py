@@ -41,6 +41,9 @@ def build_model(config: TrainConfig, inputs: ModelInputs) -> MethodModel:
       config: of the run.
       inputs: what the transform gives.
 
+    Returns:
+      The untrained model.
+
     Raises:
       ValueError: the backbone or the method refuses a setting.
     """
@@ -84,7 +87,14 @@ def _build_backbone(config: TrainConfig, inputs: ModelInputs) -> tf.keras.Model:
 
 
 def load_model(work_dir: WorkDir, dataset: DatasetDir) -> MethodModel:
-    """The model of a finished run with its best weights and its calibration.
+    """Loads the model of a finished run with its best weights and its calibration.
+
+    Args:
+      work_dir: of the run.
+      dataset: that it was trained on.
+
+    Returns:
+      The model.
 
     Raises:
       ArtifactError: the run is not complete or damaged, or was trained on another dataset.
@@ -94,7 +104,18 @@ def load_model(work_dir: WorkDir, dataset: DatasetDir) -> MethodModel:
 
 
 def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> MethodModel:
-    """As ``load_model``, for a run that has finished, given the inputs that it was trained on."""
+    """Loads a model as ``load_model`` does, without its dataset.
+
+    Args:
+      work_dir: of a run that has finished.
+      inputs: that it was trained on.
+
+    Returns:
+      The model.
+
+    Raises:
+      ArtifactError: the run is damaged.
+    """
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
     model = build_model(config, inputs)
     read_best_weights(model, work_dir)
@@ -106,13 +127,31 @@ def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> MethodModel:
 
 
 def predict(model: MethodModel, dataset: DatasetDir, split: str) -> np.ndarray:
-    """pctr of every row of a split, in file order, float32 [num_rows]."""
+    """Computes pctr of every row of a split.
+
+    Args:
+      model: of a run on the dataset.
+      dataset: a complete one.
+      split: its name.
+
+    Returns:
+      float32 [num_rows], in file order.
+    """
     batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
     return model.predict(batches, verbose=0)
 
 
 def predict_logits(model: MethodModel, dataset: DatasetDir, split: str) -> np.ndarray:
-    """Logits of every row of a split before calibration, in file order, float32 [num_rows]."""
+    """Computes the logits of every row, before calibration, of a split.
+
+    Args:
+      model: of a run on the dataset.
+      dataset: a complete one.
+      split: its name.
+
+    Returns:
+      float32 [num_rows], in file order.
+    """
     batches = input_pipeline.batches(dataset, split, batch_size=EVALUATION_BATCH_SIZE)
     # Not traced: for a pass over large batches, tracing would take longer than it saves.
     return np.concatenate([model.logits(features).numpy() for features, _, _ in batches])

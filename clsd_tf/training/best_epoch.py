@@ -66,11 +66,15 @@ class BestEpoch:
             best_weights(model).write(str(self._work_dir.weights_of(epoch)))
 
     def is_exhausted(self, state: RunState) -> bool:
-        """Whether patience has run out."""
+        """Returns whether patience has run out in the ``state`` of a run."""
         return self._patience is not None and state.epochs_without_gain >= self._patience
 
     def remove_others(self, state: RunState) -> None:
-        """Removes weights of epochs that no checkpoint calls the best: replaced since, or of a killed run."""
+        """Removes weights of epochs that no checkpoint calls the best: replaced since, or of a killed run.
+
+        Args:
+          state: of the run.
+        """
         if not self._is_chief:
             return
         files, best = self._work_dir.weights_files, state.best_epoch
@@ -87,6 +91,9 @@ def kept_epoch(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> Map
     Args:
       history: one dict per epoch.
       config: of the run.
+
+    Returns:
+      One of the dicts.
     """
     if config.patience_epochs is None:
         return history[-1]
@@ -96,7 +103,11 @@ def kept_epoch(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> Map
 
 
 def best_weights(model: MethodModel) -> tf.train.Checkpoint:
-    """What is kept of the best epoch: the parts that are served, without optimizers."""
+    """Makes a checkpoint of what is kept of the best epoch: the parts of ``model`` that are served, without optimizers.
+
+    Returns:
+      A checkpoint to write or read.
+    """
     return tf.train.Checkpoint(**model.parts)
 
 
@@ -115,10 +126,17 @@ def read_best_weights(model: MethodModel, work_dir: WorkDir) -> None:
 
 
 def work_fingerprint(work_dir: WorkDir, config: TrainConfig) -> str:
-    """16 hex digits over what a run has become: settings, what it was trained on, lineage, best weights, calibration.
+    """Fingerprints what a run has become: settings, what it was trained on, lineage, best weights, calibration.
 
     The same for runs that gave the same, however often they were killed, saved, and in what process: names of variables
     count what a process has made before, the paths that lead to them in the model do not.
+
+    Args:
+      work_dir: of a run that has ended.
+      config: of the run.
+
+    Returns:
+      16 hex digits.
     """
     digest = hashlib.sha256(json.dumps(config.result_settings, sort_keys=True).encode())
     for path in (work_dir.trained_on, work_dir.lineage, work_dir.calibration):

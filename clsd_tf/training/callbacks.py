@@ -30,10 +30,10 @@ class StopOnNonFiniteLoss(tf.keras.callbacks.Callback):
 
     _supports_tf_logs = True  # Keras then hands over tensors: only the loss is copied to Python at each step.
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, tf.Tensor]) -> None:
         self._check(logs)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         self._check(logs)  # A chief that schedules steps is told of no other.
 
     def _check(self, logs: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class ValidationMetrics(tf.keras.callbacks.Callback):
         self._fields = fields
         self._measure = measure
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         for name, value in self._measure(self._fields, self._predict()).items():
             logs[f"val_{name}"] = chiefs_value(self._strategy, value)
 
@@ -83,7 +83,7 @@ class ValidationMetrics(tf.keras.callbacks.Callback):
 class Scalars(tf.keras.callbacks.Callback):
     """Writes logs and throughput as TensorBoard scalars, every 100 optimizer steps and after each epoch.
 
-    Keras' TensorBoard callback walks through all logs at every step, even when it writes per epoch: with a mean per
+    Keras' TensorBoard callback goes through all logs at every step, even when it writes per epoch: with a mean per
     user group that took a third of a small model's step. The values are means since the epoch began. A resumed run
     writes the steps since its checkpoint again, with the same values.
 
@@ -103,14 +103,14 @@ class Scalars(tf.keras.callbacks.Callback):
         self._throughput.begin(self.model)
         self._hundreds = int(self.model.optimizer.iterations.numpy()) // _SCALARS_EVERY_STEPS
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
         self._throughput.step()
         hundreds = int(self.model.optimizer.iterations.numpy()) // _SCALARS_EVERY_STEPS
         if hundreds > self._hundreds:
             self._hundreds = hundreds
             self._write(logs)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         self._write(logs)
 
     def _write(self, logs: dict[str, Any]) -> None:
@@ -157,11 +157,12 @@ class ProgressBar(tf.keras.callbacks.Callback):
             f"{self._title} epoch {epoch + 1}", total=self._steps, completed=done, loss=0.0, throughput=""
         )
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
         self._throughput.step()
         if not console.is_terminal or time.monotonic() < self._next_update:
             return
         self._next_update = time.monotonic() + _BAR_UPDATE_SECONDS
+        assert self._bar is not None, "an epoch has begun"
         done = int(self.model.optimizer.iterations.numpy()) - self._steps_before_epoch
         self._bar.update(self._task, completed=done, loss=float(logs["loss"]), throughput=self._described())
 
@@ -172,8 +173,8 @@ class ProgressBar(tf.keras.callbacks.Callback):
             text += f", {found['input_wait_share']:.0%} waiting for input"
         return text
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._bar.stop()
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+        self.close()
         console.print(
             f"{self._title} epoch {epoch + 1}: loss {logs['loss']:.4f}, "
             f"validation {self._objective.title} {logs[self._objective.log_name]:.4f}, "

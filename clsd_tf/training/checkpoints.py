@@ -116,7 +116,7 @@ class Checkpoints:
 
 
 class RunState(tf.train.experimental.PythonState):
-    """What a run knows beside its variables. One text in the checkpoint, so that nothing of it can be out of step.
+    """The state of a run beside its variables. One text in the checkpoint, so that nothing of it can be out of step.
 
     Attributes:
       epoch: the running one, from 0.
@@ -127,7 +127,7 @@ class RunState(tf.train.experimental.PythonState):
       history: of the finished epochs.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.epoch = 0
         self.steps_done = 0
         self.best_epoch = -1
@@ -146,8 +146,16 @@ class RunState(tf.train.experimental.PythonState):
 
 @contextlib.contextmanager
 def explaining_damage(path: str) -> Iterator[None]:
-    """Raises:
-    ArtifactError: the checkpoint of a finished run, which is read within, is missing or damaged, or another model's.
+    """Explains errors of reading the checkpoint of a finished run within the block.
+
+    Args:
+      path: of the checkpoint, for the message.
+
+    Yields:
+      Once.
+
+    Raises:
+      ArtifactError: the checkpoint is missing or damaged, or another model's.
     """
     try:
         yield
@@ -159,9 +167,15 @@ def explaining_damage(path: str) -> Iterator[None]:
 
 
 def random_generators(model: tf.keras.Model) -> list[tf.random.Generator]:
-    """Those of Dropout and other random Keras layers, which Keras leaves out of its checkpoints.
+    """Finds the generators of Dropout and other random Keras layers, which Keras leaves out of its checkpoints.
 
     Layers have one if they were made after ``enable_tf_random_generator``, as ``assembly.build_model`` sees to.
+
+    Args:
+      model: with all its layers.
+
+    Returns:
+      A generator for each such layer, in the order of layers.
     """
     layers = [layer for layer in model.submodules if isinstance(layer, tf.keras.__internal__.layers.BaseRandomLayer)]
     for layer in layers:

@@ -17,7 +17,11 @@ from clsd_tf.training.lineage import TrainedOn, lineage
 def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from: WorkDir | None = None) -> None:
     """Writes resolved config, lineage and what ids mean, or checks that those there give the same result.
 
-    Without ``init_from``, a run that has a checkpoint goes on whatever it began with.
+    Args:
+      work_dir: of the run.
+      config: of the run.
+      dataset: to train on.
+      init_from: the run to go on from. Without it, a run that has a checkpoint goes on whatever it began with.
 
     Raises:
       ArtifactError: the directory belongs to another config, dataset or lineage.

@@ -100,9 +100,14 @@ class TrainConfig(StrictModel):
 
 
 def parse_method(content: str | Mapping[str, Any], source: str = "method") -> MethodConfig:
-    """Checks what stands under ``method``: a method's name, or its settings with a ``name`` among them.
+    """Checks what stands under ``method``.
 
-    Without a name they are those of ``clsd``.
+    Args:
+      content: a method's name, or its settings with a ``name`` among them; without a name they are those of ``clsd``.
+      source: what errors call it.
+
+    Returns:
+      The settings, with defaults.
 
     Raises:
       SpecError: an unknown method or key, or a value out of range; says what is allowed.
@@ -145,7 +150,14 @@ def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def load_config(path: str | None, assignments: Sequence[str]) -> TrainConfig:
-    """Reads a YAML config (defaults if None) and applies ``key=value`` assignments, ``method.mu=0.3`` for nested keys.
+    """Reads a config.
+
+    Args:
+      path: of a YAML file; None for defaults.
+      assignments: ``key=value``, ``method.mu=0.3`` for nested keys; they win over the file.
+
+    Returns:
+      The config.
 
     Raises:
       SpecError: unknown key or value out of range; says what is allowed.
@@ -174,7 +186,18 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
 
 
 def parse_config(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Checks a config; those of version 0.1 are converted. Errors as ``load_config``."""
+    """Checks a config; those of version 0.1 are converted.
+
+    Args:
+      content: as from JSON or YAML.
+      source: what errors call it.
+
+    Returns:
+      The config, with defaults.
+
+    Raises:
+      SpecError: as ``load_config``.
+    """
     content = dict(converted(content))
     # On its own first, so that an error names the keys of the method that is meant.
     method = parse_method(content.get("method", DEFAULT_METHOD), source)

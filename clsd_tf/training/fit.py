@@ -73,6 +73,9 @@ def prepare(
       strategy: of ``strategies.create_strategy``. Every worker calls this, with a work directory that they share; only
         the chief writes to it.
 
+    Returns:
+      All that ``fit`` needs, with the model as the newest checkpoint left it.
+
     Raises:
       ArtifactError: the work directory belongs to another config, dataset or lineage; its checkpoints cannot be read;
         or ``init_from`` does not fit.
@@ -128,7 +131,7 @@ def fit(
     Raises:
       ArtifactError: a training row has no score.
       CheckpointError: a checkpoint could not be written.
-      TrainingDivergedError, ConfidenceGuardError: the run went wrong.
+      TrainingDivergedError, MethodGuardError: the run went wrong.
       TrainingInterruptedError: SIGTERM came while steps were running; they are saved.
     """
     for scores in (teacher_scores or {}).values():
@@ -186,7 +189,15 @@ def _validation(run: PreparedRun) -> ValidationMetrics:
 
 
 def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
-    """Optimizer steps of an epoch; the last batch may be smaller."""
+    """Counts the optimizer steps of an epoch; the last batch may be smaller.
+
+    Args:
+      dataset: to train on.
+      config: of the run.
+
+    Returns:
+      >= 1 where the training split has rows.
+    """
     return -(-dataset.num_rows("train") // config.batch_size)
 
 

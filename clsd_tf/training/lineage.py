@@ -1,4 +1,4 @@
-"""What a run was trained on, and the runs that it goes on from: what a work directory says of its past."""
+"""Lineage: the dataset that a run was trained on, and the runs that its weights come from."""
 
 from __future__ import annotations
 
@@ -28,13 +28,22 @@ class FileDigest:
 
     @classmethod
     def of(cls, path: pathlib.Path, num_bytes: int | None = None) -> FileDigest:
+        """Digests a file.
+
+        Args:
+          path: of the file.
+          num_bytes: its first ones alone; None for all.
+
+        Returns:
+          Size and SHA-256.
+        """
         content = path.read_bytes()[:num_bytes]
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What gives the weights of a run their meaning. Kept beside them: its dataset may be gone when they are read.
+    """Facts that give the weights of a run their meaning, kept beside them: its dataset may be gone when they are read.
 
     Attributes:
       spec: of the dataset.
@@ -48,13 +57,24 @@ class TrainedOn:
 
     @classmethod
     def of(cls, dataset: DatasetDir) -> TrainedOn:
+        """Notes what gives weights their meaning that are trained on ``dataset``.
+
+        Returns:
+          Spec, statistics and digests of vocabularies.
+        """
         names = dataset.spec.vocabularies
         digests = {name: FileDigest.of(dataset.layout.vocabulary(name)) for name in names}
         return cls(dataset.spec, dataset.statistics, digests)
 
     @classmethod
     def read(cls, work_dir: WorkDir) -> TrainedOn:
-        """What a finished run says.
+        """Reads what a finished run says.
+
+        Args:
+          work_dir: of the run.
+
+        Returns:
+          As ``of`` its dataset.
 
         Raises:
           ArtifactError: the run has not finished.
@@ -143,7 +163,7 @@ def lineage(dataset: DatasetDir, init_from: WorkDir | None) -> dict[str, Any]:
 
     Args:
       dataset: what a run trains on.
-      init_from: the finished run that it goes on from; None for a run that begins anew.
+      init_from: the finished run of its warm start; None for a run that begins anew.
 
     Returns:
       ``run``: fingerprint of the dataset, number of training rows, and first and last event that the run sees, in
@@ -166,7 +186,11 @@ def lineage(dataset: DatasetDir, init_from: WorkDir | None) -> dict[str, Any]:
 
 
 def require_unseen(work_dir: WorkDir, dataset: DatasetDir) -> None:
-    """Checks that all rows of ``dataset`` are later than any that a finished run, or one before it, has seen.
+    """Checks that all rows of a dataset are later than any that a finished run, or one before it, has seen.
+
+    Args:
+      work_dir: of the run.
+      dataset: of the rows.
 
     Raises:
       ArtifactError: names the two moments.
@@ -176,6 +200,7 @@ def require_unseen(work_dir: WorkDir, dataset: DatasetDir) -> None:
     first = min((entry["first_event"] for entry in dataset.counts["splits"].values()), key=dt.datetime.fromisoformat)
     if dt.datetime.fromisoformat(first) <= dt.datetime.fromisoformat(seen_until):
         raise ArtifactError(
-            f"a model is measured ahead on events later than all it has seen. Received: {dataset.path}, whose events "
-            f"begin at {first}. Allowed: after {seen_until}, the last event that {work_dir.path} has seen"
+            "progressive validation measures a model on events later than all it has seen. Received: "
+            f"{dataset.path}, whose events begin at {first}. Allowed: after {seen_until}, the last event that "
+            f"{work_dir.path} has seen"
         )

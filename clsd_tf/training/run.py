@@ -80,13 +80,16 @@ def _teacher_scores(run: PreparedRun, title: str | None) -> dict[str, RowValues]
 
 
 def _calibration_group(dataset: DatasetDir, config: TrainConfig) -> GroupInput | None:
+    name = config.calibration.user_group
+    if name is None:
+        return None
     groups = {group.name: group for group in dataset.inputs.groups}
-    if config.calibration.user_group not in (None, *groups):
+    if name not in groups:
         raise ValueError(
             "calibration.user_group must be a user group of the spec. "
-            f"Received: {config.calibration.user_group!r}. Allowed: {', '.join(groups) or 'none declared'}"
+            f"Received: {name!r}. Allowed: {', '.join(groups) or 'none declared'}"
         )
-    return groups.get(config.calibration.user_group)
+    return groups[name]
 
 
 def _calibrate(run: PreparedRun, group: GroupInput | None) -> None:
@@ -94,6 +97,7 @@ def _calibrate(run: PreparedRun, group: GroupInput | None) -> None:
     config, (output, *_) = run.config, run.method.outputs(run.config.method)
     if config.calibration.method == "none" or not output.is_calibrated:
         return
+    assert output.label is not None, "a calibrated output predicts a label"
     names = [output.label, "sample_weight", *([group.name] if group else [])]
     columns = input_pipeline.read_columns(run.dataset, "validation", names)
     calibration = fit_calibration(

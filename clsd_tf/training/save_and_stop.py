@@ -69,7 +69,7 @@ class SaveAndStop(tf.keras.callbacks.Callback):
 
     @property
     def is_finished(self) -> bool:
-        """Whether all epochs are done, or patience has run out."""
+        """True if all epochs are done, or patience has run out."""
         return self.state.epoch >= self._config.max_epochs or self._best.is_exhausted(self.state)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -97,7 +97,7 @@ class SaveAndStop(tf.keras.callbacks.Callback):
             return True
         return every_minutes is not None and time.monotonic() - self._saved_at >= 60 * every_minutes
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         step = int(self.model.optimizer.iterations.numpy())
         competes = step > self.model.first_competing_step
         if competes:

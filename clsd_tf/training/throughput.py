@@ -1,4 +1,4 @@
-"""How fast training goes, and how much of its time it waits for input."""
+"""Throughput of training, and the share of its time that it waits for input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Throughput:
         """Begins an epoch of ``model``."""
         self._model = model
         self._first_step, self._first_wait = self._steps_and_wait()
-        self._start, self._end = time.monotonic(), None
+        self._start = time.monotonic()
+        self._end: float | None = None
 
     def step(self) -> None:
         """A step has ended."""
@@ -33,7 +34,7 @@ class Throughput:
         # A parameter server's chief does not see steps end.
         seconds = max((self._end or time.monotonic()) - self._start, 1e-9)
         found = {"examples_per_second": (step - self._first_step) * self._batch_size / seconds}
-        if wait is not None:
+        if wait is not None and self._first_wait is not None:
             found["input_wait_share"] = min((wait - self._first_wait) / seconds, 1.0)
         return found
 

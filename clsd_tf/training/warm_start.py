@@ -1,4 +1,4 @@
-"""A model that goes on from an earlier run: its tables grow for new values, all it had learned is carried over."""
+"""Warm start from an earlier run: tables grow for new values, all that the model had learned is carried over."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def each_signature(
 def loads(version: Version) -> Finding:
     if isinstance(version.loading, Exception):
         return failed(reason_of(version.loading))
-    return passed("graph and variables loaded, initialisers run")
+    return passed("graph and variables loaded, initializers run")
 
 
 @version_rule(

@@ -36,7 +36,11 @@ class Sides(NamedTuple):
 
 
 def sides_of(spec: FeatureSpec) -> Sides:
-    """Sorts the raw inputs of a spec: those that tell of the user, and all others."""
+    """Sorts the raw inputs of ``spec``: those that tell of the user, and all others.
+
+    Returns:
+      The two sides.
+    """
     sides = spec.sides
     return Sides(
         user=tuple(entry for entry in spec.raw_inputs if sides[entry.name] == "user"),

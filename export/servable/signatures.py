@@ -18,7 +18,7 @@ CLASSES = ("no_click", "click")
 
 
 class ServingModule(tf.Module):
-    """What is saved: the variables and tables that the signatures use, and nothing else of the training model."""
+    """The variables and tables that the signatures use, and nothing else of the training model: what is saved."""
 
     def __init__(self, transform: FeatureTransform, signatures: Mapping[str, ConcreteFunction]):
         super().__init__()
@@ -77,7 +77,17 @@ def serving_signatures(
 def debug_outputs(
     model: MethodModel, features: dict[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
 ) -> dict[str, tf.Tensor]:
-    """The model's debug outputs, each [batch]; of user groups the labels, where the profile asks for them."""
+    """Computes the outputs of ``debug``.
+
+    Args:
+      model: that is served.
+      features: transformed, name -> [batch, ...].
+      spec: of the dataset.
+      profile: asks for the labels of user groups, or not.
+
+    Returns:
+      Name -> [batch]: the model's debug outputs, and labels as strings.
+    """
     outputs = model.debug_outputs(features)
     if profile.debug_user_groups:
         outputs |= {

@@ -230,7 +230,7 @@ class SignatureQueue:
         return rows <= self._options.max_batch_size and size <= self._max_request_bytes
 
     def _run(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray] | Exception]:
-        """In a model thread: what each request gets. A request that fails must not fail its neighbours."""
+        """In a model thread: what each request gets. A request that fails must not fail its neighbors."""
         try:
             if len(requests) == 1:
                 return [self._run_sliced(requests[0])]

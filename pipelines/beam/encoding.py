@@ -1,6 +1,6 @@
 """The third pipeline of a build: joined rows -> the one transform -> TFRecord shards.
 
-A shard is a bucket of the exchange, sorted by event time: reading the shards of a split side by side follows time
+A shard is a bucket of the shuffle, sorted by event time: reading the shards of a split side by side follows time
 closely, and shuffling them loses nothing.
 """
 

@@ -239,7 +239,11 @@ def _at_end(output: Any):
 
 
 def merge_counts(counts: Iterable[Counter]) -> Counter:
-    """Sums of the counts by name."""
+    """Adds up ``counts`` by name.
+
+    Returns:
+      The sums.
+    """
     return sum(counts, Counter())
 
 

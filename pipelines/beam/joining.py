@@ -1,7 +1,7 @@
-"""The second pipeline of a build: exchanged rows -> joined rows, split and summarised.
+"""The second pipeline of a build: shuffled rows -> joined rows, split and summed up.
 
 A unit is a run of user partitions, worked off one after the other. It joins profiles and histories, drops duplicates,
-finds each row's split, writes the rows to the exchange in buckets, and summarises what is to be learnt from them. When
+finds each row's split, writes the rows to shuffle files in buckets, and sums up what is to be learned from them. When
 all units are done, their summaries are merged in the order of the units.
 """
 
@@ -84,11 +84,11 @@ class JoinPlan:
     """Settings that every worker of the second pipeline knows.
 
     Attributes:
-      files: exchange files by table.
+      files: shuffle files by table.
       num_partitions: of users.
       cut_offs: event times in microseconds, see ``split_indices``.
       buckets: where rows go.
-      directory: where exchange files and counts of vocabularies are written.
+      directory: where shuffle files and counts of vocabularies are written.
       grow_from: directory of the dataset whose vocabularies go on, if any.
     """
 
@@ -106,14 +106,18 @@ class JoinPlan:
         return [(unit, partitions.tolist()) for unit, partitions in enumerate(parts)]
 
     def vocabulary_path(self, unit: int) -> str:
-        """Names the file that holds the counts of a unit."""
+        """Names the file that holds the counts of ``unit``.
+
+        Returns:
+          A path, whether or not it is there.
+        """
         return str(self.directory / f"vocabularies-{unit:05d}.arrow")
 
 
 class JoinAndFit(beam.PTransform):
-    """Writes joined rows to the exchange and fits.
+    """Writes joined rows to shuffle files and fits.
 
-    Gives the paths of the exchange files, and (vocabulary, by how much its counts may be too low).
+    Gives the paths of the shuffle files, and (vocabulary, by how much its counts may be too low).
     """
 
     def __init__(self, plan: JoinPlan, layout: DatasetLayout, summary_path: pathlib.Path):
@@ -170,7 +174,7 @@ class _JoinFn(beam.DoFn):
                 vocabularies.append(VocabularyCounts.of(by_split["train"], plan.spec))
             if len(vocabularies) == _MAX_PENDING_COUNTS:
                 vocabularies = [VocabularyCounts.merge_all(vocabularies)]
-            for path in _exchange(by_split, plan.buckets, writer):
+            for path in _shuffle(by_split, plan.buckets, writer):
                 yield beam.pvalue.TaggedOutput("files", path)
         for path in writer.flush():
             yield beam.pvalue.TaggedOutput("files", path)
@@ -224,7 +228,7 @@ def _num_rows(table: pa.Table | None) -> int:
     return 0 if table is None else table.num_rows
 
 
-def _exchange(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: ShuffleFileWriter) -> Iterator[str]:
+def _shuffle(by_split: Mapping[str, pa.Table], buckets: Buckets, writer: ShuffleFileWriter) -> Iterator[str]:
     for split, table in by_split.items():
         row_ids = table.column(ROW_ID).to_numpy()
         splits = np.full(table.num_rows, SPLITS.index(split))

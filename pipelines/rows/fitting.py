@@ -57,7 +57,11 @@ class SplitSummary:
         )
 
     def merge(self, other: SplitSummary) -> SplitSummary:
-        """Gives the summary of both parts' rows."""
+        """Adds ``other``, of another part of the rows.
+
+        Returns:
+          The summary of both parts.
+        """
         if not self.rows or not other.rows:
             return self if self.rows else other
         groups = {
@@ -120,7 +124,11 @@ class NumericSummary:
         return cls(len(values), mean, deviation, float(values.min()), float(values.max()), histogram)
 
     def merge(self, other: NumericSummary) -> NumericSummary:
-        """Gives the summary of both parts' values."""
+        """Adds ``other``, of another part of the values.
+
+        Returns:
+          The summary of both parts.
+        """
         count = self.count + other.count
         delta = other.mean - self.mean
         return NumericSummary(
@@ -155,7 +163,11 @@ class NumericSummary:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> NumericSummary:
-        """Reads what ``to_dict`` gives."""
+        """Reads a ``value`` of ``to_dict``.
+
+        Returns:
+          An equal summary.
+        """
         histogram = Histogram.from_dict(value["histogram"]) if value["histogram"] else None
         return cls(**{**value, "histogram": histogram})
 
@@ -212,7 +224,7 @@ class FitSummary:
         Args:
           counts: see the class.
           by_split: the rows of each split that has any.
-          spec: declares what is learnt.
+          spec: declares what is learned.
         """
         train = by_split.get("train")
         numeric = {}
@@ -232,7 +244,11 @@ class FitSummary:
         return cls(Counter(), {}, {}, {})
 
     def merge(self, other: FitSummary) -> FitSummary:
-        """Gives the summary of both parts' rows."""
+        """Adds ``other``, of another part of the rows.
+
+        Returns:
+          The summary of both parts.
+        """
         return FitSummary(
             self.counts + other.counts,
             _merge_by_name(self.splits, other.splits),

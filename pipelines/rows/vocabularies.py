@@ -51,7 +51,11 @@ class VocabularyCounts:
         return cls({name: _count(table, spec.feature(name), rule) for name, rule in spec.vocabularies.items()})
 
     def merge(self, other: VocabularyCounts) -> VocabularyCounts:
-        """Gives the counts of both sets of rows."""
+        """Adds ``other``, of other rows.
+
+        Returns:
+          The counts of both sets of rows.
+        """
         return VocabularyCounts({name: counts.merge(other.values[name]) for name, counts in self.values.items()})
 
     @staticmethod

@@ -155,7 +155,13 @@ def _one_line(reason: str) -> str:
 
 
 def file_index(row_id: int) -> int:
-    """Index of the file in its table, of a row or of an array of rows.
+    """Finds the index of the file in its table.
+
+    Args:
+      row_id: of a row, or an array of them.
+
+    Returns:
+      From 0, of the shape of ``row_id``.
 
     >>> file_index((3 << 40) + 17)
     3
@@ -164,7 +170,13 @@ def file_index(row_id: int) -> int:
 
 
 def row_number(row_id: int) -> int:
-    """Number of the row in its file, of a row or of an array of rows.
+    """Finds the number of the row in its file.
+
+    Args:
+      row_id: of a row, or an array of them.
+
+    Returns:
+      Of the shape of ``row_id``.
 
     >>> row_number((3 << 40) + 17)
     17

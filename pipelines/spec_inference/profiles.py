@@ -242,6 +242,12 @@ def declare_columns(file: sources.SourceFile, source_names: Sequence[str]) -> tu
 def spec_name(source_name: str) -> str:
     """Makes a name that a spec allows; RecBole's ``user_id:token`` loses what stands behind the colon.
 
+    Args:
+      source_name: of a column.
+
+    Returns:
+      Letters, digits and _, a letter first.
+
     >>> spec_name("Unix Time"), spec_name("user_id:token"), spec_name("1st")
     ('Unix_Time', 'user_id', 'column_1st')
     """
@@ -251,7 +257,14 @@ def spec_name(source_name: str) -> str:
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
-    """Finds a name that is neither taken nor reserved: ``name`` itself, or the first of name_2, name_3, ...
+    """Finds a name that is neither taken nor reserved.
+
+    Args:
+      name: the wanted one.
+      taken: by others.
+
+    Returns:
+      ``name`` itself, or the first of name_2, name_3, ...
 
     >>> unique_name("age", {"age", "age_2"})
     'age_3'

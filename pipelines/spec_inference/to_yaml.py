@@ -83,7 +83,10 @@ def _with_comment(line: str, comment: str) -> str:
 
 
 def flow(value: Any) -> str:
-    """Writes a value in YAML's flow style; text in double quotes unless it is a plain word.
+    """Writes a ``value`` in YAML's flow style; text in double quotes unless it is a plain word.
+
+    Returns:
+      One line.
 
     >>> flow({"name": "age", "values": ["18-30", 2.5]})
     '{name: age, values: ["18-30", 2.5]}'

@@ -1,1 +1,1 @@
-"""What a study is made of: its YAML files, their checks, and the data sets they need."""
+"""The parts of a study: its YAML files, their checks, and the data sets they need."""

@@ -1,4 +1,4 @@
-"""What a study compares, declared in one YAML file."""
+"""The comparison that a study makes, declared in one YAML file."""
 
 from __future__ import annotations
 
@@ -122,10 +122,18 @@ class StudyConfig(StrictModel):
         return self
 
     def data_set(self, name: str) -> StudyData:
+        """Finds a data set by its ``name``, which must be a declared one.
+
+        Returns:
+          Its declaration.
+        """
         return next(entry for entry in self.data if entry.name == name)
 
     def row(self, name: str) -> StudyRow:
-        """A declared method, or a known one.
+        """Finds the row ``name``: a declared method, or a known one.
+
+        Returns:
+          Name and what it changes in the shared config.
 
         Raises:
           SpecError: neither, or it sets what its method does not have.
@@ -150,7 +158,10 @@ class StudyConfig(StrictModel):
         return dict(known[name])
 
     def backbone(self, name: str) -> dict[str, Any]:
-        """The settings of a declared backbone, or of one in the registry.
+        """Finds the backbone ``name``: a declared one, or one in the registry.
+
+        Returns:
+          Its settings.
 
         Raises:
           ValueError: neither.
@@ -161,7 +172,10 @@ class StudyConfig(StrictModel):
         return settings
 
     def cells(self, grid: Grid) -> Iterator[Cell]:
-        """The runs of a grid, bce first.
+        """Makes the runs of a ``grid``.
+
+        Yields:
+          Cells, those of ``bce`` first.
 
         Raises:
           SpecError: unknown method or baseline, or a setting out of range.
@@ -189,7 +203,13 @@ def study_names() -> list[str]:
 
 
 def load_study(name_or_path: str) -> StudyConfig:
-    """Reads a study by name or path.
+    """Reads a study.
+
+    Args:
+      name_or_path: of one that comes with the package, or of a YAML file.
+
+    Returns:
+      The study.
 
     Raises:
       ValueError: neither a known name nor an existing file.
@@ -205,7 +225,18 @@ def load_study(name_or_path: str) -> StudyConfig:
 
 
 def parse_study(content: dict[str, Any], source: str) -> StudyConfig:
-    """Checks a study; ``source`` is named in errors."""
+    """Checks a study.
+
+    Args:
+      content: as from YAML.
+      source: what errors call it.
+
+    Returns:
+      The study, with defaults.
+
+    Raises:
+      SpecError: it breaks a rule; says what is allowed.
+    """
     try:
         return StudyConfig.model_validate_json(json.dumps(content, default=str))
     except pydantic.ValidationError as error:

@@ -86,7 +86,18 @@ class AdGate(tf.keras.layers.Layer):
         click_weight: tf.Tensor,
         total_click_weight: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """The loss of the configured objective, a scalar; arguments as in the functions below."""
+        """Computes ``residual_loss`` or ``literal_loss``, as the config's objective says.
+
+        Args:
+          correction: this layer's output, [batch].
+          teacher_score: [batch], in [0, 1].
+          bce: cross-entropy of each row, [batch]; read by ``literal_loss`` alone.
+          click_weight: labels * sample_weight, [batch].
+          total_click_weight: as ``total_weight`` of ``weighted_mean``.
+
+        Returns:
+          Scalar; 0 in a batch without clicks.
+        """
         if self.config.objective == "literal":
             return literal_loss(correction, teacher_score, bce, click_weight, total_click_weight)
         return residual_loss(correction, teacher_score, click_weight, total_click_weight)

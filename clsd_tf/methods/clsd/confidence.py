@@ -19,27 +19,77 @@ _SMALLEST_REFERENCE = 1e-3
 
 
 def mean_one(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """score / reference; ``kappa`` does not enter."""
+    """score / reference.
+
+    Args:
+      score: of the teacher, [batch], in [0, 1].
+      reference: its mean over clicks, or over those of the row's user group, [batch] or scalar.
+      spread: its standard deviation around the reference over clicks, scalar; does not enter.
+      kappa: strength, > 0; does not enter.
+
+    Returns:
+      [batch], before it is clipped and normalized.
+    """
     return score / tf.maximum(reference, _SMALLEST_REFERENCE)
 
 
 def ratio(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """(score / reference)^kappa: the same factor everywhere for the same relative difference."""
+    """(score / reference)^kappa: the same factor everywhere for the same relative difference.
+
+    Args:
+      score: as of ``mean_one``.
+      reference: as of ``mean_one``.
+      spread: does not enter.
+      kappa: strength, > 0.
+
+    Returns:
+      [batch], before it is clipped and normalized.
+    """
     return tf.pow(mean_one(score, reference, spread, kappa), kappa)
 
 
 def additive(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """1 + kappa * (score - reference): with kappa = 1 and a converged AdGate, score + correction."""
+    """1 + kappa * (score - reference): with kappa = 1 and a converged AdGate, score + correction.
+
+    Args:
+      score: as of ``mean_one``.
+      reference: as of ``mean_one``.
+      spread: does not enter.
+      kappa: strength, > 0.
+
+    Returns:
+      [batch], before it is clipped and normalized.
+    """
     return 1.0 + kappa * (score - reference)
 
 
 def standardized(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """1 + kappa * (score - reference) / spread: of a strength that does not depend on the click rate."""
+    """1 + kappa * (score - reference) / spread: of a strength that does not depend on the click rate.
+
+    Args:
+      score: as of ``mean_one``.
+      reference: as of ``mean_one``.
+      spread: as of ``mean_one``; where it is 0, so is the difference.
+      kappa: strength, > 0.
+
+    Returns:
+      [batch], before it is clipped and normalized.
+    """
     return 1.0 + kappa * tf.math.divide_no_nan(score - reference, spread)
 
 
 def raw(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """score itself: the trap. Where the click rate is below one half, the fixed point of training is pctr = 0."""
+    """score itself: the trap. Where the click rate is below one half, the fixed point of training is pctr = 0.
+
+    Args:
+      score: as of ``mean_one``.
+      reference: does not enter.
+      spread: does not enter.
+      kappa: does not enter.
+
+    Returns:
+      The scores, [batch].
+    """
     return score
 
 
@@ -119,7 +169,16 @@ def global_confidence(
 
 
 def mean_score(teacher_score: tf.Tensor, click_weight: tf.Tensor, means: ClickMeans) -> tf.Tensor:
-    """The reference of global confidence: the mean of teacher_score over clicks."""
+    """Computes the reference of global confidence: the mean of teacher_score over clicks.
+
+    Args:
+      teacher_score: [batch], in [0, 1].
+      click_weight: labels * sample_weight, [batch].
+      means: of the batch, or moving ones.
+
+    Returns:
+      Scalar; 1 as long as no click was seen.
+    """
     return means({"score": teacher_score}, click_weight)["score"]
 
 
@@ -151,7 +210,18 @@ def confidences(
     config: ClsdConfig,
     means: ClickMeans,
 ) -> dict[str, tf.Tensor]:
-    """Part -> confidence as above, of ``global`` and ``local`` those that ``references`` has: with shared means."""
+    """Computes global and local confidence together, with shared means.
+
+    Args:
+      references: of ``global`` and ``local`` those that are wanted: mean teacher score over clicks, [batch] or scalar.
+      score: of the teacher, [batch], in [0, 1].
+      click_weight: labels * sample_weight, [batch].
+      config: weighting functions, strength and clip range.
+      means: of the batch, or moving ones.
+
+    Returns:
+      Name in ``references`` -> confidence, [batch], as of ``global_confidence``.
+    """
     weightings = {
         part: WEIGHTING_FUNCTIONS[config.global_weighting if part == "global" else config.local_weighting]
         for part in references
@@ -184,6 +254,16 @@ def mixed_confidence(
     """(1 - lambda - mu) + lambda * global_part + mu * local_part for clicks, 1 for the rest.
 
     With lambda = mu = 0 this is 1 everywhere, and the weighted loss is the ordinary one.
+
+    Args:
+      labels: 0 or 1, float [batch].
+      global_part: global confidence, [batch].
+      local_part: local confidence, [batch].
+      lambda_: share of the global part, scalar in [0, 1].
+      mu: share of the local part, scalar in [0, 1 - lambda].
+
+    Returns:
+      [batch], without gradient.
     """
     for_clicks = (1.0 - lambda_ - mu) + lambda_ * global_part + mu * local_part
     return tf.where(labels > 0.5, for_clicks, tf.ones_like(for_clicks))

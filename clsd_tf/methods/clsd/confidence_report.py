@@ -6,7 +6,7 @@ import functools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,8 +34,8 @@ HEADLINES = (
 )
 
 
-def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
-    """Click confidence in the two forms of CLSD, before clipping and mixing.
+def global_and_local_confidence(scores: Array, groups: Groups) -> dict[str, Array]:
+    """Click confidence, global and local, before clipping and mixing.
 
     global = scores / mean(scores)
     local = 1 + scores - mean(scores of the clicks of the same group), where AdGate ends if it reads that group alone
@@ -44,7 +44,7 @@ def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
 
     Args:
       scores: teacher scores of the clicks, [num_clicks], in [0, 1].
-      groups: user groups; the local form takes the first and is left out where there is none.
+      groups: user groups; local confidence takes the first and is left out where there is none.
 
     Returns:
       ``global`` and ``local``, each [num_clicks] with mean 1; ``local`` also within each label of the first group.
@@ -58,12 +58,12 @@ def confidence_forms(scores: Array, groups: Groups) -> dict[str, Array]:
     _require_finite("scores", scores)
     if not scores.any():
         raise ValueError(f"one click or more must score above 0. Received: {len(scores)} clicks. Choose another split")
-    forms = {"global": scores / scores.mean()}
+    found = {"global": scores / scores.mean()}
     if groups:
         ids, _ = next(iter(groups.values()))
         _, codes = np.unique(ids, return_inverse=True)
-        forms["local"] = 1.0 + scores - (np.bincount(codes, scores) / np.bincount(codes))[codes]
-    return forms
+        found["local"] = 1.0 + scores - (np.bincount(codes, scores) / np.bincount(codes))[codes]
+    return found
 
 
 def measure_confidence(
@@ -76,7 +76,7 @@ def measure_confidence(
     num_resamples: int = 300,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How well click confidence tells strong interest from weak, among clicks alone.
+    """Measures how well click confidence tells strong interest from weak, among clicks alone.
 
     A user's clicks are alike, so intervals come from resampling whole users. Rows have equal weight.
 
@@ -99,19 +99,19 @@ def measure_confidence(
     Raises:
       ValueError: no clicks, columns of different lengths, confidence that is not finite, or nothing to judge it by.
     """
-    columns = {
-        "confidence": np.asarray(confidence, np.float64),
-        "users": np.unique(users, return_inverse=True)[1],
-        "intensity_label": None if intensity_label is None else np.asarray(intensity_label, np.float64),
-        "intensity_value": None if intensity_value is None else np.asarray(intensity_value, np.float64),
-    }
-    _check(columns, groups)
+    clicks = _Clicks(
+        confidence=np.asarray(confidence, np.float64),
+        users=np.unique(users, return_inverse=True)[1],
+        intensity_label=None if intensity_label is None else np.asarray(intensity_label, np.float64),
+        intensity_value=None if intensity_value is None else np.asarray(intensity_value, np.float64),
+    )
+    _check(clicks, groups)
     bootstrap = functools.partial(bootstrap_interval, num_resamples=num_resamples, seed=seed, confidence=_INTERVAL)
     return {
-        "overall": _measure(columns, bootstrap),
+        "overall": _measure(clicks, bootstrap),
         "groups": {
             name: {
-                label: _measure(_rows(columns, ids == index), bootstrap)
+                label: _measure(clicks.rows(ids == index), bootstrap)
                 for index, label in enumerate(labels)
                 if np.count_nonzero(ids == index) >= _MIN_ROWS
             }
@@ -120,17 +120,35 @@ def measure_confidence(
     }
 
 
-def _check(columns: dict[str, Array | None], groups: Groups) -> None:
-    if columns["intensity_label"] is None and columns["intensity_value"] is None:
+class _Clicks(NamedTuple):
+    """One value a click, each [num_clicks]; None for a signal that the spec does not declare."""
+
+    confidence: Array
+    users: Array
+    intensity_label: Array | None
+    intensity_value: Array | None
+
+    def rows(self, chosen: Array) -> _Clicks:
+        label, value = self.intensity_label, self.intensity_value
+        return _Clicks(
+            self.confidence[chosen],
+            self.users[chosen],
+            None if label is None else label[chosen],
+            None if value is None else value[chosen],
+        )
+
+
+def _check(clicks: _Clicks, groups: Groups) -> None:
+    if clicks.intensity_label is None and clicks.intensity_value is None:
         raise ValueError(
             "click confidence is judged by an intensity signal. Received: neither intensity_label nor intensity_value. "
             "Declare one of them in the feature spec and build the dataset again"
         )
-    lengths = {name: len(values) for name, values in columns.items() if values is not None}
+    lengths = {name: len(values) for name, values in clicks._asdict().items() if values is not None}
     lengths |= {name: len(ids) for name, (ids, _) in groups.items()}
-    if len(set(lengths.values())) > 1 or not len(columns["confidence"]):
+    if len(set(lengths.values())) > 1 or not len(clicks.confidence):
         raise ValueError(f"columns need equal lengths >= 1, one value a click. Received: {lengths}")
-    _require_finite("confidence", columns["confidence"])
+    _require_finite("confidence", clicks.confidence)
 
 
 def _require_finite(name: str, values: Array) -> None:
@@ -139,25 +157,20 @@ def _require_finite(name: str, values: Array) -> None:
         raise ValueError(f"{name} must be finite. Received: {num_wrong} that are not. Leave out rows without a score")
 
 
-def _rows(columns: dict[str, Array | None], mask: Array) -> dict[str, Array | None]:
-    return {name: None if values is None else values[mask] for name, values in columns.items()}
-
-
-def _measure(columns: dict[str, Array | None], bootstrap: Callable[..., tuple[float, float] | None]) -> dict[str, Any]:
-    confidence, users = columns["confidence"], columns["users"]
-    label, value = columns["intensity_label"], columns["intensity_value"]
-    known = np.zeros(len(users), bool) if value is None else np.isfinite(value)
-    undefined = {"value": None, "interval": None}
+def _measure(clicks: _Clicks, bootstrap: Callable[..., tuple[float, float] | None]) -> dict[str, Any]:
+    confidence, users, label, value = clicks
+    undefined: dict[str, Any] = {"value": None, "interval": None}
+    spearman = undefined
+    if value is not None and (known := np.isfinite(value)).any():
+        spearman = _estimate(_spearman, [_codes(confidence[known]), _codes(value[known])], bootstrap, users[known])
     return {
         "num_clicks": len(users),
         "num_users": len(np.unique(users)),
         "mean_confidence": _mean(confidence, users, bootstrap),
         "mean_intensity_label": undefined if label is None else _mean(label, users, bootstrap),
         "auc": undefined if label is None else _estimate(_auc, [_codes(confidence), label > 0.5], bootstrap, users),
-        "spearman": _estimate(_spearman, [_codes(confidence[known]), _codes(value[known])], bootstrap, users[known])
-        if known.any()
-        else undefined,
-        "reliability": _reliability(columns),
+        "spearman": spearman,
+        "reliability": _reliability(clicks),
     }
 
 
@@ -213,26 +226,25 @@ def _spearman(confidence_codes: Array, value_codes: Array) -> float | None:
     return float((ranks * value_ranks).sum()) / scale if scale else None
 
 
-def _reliability(columns: dict[str, Array | None]) -> list[dict[str, Any]]:
+def _reliability(clicks: _Clicks) -> list[dict[str, Any]]:
     """Clicks sorted by confidence and cut into up to 10 bins of equal mass, of 20 clicks or more.
 
     Returns:
       Per bin: ``num_clicks``, ``mean_confidence``, ``mean_intensity_label`` with its 95 % ``interval``, and
       ``mean_intensity_value`` over the clicks that have one; None where there is nothing to average.
     """
-    order = np.argsort(columns["confidence"], kind="stable")
+    order = np.argsort(clicks.confidence, kind="stable")
     num_bins = min(_MAX_BINS, max(1, len(order) // _MIN_ROWS))
     bins = []
     for rows in np.array_split(order, num_bins):
-        part = _rows(columns, rows)
-        label, value = part["intensity_label"], part["intensity_value"]
+        confidence, users, label, value = clicks.rows(rows)
         known = np.array([]) if value is None else value[np.isfinite(value)]
         bins.append(
             {
                 "num_clicks": len(rows),
-                "mean_confidence": float(part["confidence"].mean()),
+                "mean_confidence": float(confidence.mean()),
                 "mean_intensity_label": None if label is None else float(label.mean()),
-                "interval": None if label is None else _share_interval(*_by_user(label, part["users"])),
+                "interval": None if label is None else _share_interval(*_by_user(label, users)),
                 "mean_intensity_value": float(known.mean()) if len(known) else None,
             }
         )
@@ -255,13 +267,20 @@ def _share_interval(successes: Array, trials: Array) -> list[float]:
     independent = count * share * (1 - share)
     design_effect = ((successes - share * trials) ** 2).sum() / independent if independent > 0 else 1.0
     per_trial = statistics.NormalDist().inv_cdf((1 + _INTERVAL) / 2) ** 2 * max(1.0, design_effect) / count
-    centre = share + per_trial / 2
+    center = share + per_trial / 2
     margin = np.sqrt(per_trial * share * (1 - share) + per_trial**2 / 4)
-    return [float((centre - margin) / (1 + per_trial)), float((centre + margin) / (1 + per_trial))]
+    return [float((center - margin) / (1 + per_trial)), float((center + margin) / (1 + per_trial))]
 
 
 def table_rows(measured: dict[str, Any]) -> list[list[Any]]:
-    """Rows of a table with the headlines: overall first, then each group; estimates as "value [low, high]"."""
+    """Lays out measured confidence as a table under ``HEADLINES``.
+
+    Args:
+      measured: from ``measure_confidence``.
+
+    Returns:
+      Overall first, then a row for each group; estimates as "value [low, high]".
+    """
     entries = {"overall": measured["overall"]}
     for name, labels in measured["groups"].items():
         entries |= {f"{name} {label}": entry for label, entry in labels.items()}
@@ -283,7 +302,7 @@ def render_confidence_report(
     """Renders the report.
 
     Args:
-      measured: form of confidence (``global``, ``local``) -> from ``measure_confidence``.
+      measured: ``global`` and ``local`` -> from ``measure_confidence``.
       noise_floor: from ``clsd_tf.metrics.noise_floor.click_noise_floor``.
       facts: ``split``, ``scores`` (what made them), ``label``, ``intensity_label``, ``intensity_value`` (None where
         the spec has none) and ``dataset_fingerprint``.
@@ -295,7 +314,7 @@ def render_confidence_report(
         _TEMPLATE,
         facts=facts,
         headings=[heading for _, heading in HEADLINES],
-        tables={form: table_rows(entry) for form, entry in measured.items()},
+        tables={part: table_rows(entry) for part, entry in measured.items()},
         first_group=next(iter(noise_floor), None),
         reliability=svg(_reliability_curves(measured)),
         noise_floor={name: svg(_floor_bars(labels)) for name, labels in noise_floor.items()},
@@ -304,27 +323,27 @@ def render_confidence_report(
 
 def _reliability_curves(measured: Mapping[str, dict[str, Any]]) -> Figure:
     """Mean intensity against mean confidence: one small panel overall and one per label of the first user group."""
-    panels = {"overall": {form: entry["overall"] for form, entry in measured.items()}}
+    panels = {"overall": {part: entry["overall"] for part, entry in measured.items()}}
     first = next(iter(measured.values()))["groups"]
     for name in list(first)[:1]:
         for label in first[name]:
-            panels[label] = {form: entry["groups"][name][label] for form, entry in measured.items()}
+            panels[label] = {part: entry["groups"][name][label] for part, entry in measured.items()}
     figure, grid = panel_grid(len(panels), (2.5, 2.3))
-    for axes, (title, forms) in zip(grid, panels.items(), strict=True):
-        for (form, entry), color in zip(forms.items(), COLORS, strict=False):
-            _draw_reliability(axes, entry["reliability"], form, color)
-        num_clicks = next(iter(forms.values()))["num_clicks"]
+    for axes, (title, parts) in zip(grid, panels.items(), strict=True):
+        for (part, entry), color in zip(parts.items(), COLORS, strict=False):
+            _draw_reliability(axes, entry["reliability"], part, color)
+        num_clicks = next(iter(parts.values()))["num_clicks"]
         tidy(axes, f"{title} ({num_clicks:,} clicks)", "mean confidence", "mean intensity")
     grid[0].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
-def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], form: str, color: str) -> None:
+def _draw_reliability(axes: Axes, bins: list[dict[str, Any]], part: str, color: str) -> None:
     """The label's mean with its interval, or the value's mean where no label is declared."""
     key = "mean_intensity_value" if bins[0]["interval"] is None else "mean_intensity_label"
     drawn = [entry for entry in bins if entry[key] is not None]
     confidence, intensity = ([entry[name] for entry in drawn] for name in ("mean_confidence", key))
-    axes.plot(confidence, intensity, label=form, color=color, **LINE_STYLE)
+    axes.plot(confidence, intensity, label=part, color=color, **LINE_STYLE)
     if key == "mean_intensity_label":
         axes.vlines(confidence, *zip(*(entry["interval"] for entry in drawn), strict=True), color=color, linewidth=1)
 

@@ -77,7 +77,7 @@ class ScoresFile(StrictModel):
 
 
 class ClsdConfig(PointwiseConfig):
-    """How clicks are weighted.
+    """Settings of click confidence.
 
     By default each click counts 1 + teacher_score - the mean teacher_score over the clicks of its user group, which
     leaves the mean of every user group at 1. ``lambda = 1, mu = 0`` compares with all clicks instead.
@@ -161,11 +161,15 @@ class ClsdConfig(PointwiseConfig):
 
     @property
     def weights_clicks(self) -> bool:
-        """Whether confidence ever enters the loss."""
+        """True if confidence ever enters the loss."""
         return self.lambda_ + self.mu > 0
 
     def teacher_warning(self, num_epochs: int) -> str | None:
-        """What to tell a user whose teacher is overconfident, or None."""
+        """Warns of a teacher that will be overconfident after ``num_epochs`` epochs.
+
+        Returns:
+          What to tell the user, or None.
+        """
         if self.teacher not in ONLINE_TEACHERS or not self.weights_clicks or num_epochs == 1:
             return None
         return (

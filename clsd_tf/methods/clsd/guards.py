@@ -28,7 +28,7 @@ class GuardState(tf.Module):
     loss warm-up it is the click rate throughout, or 0.5 where that is less.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._sums = tf.Variable(tf.zeros([4]), trainable=False, name="guard_sums", **SAME_EVERYWHERE)
         self._weight = tf.Variable(0.0, trainable=False, name="guard_weight", **SAME_EVERYWHERE)
@@ -44,7 +44,16 @@ class GuardState(tf.Module):
         is_warming_up: tf.Tensor,
         has_warmup: bool,
     ) -> None:
-        """Args: scalars of the global batch; ``is_warming_up``, whether its step came before loss warm-up ended."""
+        """Takes in a training step; tensors are scalars over the global batch.
+
+        Args:
+          mean_pctr: in [0, 1].
+          click_rate: likewise.
+          click_share: of ``effective_click_share``, in (0, 1].
+          drift: distance of AdGate's mean correction from 1 - the mean teacher score, >= 0.
+          is_warming_up: bool, whether the step came before loss warm-up ended.
+          has_warmup: whether the run has a loss warm-up.
+        """
         reference = tf.minimum(click_rate, mean_pctr if has_warmup else _UNTRAINED_PCTR)
         now = tf.stack([mean_pctr, reference, click_share, drift])
         # Sums over their weight, so that the first batch does not count for fifty.
@@ -54,12 +63,18 @@ class GuardState(tf.Module):
         self._reference.assign(tf.where(follows, sums[_REFERENCE] / weight, self._reference))
 
     def begin(self, reference: float) -> None:
-        """Sets the reference of mean pctr, for training that begins behind loss warm-up."""
+        """Sets the ``reference`` of mean pctr, for training that begins behind loss warm-up."""
         self._reference.assign(reference)
 
     def check(self, limits: GuardConfig, step: int) -> None:
-        """Raises:
-        ConfidenceGuardError: names the limit, what was seen and what to do.
+        """Compares the moving means with the limits.
+
+        Args:
+          limits: of the config.
+          step: of the optimizer, for the message.
+
+        Raises:
+          ConfidenceGuardError: names the limit, what was seen and what to do.
         """
         values = self._sums.numpy() / max(float(self._weight.numpy()), 1e-12)
         pctr, reference = values[_PCTR], float(self._reference.numpy())

@@ -104,10 +104,14 @@ class Clsd(PointwiseMethod[ClsdConfig]):
         return found
 
     def placebos(self, config: ClsdConfig) -> dict[str, Mapping[str, Any]]:
-        """Two controls.
+        """Controls for studies, see ``Method.placebos``.
 
-        ``shuffled_confidence`` weights other clicks of the batch, by the same values; ``permuted_groups`` gives AdGate
-        the profiles of other users.
+        Args:
+          config: settings of the treatment.
+
+        Returns:
+          ``shuffled_confidence``, which weights other clicks of the batch by the same values; where there is local
+          confidence also ``permuted_groups``, which gives AdGate the profiles of other users.
         """
         if not config.weights_clicks:
             return {}

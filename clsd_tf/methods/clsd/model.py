@@ -61,6 +61,8 @@ class ClsdModel(PointwiseModel):
       ValueError: config, AdGate and teacher_backbone do not go together.
     """
 
+    config: ClsdConfig
+
     def __init__(
         self,
         backbone: tf.keras.Model,
@@ -70,7 +72,8 @@ class ClsdModel(PointwiseModel):
         loss_function: LossFunction | None = None,
         teacher_backbone: tf.keras.Model | None = None,
     ):
-        config = config or ClsdConfig(teacher="self", **({} if ad_gate else {"lambda": 1.0, "mu": 0.0}))
+        shares: dict[str, Any] = {} if ad_gate else {"lambda": 1.0, "mu": 0.0}
+        config = config or ClsdConfig(teacher="self", **shares)
         if ad_gate is None and config.mu > 0:
             raise ValueError(f"mu > 0 needs an AdGate. Received: mu={config.mu:g}, ad_gate=None. Give one or set mu=0")
         if (config.teacher == "ema") != (teacher_backbone is not None):
@@ -155,7 +158,13 @@ class ClsdModel(PointwiseModel):
         return super().fit(*args, callbacks=given, **kwargs)
 
     def begin_after(self, earlier: MethodModel, last_epoch: Mapping[str, Any]) -> None:
-        """Sets what loss warm-up would have left, where the earlier run weighted no clicks and so has not kept it."""
+        """Sets what loss warm-up would have left, where the earlier run weighted no clicks and so has not kept it.
+
+        Args:
+          earlier: the model of the run before, a ``ClsdModel``.
+          last_epoch: its last entry in the history.
+        """
+        assert isinstance(earlier, ClsdModel), "a warm start is from a run of the same method"
         if not self.config.weights_clicks or earlier.config.weights_clicks:
             return
         self.guard_state.begin(last_epoch["mean_pctr"])
@@ -164,9 +173,15 @@ class ClsdModel(PointwiseModel):
                 slow.assign(fast)
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
-        """Logit, the self teacher's score (uncalibrated pctr) and AdGate's correction, each float32 [batch].
+        """Computes what the signature ``debug`` tells of each row.
 
-        The scores of other teachers exist for training rows only; what serves is the model itself.
+        The scores of other teachers than the model itself exist for training rows only.
+
+        Args:
+          features: name -> [batch, ...].
+
+        Returns:
+          ``logit``, ``teacher_score`` (uncalibrated pctr) and ``ad_gate_correction``, each float32 [batch].
         """
         logits = self.logits(features)
         correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
@@ -192,7 +207,8 @@ class ClsdModel(PointwiseModel):
         Returns:
           float32 [batch], without gradient.
         """
-        config, ones, references = self.config, tf.ones_like(labels), {}
+        config, ones = self.config, tf.ones_like(labels)
+        references: dict[str, tf.Tensor] = {}
         click_weight = labels * sample_weight
         if config.lambda_:
             references["global"] = mean_score(teacher_score, click_weight, self._click_means)
@@ -210,8 +226,8 @@ class ClsdModel(PointwiseModel):
     def _teacher_score(self, features: Features, logits: tf.Tensor) -> tf.Tensor:
         if self.config.teacher == "self" or not self.config.weights_clicks:
             return tf.stop_gradient(tf.sigmoid(logits))
-        if self.config.teacher == "ema":
-            slow = self._teacher_backbone
+        slow = self._teacher_backbone
+        if slow is not None:
             return tf.stop_gradient(tf.sigmoid(as_logits(slow(declared_features(slow, features)))))
         if "teacher_score" not in features:
             raise ValueError(
@@ -221,7 +237,11 @@ class ClsdModel(PointwiseModel):
         return features["teacher_score"]
 
     def weigh(self, batch: Batch) -> Weighed:
-        """Teacher, AdGate and confidence of a batch; nothing here is for the backbone's gradient."""
+        """Runs teacher and AdGate on a ``batch``; nothing here is for the backbone's gradient.
+
+        Returns:
+          Confidence as the weight of each row's loss; ``found`` is what is watched of it.
+        """
         labels, sample_weight = batch.labels, batch.sample_weight
         teacher_score = self._teacher_score(batch.features, batch.logits)
         # A teacher may have no score for some rows (no model precedes the first day): their clicks count 1.
@@ -233,28 +253,33 @@ class ClsdModel(PointwiseModel):
         totals = sum_over_replicas((tf.reduce_sum(sample_weight), tf.reduce_sum(click_weight)))
         correction, gate_loss = tf.zeros_like(batch.logits), tf.constant(0.0)
         if self.ad_gate is not None:
-            correction, gate_loss = self._train_ad_gate(batch, teacher_score, click_weight, totals[1])
+            correction, gate_loss = self._train_ad_gate(self.ad_gate, batch, teacher_score, click_weight, totals[1])
         confidence = self.click_confidence(labels, teacher_score, correction, sample_weight * known, batch.step)
         confidence = tf.where(known > 0, confidence, 1.0)
         return Weighed(confidence, totals[0], _Found(click_weight, totals[1], teacher_score, correction, gate_loss))
 
     def _train_ad_gate(
-        self, batch: Batch, teacher_score: tf.Tensor, click_weight: tf.Tensor, total_click_weight: tf.Tensor
+        self,
+        ad_gate: AdGate,
+        batch: Batch,
+        teacher_score: tf.Tensor,
+        click_weight: tf.Tensor,
+        total_click_weight: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """One step of AdGate on its own loss.
 
         Returns:
           The correction from before the step, [batch], and this replica's share of the loss.
         """
-        seen = {name: batch.features[name] for name in self.ad_gate.features}
+        seen = {name: batch.features[name] for name in ad_gate.features}
         if self.config.placebo == "permuted_groups":
             rows = tf.range(tf.shape(teacher_score)[0])
             rows = tf.random.experimental.stateless_shuffle(rows, seed=_step_seed(batch.step))
             seen = {name: tf.gather(values, rows) for name, values in seen.items()}
         with tf.GradientTape() as tape:
-            correction = self.ad_gate(seen)
-            loss = self.ad_gate.loss(correction, teacher_score, batch.bce, click_weight, total_click_weight)
-        variables = self.ad_gate.trainable_variables
+            correction = ad_gate(seen)
+            loss = ad_gate.loss(correction, teacher_score, batch.bce, click_weight, total_click_weight)
+        variables = ad_gate.trainable_variables
         self.ad_gate_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return tf.stop_gradient(correction), loss
 
@@ -262,8 +287,12 @@ class ClsdModel(PointwiseModel):
         """Moves the EMA teacher: teacher = momentum * teacher + (1 - momentum) * backbone.
 
         The momentum is small in the first steps.
+
+        Args:
+          batch: of the step.
         """
-        if self._teacher_backbone is None or not self.config.weights_clicks:
+        teacher = self._teacher_backbone
+        if teacher is None or not self.config.weights_clicks:
             return
         count = tf.cast(batch.step, tf.float32)
         momentum = tf.minimum(self.config.ema_momentum, count / (count + 10.0))
@@ -272,7 +301,7 @@ class ClsdModel(PointwiseModel):
             return slow.assign(momentum * slow + (1.0 - momentum) * fast)
 
         def move(strategy: tf.distribute.Strategy, momentum: tf.Tensor) -> None:
-            for slow, fast in zip(self._teacher_backbone.variables, self.backbone.variables, strict=True):
+            for slow, fast in zip(teacher.variables, self.backbone.variables, strict=True):
                 strategy.extended.update(slow, moved, args=(fast, momentum), group=False)
 
         # As optimizers do: a replica must not assign variables of which each replica has a copy.
@@ -294,7 +323,7 @@ class ClsdModel(PointwiseModel):
         return shares
 
     def watch(self, seen: Mapping[str, Any], batch: Batch, weighed: Weighed) -> None:
-        if not self.config.weights_clicks:
+        if self._range is None:  # Clicks are not weighted.
             return super().watch(seen, batch, weighed)
         rows, clicks, found = weighed.total_weight, weighed.found.total_click_weight, weighed.found
         click_share = effective_click_share(*seen["power_sums"])
@@ -323,7 +352,7 @@ class ClsdModel(PointwiseModel):
 
 
 class _Found(NamedTuple):
-    """How a batch came by its confidence: [batch], or scalars.
+    """The values by which a batch came by its confidence: [batch], or scalars.
 
     ``total_click_weight`` is a sum over the global batch, ``gate_loss`` is the replica's share.
     """

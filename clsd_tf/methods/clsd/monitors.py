@@ -1,4 +1,4 @@
-"""What is watched while confidence weights the loss; all of it reaches history and TensorBoard."""
+"""Monitors of the time in which confidence weights the loss; all of it reaches history and TensorBoard."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class GroupLogs(tf.keras.callbacks.Callback):
         for means in self._means_per_group:
             means.reset_state()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         for means in self._means_per_group:
             logs.update(means.result())
 
@@ -86,22 +86,44 @@ class Range(tf.keras.metrics.Metric):
 
 
 def signed_maxima(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """(max of -values, max of values) over the rows with a positive weight, [2]; -infinity where there is none."""
+    """Finds the extremes of the rows that count.
+
+    Args:
+      values: [batch].
+      weights: [batch]; only rows of a positive one count.
+
+    Returns:
+      (max of -values, max of values), [2]; -infinity where no row counts.
+    """
     return tf.reduce_max(tf.where(weights > 0, tf.stack([-values, values]), float("-inf")), axis=1)
 
 
 def power_sums(confidence: tf.Tensor, click_weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """(sum w, sum c w, sum c^2 w) of c = confidence [batch], w = click_weight [batch]; they add up over batches."""
+    """Sums w, c w and c^2 w of c = confidence, w = click_weight; the sums add up over batches.
+
+    Args:
+      confidence: [batch].
+      click_weight: labels * sample_weight, [batch].
+
+    Returns:
+      Three scalars.
+    """
     total = tf.reduce_sum(click_weight)
     squares = tf.reduce_sum(tf.square(confidence) * click_weight)
     return total, tf.reduce_sum(confidence * click_weight), squares
 
 
 def effective_click_share(total: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """Effective sample size of the clicks over their number: first^2 / (second * total), of ``power_sums``.
+    """Effective sample size of the clicks over their number: first^2 / (second * total).
+
+    Args:
+      total: the first of ``power_sums``, sum of w.
+      first: the second, sum of c w.
+      second: the third, sum of c^2 w.
 
     Returns:
       Scalar in (0, 1]: 1 if all clicks count the same, 1 / n if one of n counts alone; 1 without clicks.
-      Source: Kish (1965), "Survey Sampling", section 11.7.
+
+    Source: Kish (1965), "Survey Sampling", section 11.7.
     """
     return tf.where(total > 0, tf.math.divide_no_nan(tf.square(first), second * total), 1.0)

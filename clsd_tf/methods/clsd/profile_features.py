@@ -1,4 +1,4 @@
-"""Which profile features AdGate should read: those by which users differ in how much their clicks can be trusted."""
+"""Profile features for AdGate: those by which users differ in how much their clicks can be trusted."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _explained(user_means: Array, levels: Array) -> dict[str, Any]:
     samples = [user_means[levels == level] for level in np.unique(levels)]
     samples = [sample for sample in samples if len(sample) >= _MIN_USERS]
     num_users, num_levels = sum(map(len, samples)), len(samples)
-    result = {"num_users": num_users, "num_levels": num_levels, "eta_squared": 0.0, "omega_squared": 0.0}
-    result |= {"f_p_value": None, "alexander_govern_p_value": None}
+    result: dict[str, Any] = {"num_users": num_users, "num_levels": num_levels}
+    result |= {"eta_squared": 0.0, "omega_squared": 0.0, "f_p_value": None, "alexander_govern_p_value": None}
     if num_levels < 2 or np.ptp(user_means) <= _ROUNDING:
         return result
     grand_mean = np.concatenate(samples).mean()
@@ -131,7 +131,14 @@ def _p_values(samples: list[Array]) -> dict[str, float | None]:
 
 
 def table_rows(ranking: list[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of a table with the headlines; p-values with their order of magnitude."""
+    """Lays out a ranking as a table under ``HEADLINES``.
+
+    Args:
+      ranking: from ``rank_features``.
+
+    Returns:
+      A row for each feature; p-values with their order of magnitude.
+    """
     return [
         [
             f"{entry[key]:.1e}" if key.endswith("p_value") and entry[key] is not None else entry[key]

@@ -1,11 +1,11 @@
-"""What methods of rows have in common, and ``bce``, which adds nothing."""
+"""The part that methods of rows have in common, and ``bce``, which adds nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from clsd_tf.methods.method import Method, ModelParts, Objective, Output, RowFilter
+from clsd_tf.methods.method import Method, MethodConfig, ModelParts, Objective, Output, RowFilter
 from clsd_tf.methods.pointwise.config import BceConfig, PointwiseConfig
 from clsd_tf.metrics import pointwise
 
@@ -20,7 +20,7 @@ PointwiseT = TypeVar("PointwiseT", bound=PointwiseConfig)
 class PointwiseMethod(Method[PointwiseT]):
     """A method that gives each row the probability of a click, ``ctr``."""
 
-    Config = PointwiseConfig
+    Config: ClassVar[type[MethodConfig]] = PointwiseConfig
     objective = Objective(
         "auc",
         "AUC",
@@ -34,7 +34,7 @@ class PointwiseMethod(Method[PointwiseT]):
         return model
 
     def model_class(self) -> type[PointwiseModel]:
-        """What ``build`` makes of a backbone and the settings."""
+        """Returns the class that ``build`` makes of a backbone and the settings; imports TensorFlow."""
         from clsd_tf.methods.pointwise.model import PointwiseModel  # Configs are read without TensorFlow.
 
         return PointwiseModel
@@ -56,7 +56,11 @@ class PointwiseMethod(Method[PointwiseT]):
         return ("Clicks by mistake count as clicks.", *self.limits_of_rows(config))
 
     def limits_of_rows(self, config: PointwiseT) -> tuple[str, ...]:
-        """Sentences on the rows that the settings leave out."""
+        """Says which rows the settings ``config`` leave out.
+
+        Returns:
+          Sentences for the model card.
+        """
         if config.clicks == "all":
             return ()
         return ("Trained on intense clicks only, as an oracle for studies: ctr is not the probability of a click.",)

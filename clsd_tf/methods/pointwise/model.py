@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """How much the rows of a batch count.
+    """The weights of the rows of a batch.
 
     Attributes:
       loss_weight: factor of each row's loss, [batch], without gradient.
@@ -58,7 +58,7 @@ class PointwiseModel(MethodModel):
     on the way, ``weigh``.
 
     Under a synchronous ``tf.distribute`` strategy each replica has a part of the batch, and every mean is one over the
-    global batch: the gradients that the replicas add up are those of one replica with all rows. Batch normalisation
+    global batch: the gradients that the replicas add up are those of one replica with all rows. Batch normalization
     within a backbone (``din``) stays that of the replica's rows.
 
     Args:
@@ -71,7 +71,8 @@ class PointwiseModel(MethodModel):
       (logits, features) to pctr.
     """
 
-    watched: tuple[str, ...] = _WATCHED
+    config: PointwiseConfig
+    built: bool
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class PointwiseModel(MethodModel):
         self._calibration: tf.keras.layers.Layer | None = None
         self._loss_function = loss_function or _loss_of(self.config)
         self._means = WeightedMeans(self.watched)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of the means that every training step reports, those of all methods first."""
+        return _WATCHED
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:
@@ -127,7 +133,14 @@ class PointwiseModel(MethodModel):
         return tf.sigmoid(logits) if self.calibration is None else self.calibration(logits, features)
 
     def logits(self, features: Features, training: bool = False) -> tf.Tensor:
-        """The backbone's output as float32 [batch]; a backbone may also give [batch, 1].
+        """Runs the backbone.
+
+        Args:
+          features: name -> [batch, ...].
+          training: whether Dropout and the like are on.
+
+        Returns:
+          float32 [batch]; a backbone may also give [batch, 1].
 
         Raises:
           ValueError: any other shape.
@@ -135,7 +148,12 @@ class PointwiseModel(MethodModel):
         return as_logits(self.backbone(declared_features(self.backbone, features), training=training))
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
-        """As ``tf.keras.Model.summary``; a model that has seen no rows is built first, where its inputs are known."""
+        """As ``tf.keras.Model.summary``; a model that has seen no rows is built first, where its inputs are known.
+
+        Args:
+          args: as there.
+          kwargs: as there.
+        """
         if not self.built:
             known = [part.model_inputs for part in self.parts.values() if hasattr(part, "model_inputs")]
             if known:
@@ -144,15 +162,30 @@ class PointwiseModel(MethodModel):
         super().summary(*args, **kwargs)
 
     def debug_outputs(self, features: Features) -> dict[str, tf.Tensor]:
-        """What the signature ``debug`` tells of each row beside ``ctr``, each float32 [batch]: the logit."""
+        """Computes what the signature ``debug`` tells of each row beside ``ctr``.
+
+        Args:
+          features: name -> [batch, ...].
+
+        Returns:
+          Name -> float32 [batch]: the ``logit``.
+        """
         return {"logit": self.logits(features)}
 
     def loss_weights(self, batch: Batch) -> tf.Tensor:
-        """Factor of each row's loss, [batch], without gradient."""
+        """Weights the rows of a ``batch``; for methods to override.
+
+        Returns:
+          Factor of each row's loss, [batch], without gradient.
+        """
         return tf.ones_like(batch.labels)
 
     def weigh(self, batch: Batch) -> Weighed:
-        """``loss_weights``, and the batch's total weight; nothing here is for the backbone's gradient."""
+        """Calls ``loss_weights`` on a ``batch``; nothing here is for the backbone's gradient.
+
+        Returns:
+          The weights with the batch's total weight.
+        """
         return Weighed(self.loss_weights(batch), sum_over_replicas(tf.reduce_sum(batch.sample_weight)))
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -177,10 +210,19 @@ class PointwiseModel(MethodModel):
         return penalty if num_replicas() == 1 else penalty / num_replicas()
 
     def after_update(self, batch: Batch) -> None:
-        """Does what follows the optimizer's update of the backbone."""
+        """Does what follows the optimizer's update of the backbone on a ``batch``."""
 
     def shares(self, batch: Batch, weighed: Weighed, loss: tf.Tensor) -> dict[str, Any]:
-        """What this replica adds to the global batch's values of what is watched."""
+        """Computes this replica's part of what is watched.
+
+        Args:
+          batch: this replica's.
+          weighed: of it.
+          loss: this replica's share, scalar.
+
+        Returns:
+          Name -> tensor, or tensors, that add up over replicas to the values of the global batch.
+        """
         of_rows = {"bce": batch.bce, "mean_pctr": tf.sigmoid(batch.logits)}
         means = {
             name: weighted_mean(values, batch.sample_weight, weighed.total_weight) for name, values in of_rows.items()
@@ -188,7 +230,13 @@ class PointwiseModel(MethodModel):
         return {"loss": loss, **means}
 
     def watch(self, seen: Mapping[str, Any], batch: Batch, weighed: Weighed) -> None:
-        """Takes note of a step: ``seen`` is ``shares``, summed over replicas."""
+        """Takes note of a step.
+
+        Args:
+          seen: ``shares``, summed over replicas.
+          batch: this replica's.
+          weighed: of it.
+        """
         self._means.update_state([seen[name] for name in self.watched], [weighed.total_weight] * len(self.watched))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -218,10 +266,13 @@ def _loss_of(config: PointwiseConfig) -> LossFunction:
 
 
 def as_logits(output: tf.Tensor) -> tf.Tensor:
-    """A backbone's output as float32 [batch].
+    """Brings a backbone's output into the shape of logits.
 
     Args:
       output: [batch] or [batch, 1], of any floating type.
+
+    Returns:
+      float32 [batch].
 
     Raises:
       ValueError: any other shape.
@@ -235,7 +286,14 @@ def as_logits(output: tf.Tensor) -> tf.Tensor:
 
 
 def unpack(data: Any) -> tuple[Features, tf.Tensor, tf.Tensor]:
-    """(features, labels[, sample_weight]) -> the same, labels and weights float32 [batch], weights 1 if not given."""
+    """Takes apart what a training step is given.
+
+    Args:
+      data: (features, labels[, sample_weight]).
+
+    Returns:
+      The same three; labels and weights float32 [batch], weights 1 if not given.
+    """
     features, labels, sample_weight = tf.keras.utils.unpack_x_y_sample_weight(data)
     labels = tf.reshape(tf.cast(labels, tf.float32), [-1])
     if sample_weight is None:

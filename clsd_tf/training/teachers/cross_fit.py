@@ -18,10 +18,16 @@ _FOLD_SEED_STEP = 1000  # Fold models must not share the seed of the model they 
 
 
 def cross_fit(job: TeacherJob) -> RowValues:
-    """Mean over ``num_repeats`` of: each row scored by the model of the fold that it was left out of.
+    """Scores each row by the model of the fold that it was left out of; the mean of ``num_repeats`` such scores.
 
     Rows, or users, are assigned to ``num_folds`` folds by a seeded hash. The fold models are runs of their own, so a
     killed job goes on in the fold that it had reached.
+
+    Args:
+      job: its settings are ``num_folds``, ``fold_by`` and ``num_repeats``.
+
+    Returns:
+      Scores in [0, 1] of all training rows.
     """
     columns = input_pipeline.read_columns(job.dataset, "train", ["row_id", "user_hash", "event_time"])
     keys = _fold_keys(columns, job.settings["fold_by"])

@@ -1,4 +1,4 @@
-"""What a teacher is asked for."""
+"""The job that a teacher is given."""
 
 from __future__ import annotations
 

@@ -17,13 +17,22 @@ _DAY_MICROSECONDS = 86_400_000_000
 
 
 def prequential(job: TeacherJob) -> RowValues:
-    """Each row scored by one model that had trained, in one pass, on the days before it.
+    """Scores each row by one model that had trained, in one pass, on the days before it.
 
-    Days are spans of 24 hours from the first event. No model precedes the first day: its scores are NaN, and its clicks
-    count 1. A killed job keeps the days that are done. Holds the training split in memory.
+    Days are spans of 24 hours from the first event. A killed job keeps the days that are done. The training split is
+    held in memory.
+
+    Args:
+      job: without settings of its own.
+
+    Returns:
+      Scores in [0, 1]; NaN for the first day, which no model precedes: its clicks count 1.
+
+    Raises:
+      ValueError: the training split has one day.
     """
     dataset, config, inputs = job.dataset, job.config, job.dataset.inputs
-    names = [entry.name for entry in (*inputs.categorical, *inputs.groups)] + list(inputs.numeric)
+    names = [*(entry.name for entry in inputs.categorical), *(group.name for group in inputs.groups), *inputs.numeric]
     columns = input_pipeline.read_columns(dataset, "train", [*names, "label", "sample_weight", "event_time", "row_id"])
     days = (columns["event_time"] - columns["event_time"].min()) // _DAY_MICROSECONDS
     if days.max() == 0:

@@ -17,6 +17,9 @@ _COLUMNS = {"row_id": pa.int64(), "score": pa.float64()}
 def scores_file(job: TeacherJob) -> RowValues:
     """Reads ``row_id`` and ``score`` of every training row from a Parquet file.
 
+    Args:
+      job: names the file.
+
     Returns:
       Scores in the order of the training records, NaN where the file has none (null or NaN).
 

@@ -33,6 +33,9 @@ def scores_of(dataset: DatasetDir, config: TrainConfig, run: TeacherRun, title: 
       run: one of ``config.teacher_runs``.
       title: what progress lines call the run; None for no progress lines.
 
+    Returns:
+      A score for each training row.
+
     Raises:
       ArtifactError: stored scores, or a file of scores, cannot be read.
       As ``clsd_tf.training.fit.fit``, of a teacher that trains.
@@ -54,11 +57,14 @@ def scores_of(dataset: DatasetDir, config: TrainConfig, run: TeacherRun, title: 
 
 
 def stored_scores(work_dir: WorkDir, dataset: DatasetDir) -> RowValues | None:
-    """Reads the teacher scores that a run was trained with; None if its teacher had none to store.
+    """Reads the teacher scores that a run was trained with.
 
     Args:
       work_dir: of the run.
       dataset: that it was trained on.
+
+    Returns:
+      A score for each training row; None if its teacher had none to store.
     """
     config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
     files = (scores_path(dataset, config, run) for run in config.teacher_runs)
@@ -66,7 +72,16 @@ def stored_scores(work_dir: WorkDir, dataset: DatasetDir) -> RowValues | None:
 
 
 def scores_path(dataset: DatasetDir, config: TrainConfig, run: TeacherRun) -> pathlib.Path:
-    """Names the file where a teacher's scores are kept, or will be; arguments as of ``scores_of``."""
+    """Names the file where a teacher's scores are kept, or will be.
+
+    Args:
+      dataset: as of ``scores_of``.
+      config: likewise.
+      run: likewise.
+
+    Returns:
+      A path that depends on all that the scores depend on.
+    """
     text = json.dumps(_identity(dataset, config, run), sort_keys=True)
     key = f"{run.teacher}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return dataset.teacher_scores / key / "scores.npz"
@@ -83,7 +98,7 @@ def _read_scores(file: pathlib.Path) -> RowValues:
 
 
 def _config_of(config: TrainConfig, run: TeacherRun) -> TrainConfig:
-    """What a teacher's models are trained with: the run's settings, with the method that teaches it."""
+    """The config that a teacher's models are trained with: the run's settings, with the method that teaches it."""
     method = run.student or config.method
     return config.model_copy(update={"method": method, "calibration": CalibrationConfig(method="none")})
 
