@@ -83,7 +83,7 @@ def prepare(
         0 before the first step.
     """
     method = method_of(config.method)
-    _check_records(method, dataset)
+    _check_records(method, config, dataset)
     method.check_dataset(config.method, dataset.spec.intensity_label is not None)
     _check_penalty(config, strategy)
     steps = steps_per_epoch(dataset, config)
@@ -201,10 +201,10 @@ def steps_per_epoch(dataset: DatasetDir, config: TrainConfig) -> int:
     return -(-dataset.num_rows("train") // config.batch_size)
 
 
-def _check_records(method: Method[Any], dataset: DatasetDir) -> None:
+def _check_records(method: Method[Any], config: TrainConfig, dataset: DatasetDir) -> None:
     if method.record_kind not in dataset.record_kinds:
         raise ValueError(
-            f"a dataset must hold what the method trains on. Received: method {method.Config().name}, which trains on "
+            f"a dataset must hold what the method trains on. Received: method {config.method.name}, which trains on "
             f"records of the kind {method.record_kind}. Allowed for {dataset.path}: {', '.join(dataset.record_kinds)}"
         )
 
