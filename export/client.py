@@ -15,6 +15,7 @@ once. --server defaults to localhost with TF Serving's ports, 8500 for gRPC and 
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -29,7 +30,7 @@ from export.clients.transport import Endpoint
 
 _PORTS = {"grpc": 8500, "rest": 8501}
 _SERVER = flags.DEFINE_string("server", None, "host:port of the server.")
-_PROTOCOL = flags.DEFINE_enum("protocol", "grpc", ["grpc", "rest"], "What is spoken there.")
+_PROTOCOL: flags.FlagHolder[Any] = flags.DEFINE_enum("protocol", "grpc", ["grpc", "rest"], "What is spoken there.")
 _MODEL = flags.DEFINE_string("model", None, "Name of the model.", required=True)
 _VERSION = flags.DEFINE_integer("version", None, "Version that answers; the newest by default.")
 _LABEL = flags.DEFINE_string("label", None, "Label of the version that answers.")

@@ -26,7 +26,7 @@ _SAMPLE = flags.DEFINE_string("sample", None, "Parquet file with examples and ex
 TOLERANCE = 1e-6
 _BATCH_SIZE = 1000
 _NUM_RANKED = 100
-_CLASS_ROWS = ([], [[b"no_click", b"click"]])
+_CLASS_ROWS: tuple[list[list[bytes]], ...] = ([], [[b"no_click", b"click"]])
 
 
 class VerificationError(RuntimeError):
@@ -99,7 +99,7 @@ def _check_ranking(signatures, examples: np.ndarray, metadata: dict[bytes, bytes
         pairs = [_pair(tf.train.Example.FromString(user), item, item_inputs) for item in items]
         expected = signatures["serving_default"](examples=tf.constant(pairs))["ctr"].numpy()
         order = np.argsort(-expected, kind="stable")
-        ranked = signatures["rank"](requests=tf.constant([rank_request(user, examples[:_NUM_RANKED])]))
+        ranked = signatures["rank"](requests=tf.constant([rank_request(user, list(examples[:_NUM_RANKED]))]))
         received, ids = ranked["ctr"].numpy()[0], ranked["item_ids"].numpy()[0]
         worst = max(worst, _compare("rank/ctr", received, expected[order][: len(received)]))
         scores_of: dict[object, list[float]] = {}  # Several rows of the sample may show one item.

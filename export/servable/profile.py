@@ -107,6 +107,9 @@ class ExportProfile(StrictModel):
         Args:
           available: what models of the method can have.
 
+        Returns:
+          A profile whose ``signatures`` are not None.
+
         Raises:
           ValueError: it names another one.
         """

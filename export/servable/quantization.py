@@ -41,6 +41,7 @@ def quantize_tables(model: tf.keras.Model, dataset: DatasetDir, profile: Quantiz
             "quantization needs a backbone with FieldEmbeddings of categorical inputs. "
             f"Received: {type(model.backbone).__name__}. Set quantisation.tables: none"
         )
+    assert profile.tables != "none", "nothing to quantize"
     rows = read_columns(dataset, "test", ["label", "sample_weight"])
     before, bytes_before = predict(model, dataset, "test"), sum(layer.table_bytes for layer in layers)
     for layer in layers:

@@ -91,7 +91,7 @@ def export_servable(
         sample_path = pathlib.Path(scratch) / "verification.parquet"
         pyarrow.parquet.write_table(sample, sample_path)
         verification = _verify_in_fresh_process(staging, sample_path)
-        facts = {
+        facts: dict[str, Any] = {
             "model_name": name,
             "version": number,
             "verification": verification,
@@ -121,6 +121,7 @@ def _write_warmup(
     if spec.user_key in first.column_names:
         nobody = pa.nulls(first.num_rows, first.schema.field(spec.user_key).type)
         first = first.set_column(first.schema.get_field_index(spec.user_key), spec.user_key, nobody)
+    assert profile.signatures is not None, "resolved"
     raw = {key: value.numpy() for key, value in arrow_to_tensors(first, spec.raw_inputs).items()}
     write_warmup_requests(
         staging,

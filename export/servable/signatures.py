@@ -57,6 +57,7 @@ def serving_signatures(
     def debug(examples: tf.Tensor) -> dict[str, tf.Tensor]:
         return debug_outputs(model, features_of(examples), spec, profile)
 
+    assert profile.signatures is not None, "resolved"
     rank = rank_function(spec, transform, model, profile.rank.top_k)
     raw_specs = raw_tensor_specs(spec.raw_inputs)
     functions = {
@@ -75,7 +76,7 @@ def serving_signatures(
 
 
 def debug_outputs(
-    model: MethodModel, features: dict[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
+    model: MethodModel, features: Mapping[str, tf.Tensor], spec: FeatureSpec, profile: ExportProfile
 ) -> dict[str, tf.Tensor]:
     """Computes the outputs of ``debug``.
 

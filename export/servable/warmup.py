@@ -40,7 +40,7 @@ def write_warmup_requests(
     """
     logs = []
     for batch_size in batch_sizes:
-        places = np.arange(batch_size) % len(examples)
+        places = (np.arange(batch_size) % len(examples)).tolist()
         rows = [examples[place] for place in places]
         raw_rows = {name: values[places] for name, values in raw.items()}
         # A request of `rank` is one row of its batch, whatever the number of items.

@@ -112,7 +112,11 @@ class SignatureQueue:
     ):
         self._version = version
         self._signature = signature
-        self._options = options
+        assert options.max_batch_size is not None, "of version_options"
+        assert options.max_enqueued_batches is not None, "of version_options"
+        self._max_batch_size = options.max_batch_size
+        self._max_queued_rows = options.max_batch_size * options.max_enqueued_batches
+        self._timeout_seconds = options.batch_timeout_seconds
         self._max_request_bytes = max_request_bytes
         self._threads = threads
         self._metrics = metrics
@@ -125,10 +129,6 @@ class SignatureQueue:
     def is_full(self) -> bool:
         """True where any request would be refused."""
         return self._queued_rows >= self._max_queued_rows or self._queued_bytes >= self._max_queued_bytes
-
-    @property
-    def _max_queued_rows(self) -> int:
-        return self._options.max_batch_size * self._options.max_enqueued_batches
 
     @property
     def _max_queued_bytes(self) -> int:
@@ -163,8 +163,8 @@ class SignatureQueue:
         waiting = _Waiting(inputs, rows, size, deadline, asyncio.get_running_loop().create_future())
         self._queues.setdefault(self._joinable(inputs), collections.deque()).append(waiting)
         self._count(waiting, 1)
-        if self._options.batch_timeout_seconds and self._queued_rows < self._options.max_batch_size:
-            asyncio.get_running_loop().call_later(self._options.batch_timeout_seconds, self._ask_for_turn)
+        if self._timeout_seconds and self._queued_rows < self._max_batch_size:
+            asyncio.get_running_loop().call_later(self._timeout_seconds, self._ask_for_turn)
         else:
             self._ask_for_turn()
         return await waiting.result
@@ -227,7 +227,7 @@ class SignatureQueue:
         return batch
 
     def _fits(self, rows: int, size: int) -> bool:
-        return rows <= self._options.max_batch_size and size <= self._max_request_bytes
+        return rows <= self._max_batch_size and size <= self._max_request_bytes
 
     def _run(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray] | Exception]:
         """In a model thread: what each request gets. A request that fails must not fail its neighbors."""
@@ -243,7 +243,7 @@ class SignatureQueue:
 
     def _run_sliced(self, request: Arrays) -> dict[str, np.ndarray]:
         """A request beyond max_batch_size takes no more memory at a time than a batch."""
-        limit = self._options.max_batch_size
+        limit = self._max_batch_size
         if not self._signature.is_sliceable or _num_rows(request) <= limit:
             return self._version.run(self._signature.name, request)
         slices = [
@@ -252,7 +252,7 @@ class SignatureQueue:
         ]
         return {name: np.concatenate([outputs[name] for outputs in slices]) for name in slices[0]}
 
-    def _run_joined(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    def _run_joined(self, requests: Sequence[Arrays]) -> list[dict[str, np.ndarray] | Exception]:
         outputs = self._run_rows(
             {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
         )

@@ -112,6 +112,7 @@ class LocalServer:
         """Asks the server to stop: no new requests, and the running ones have grace_seconds to finish."""
         self.manager.stop()
         with contextlib.suppress(RuntimeError):  # It has stopped already.
+            assert self._loop is not None, "started"
             self._loop.call_soon_threadsafe(self._stop_requested.set)
 
     def join(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +81,7 @@ def _name(entry: object) -> str:
     return entry
 
 
-def _raw_input(name: str, dtype: str, is_list: bool = False) -> RawInput:
+def _raw_input(name: str, dtype: Any, is_list: bool = False) -> RawInput:
     if dtype not in ("string", "int64", "float") or (is_list and dtype != "string"):
         raise ValueError(dtype)
     return RawInput(_name(name), dtype, is_list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -81,7 +81,8 @@ def rest_app(core: PredictionCore, metrics: Metrics, max_request_bytes: int, tim
         for verb, (method, endpoint) in verbs.items()
     ]
     routes += [Route(path, exposition) for path in ("/metrics", "/monitoring/prometheus/metrics")]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _internal_error})
+    handlers: dict[Any, Callable[..., Awaitable[Response]]] = {HTTPException: _http_error, Exception: _internal_error}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
 
@@ -221,7 +222,7 @@ def _to_dict(proto: message.Message) -> dict:
     return json_format.MessageToDict(proto, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
-def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
     return Response(dump({"error": text}), status, headers, media_type="application/json")
 
 

@@ -286,7 +286,7 @@ def _floats(flat: list, dtype: Any, error_at: _ErrorAt) -> np.ndarray:
         numbers = np.array([float(value) if abs(value) < 2**1023 else np.inf for value in flat])
     exact = 2 ** _DIGITS[np.dtype(dtype)] - 1
     largest = float(np.finfo(dtype).max)
-    for index in np.flatnonzero(~(np.abs(numbers) <= exact)):  # Few, mostly none.
+    for index in np.flatnonzero(~(np.abs(numbers) <= exact)).tolist():  # Few, mostly none.
         value = flat[index]
         if type(value) is int and -(2**63) <= value < 2**64:  # Larger integers are read as floats.
             raise error_at(index, f"must be a number of type {name}", "an integer that is not exact in it")
