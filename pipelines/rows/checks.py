@@ -144,12 +144,12 @@ def _epoch_seconds(day: dt.date) -> float:
     return (day - dt.date(1970, 1, 1)).total_seconds()
 
 
-def _required_columns(spec: FeatureSpec) -> set[str]:
+def _required_columns(spec: FeatureSpec) -> set[str | None]:
     comparisons = [spec.label_comparison, spec.intensity_comparison]
     required = {spec.user_key, spec.item_key, spec.sample_weight, *spec.time_columns}
     return required | {comparison.column for comparison in comparisons if comparison}
 
 
-def _non_negative_columns(spec: FeatureSpec) -> set[str]:
-    columns = {feature.number_column for feature in spec.features_of(NumberFeature) if feature.log1p}
+def _non_negative_columns(spec: FeatureSpec) -> set[str | None]:
+    columns: set[str | None] = {feature.number_column for feature in spec.features_of(NumberFeature) if feature.log1p}
     return columns | {spec.sample_weight}

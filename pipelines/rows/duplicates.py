@@ -27,7 +27,7 @@ def without_duplicates(events: pa.Table, spec: FeatureSpec) -> tuple[pa.Table, C
     first_row_ids = _first_row_ids(events, spec)
     row_ids = events.column(ROW_ID).to_numpy()
     repeated = np.flatnonzero(first_row_ids != row_ids)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     if not len(repeated):
         return events, counts
     counts["duplicates"] = len(repeated)

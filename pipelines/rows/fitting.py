@@ -75,8 +75,8 @@ class SplitSummary:
             self.rows + other.rows,
             self.clicks + other.clicks,
             self.intense + other.intense,
-            min(self.first, other.first),
-            max(self.last, other.last),
+            min(moment for moment in (self.first, other.first) if moment is not None),
+            max(moment for moment in (self.last, other.last) if moment is not None),
             groups,
         )
 
@@ -137,7 +137,7 @@ class NumericSummary:
             self.deviation + other.deviation + delta**2 * self.count * other.count / count,
             min(self.minimum, other.minimum),
             max(self.maximum, other.maximum),
-            self.histogram.merge(other.histogram) if self.histogram else None,
+            self.histogram.merge(other.histogram) if self.histogram and other.histogram else None,
         )
 
     def statistics(self, feature: NumberFeature) -> NumericStatistics:

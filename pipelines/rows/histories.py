@@ -102,6 +102,7 @@ def past_values(
     """
     match feature:
         case HistoryFeature():
+            assert values is not None, "of a column"
             return user_histories(events, values.cast(pa.string()), holds, feature)
         case WindowFeature():
             return window_values(events, values, holds, feature)
@@ -154,6 +155,7 @@ def window_values(
             past = PastEvents.select(events, every, feature)
             return _mean(PastEvents.select(events, holds, feature).sizes, past.sizes, feature.min_count)
         case "mean":
+            assert values is not None, "of a column"
             past = PastEvents.select(events, holds & values.is_valid().to_numpy(), feature)
             numbers = values.cast(pa.float64()).to_numpy()[past.rows]
             return _mean(_sums(numbers, past), past.sizes, feature.min_count)

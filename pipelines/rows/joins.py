@@ -117,6 +117,7 @@ class Profiles:
 
     @property
     def _times(self) -> np.ndarray:
+        assert self.valid_from is not None, "of a table with states"
         return microseconds(self.table.column(self.valid_from.column), self.valid_from)
 
 

@@ -48,7 +48,9 @@ class VocabularyCounts:
         Returns:
           Counts that can be merged with those of other rows.
         """
-        return cls({name: _count(table, spec.feature(name), rule) for name, rule in spec.vocabularies.items()})
+        rules = spec.vocabularies
+        features = [feature for feature in spec.features_of(IdFeature) if feature.name in rules]
+        return cls({feature.name: _count(table, feature, rules[feature.name]) for feature in features})
 
     def merge(self, other: VocabularyCounts) -> VocabularyCounts:
         """Adds ``other``, of other rows.

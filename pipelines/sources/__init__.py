@@ -11,7 +11,6 @@ To add a format: its name in ``clsd_tf.spec.tables.Table.format`` and an entry i
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -203,8 +202,8 @@ def plan_file(file: SourceFile, table: Table, slice_bytes: int = SLICE_BYTES) ->
     Raises:
       ValueError: the header or the footer cannot be read; ``list_files`` refuses such a file.
     """
-    plan = functools.partial(_FORMATS[table.format].plan, slice_bytes=slice_bytes)
-    return _or_refuse(plan, file, table)
+    plan = _FORMATS[table.format].plan
+    return _or_refuse(lambda file, table: plan(file, table, slice_bytes), file, table)
 
 
 def whole_slice(file: SourceFile, table: Table) -> SourceSlice:

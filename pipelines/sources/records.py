@@ -55,7 +55,8 @@ def avro_column_names(file: SourceFile, table: Table) -> list[str]:
       OSError, ValueError: it cannot be read.
     """
     with files.open_arrow(file) as stream, _as_value_error():
-        return [field["name"] for field in fastavro.reader(stream).writer_schema["fields"]]
+        schema: Any = fastavro.reader(stream).writer_schema
+        return [field["name"] for field in schema["fields"]]
 
 
 def plan_whole(file: SourceFile, table: Table, slice_bytes: int) -> files.FilePlan:
@@ -113,7 +114,7 @@ def _take(records: Iterator[Any], count: int) -> tuple[list[Any], Exception | No
 
 def _avro_records(stream) -> Iterator[dict[str, Any]]:
     """Records with moments as the integers that stand in the file, as in Parquet."""
-    reader = fastavro.reader(stream)
+    reader: Any = fastavro.reader(stream)
     units = {field["name"]: _microseconds_per_unit(field["type"]) for field in reader.writer_schema["fields"]}
     for record in reader:
         yield {

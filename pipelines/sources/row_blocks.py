@@ -123,6 +123,7 @@ def row_ends(block: bytes, framing: Framing, is_last: bool) -> np.ndarray:
     if framing.returns_end_rows and b"\r" in block:
         ends = np.sort(np.concatenate([ends, _lone_returns(characters, is_last)]))
     if framing.quoted and b'"' in block:
+        assert framing.delimiter is not None, "quoted values stand between delimiters"
         borders = _quote_borders(block, characters, framing.delimiter)
         ends = ends[np.searchsorted(borders, ends) % 2 == 0]
     return ends
