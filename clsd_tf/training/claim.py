@@ -83,9 +83,8 @@ def _require_same_files(work_dir: WorkDir, files: Mapping[str, str]) -> None:
     there = resolved.get("files", {})
     changed = [path for path, digest in files.items() if there.get(path) != digest]
     if changed and not (work_dir.has_checkpoint or work_dir.is_complete):
-        write_json(
-            work_dir.config, {**resolved, "files": files}
-        )  # Nothing came of that file: it may have been refused.
+        # Nothing was trained with the file that it was: it may have been refused, and corrected since.
+        write_json(work_dir.config, {**resolved, "files": files})
     elif changed:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run that has read another file. Received: {changed[0]} with SHA-256 "
