@@ -1,5 +1,6 @@
 """The registry of backbones, and arguments that are refused."""
 
+import re
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from backbone_inputs import (
 from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
 from clsd_tf.backbones.base import declared_features, example_features, feature_inputs
 from clsd_tf.layers.embedding_config import EmbeddingConfig
+from clsd_tf.methods.clsd.ad_gate import AdGate
 from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import ModelInputs
 from clsd_tf.training.assembly import build_model
@@ -106,6 +108,20 @@ def test_the_documented_example_trains_as_any_backbone():
     assert np.isfinite(history["loss"]).all()
     assert all((old != new).any() for old, new in zip(before, model.backbone.get_weights(), strict=True))
     assert model(FEATURES | EXTRAS).shape == [7]
+
+
+@pytest.mark.parametrize("name", ["deepfm", "two_layers"])
+def test_a_model_has_the_same_summary_before_and_after_it_has_seen_rows(name):
+    model = ClsdModel(build_backbone(name, INPUTS, **ARGUMENTS), AdGate(INPUTS))
+    model.compile("sgd")
+    before, after = [], []
+    model.summary(print_fn=before.append)
+    model.fit(tf.data.Dataset.from_tensors(({**FEATURES, **EXTRAS}, tf.range(7) % 2)), verbose=0)
+    model.summary(print_fn=after.append)
+    assert before == after
+    text = "\n".join(before)
+    for part in (model.backbone, model.ad_gate):
+        assert re.search(rf"{part.name} .* {part.count_params()} ", text), text
 
 
 def test_a_functional_backbone_is_given_the_features_that_it_declares():
