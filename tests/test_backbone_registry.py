@@ -1,5 +1,6 @@
 """The registry of backbones, and arguments that are refused."""
 
+import re
 import warnings
 
 import numpy as np
@@ -17,8 +18,11 @@ from backbone_inputs import (
 from clsd_tf.backbones import BACKBONES, build_backbone, register_backbone
 from clsd_tf.backbones.base import declared_features, example_features, feature_inputs
 from clsd_tf.layers.embedding_config import EmbeddingConfig
+from clsd_tf.methods.clsd.ad_gate import AdGate
 from clsd_tf.methods.clsd.model import ClsdModel
 from clsd_tf.spec.model_inputs import ModelInputs
+from clsd_tf.training.assembly import build_model
+from clsd_tf.training.config import TrainConfig, load_config
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -48,6 +52,34 @@ def test_a_factory_of_any_keyword_arguments_gets_them_all():
     assert received == {"anything": 1}
 
 
+def test_a_factory_of_version_0_1_is_told_what_to_take():
+    @register_backbone("old")
+    def old(inputs, *, embedding_dim, hidden_units, dropout):
+        raise AssertionError
+
+    message = (
+        r"'old' takes no such argument. Received: embeddings. Allowed: dropout, embedding_dim, hidden_units. "
+        r"Since version 0.2 a factory takes embeddings, .*EmbeddingConfig, in place of embedding_dim"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_model(TrainConfig(backbone="old"), INPUTS)
+
+
+@pytest.mark.parametrize("assignments", [[], ["embeddings.dim=10", "embeddings.initializer=normal"]])
+def test_settings_reach_a_factory_of_other_defaults_also_where_they_are_the_configs_own(assignments):
+    received = []
+
+    @register_backbone("mine")
+    def mine(inputs, *, embeddings=EmbeddingConfig(dim=3, initializer="uniform"), hidden_units=(2,), dropout=0.5):  # noqa: B008
+        received.append((embeddings, hidden_units, dropout))
+        return build_backbone("dnn", inputs, embeddings=embeddings, hidden_units=hidden_units, dropout=dropout)
+
+    config = load_config(None, ["backbone=mine", "method=bce", *assignments])
+    model = build_model(config, INPUTS)
+    assert received == [(EmbeddingConfig(), (128, 64), 0.0)]
+    assert {tuple(variable.shape[1:]) for variable in model.variables if "tables" in variable.name} == {(10,)}
+
+
 def test_a_subclass_of_backbone_takes_the_arguments_of_its_parents():
     @register_backbone("mine")
     class Mine(BACKBONES["dcn"]):
@@ -67,7 +99,7 @@ def test_a_name_is_registered_once():
     assert BACKBONES["dnn"] is BACKBONES["fm"]
 
 
-@pytest.mark.filterwarnings("ignore:Input dict contained keys")
+@pytest.mark.filterwarnings("error:Input dict contained keys")
 def test_the_documented_example_trains_as_any_backbone():
     model = ClsdModel(build_backbone("two_layers", INPUTS, **ARGUMENTS))
     model.compile("sgd")
@@ -76,6 +108,20 @@ def test_the_documented_example_trains_as_any_backbone():
     assert np.isfinite(history["loss"]).all()
     assert all((old != new).any() for old, new in zip(before, model.backbone.get_weights(), strict=True))
     assert model(FEATURES | EXTRAS).shape == [7]
+
+
+@pytest.mark.parametrize("name", ["deepfm", "two_layers"])
+def test_a_model_has_the_same_summary_before_and_after_it_has_seen_rows(name):
+    model = ClsdModel(build_backbone(name, INPUTS, **ARGUMENTS), AdGate(INPUTS))
+    model.compile("sgd")
+    before, after = [], []
+    model.summary(print_fn=before.append)
+    model.fit(tf.data.Dataset.from_tensors(({**FEATURES, **EXTRAS}, tf.range(7) % 2)), verbose=0)
+    model.summary(print_fn=after.append)
+    assert before == after
+    text = "\n".join(before)
+    for part in (model.backbone, model.ad_gate):
+        assert re.search(rf"{part.name} .* {part.count_params()} ", text), text
 
 
 def test_a_functional_backbone_is_given_the_features_that_it_declares():

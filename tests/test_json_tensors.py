@@ -135,13 +135,20 @@ def test_values_that_the_dtype_holds_are_taken_as_they_are(dtype, value):
     assert found.tolist() == [value]
 
 
+def test_a_number_is_taken_if_it_rounds_to_one_that_the_dtype_holds():
+    # The shortest text of the largest float32 stands for a float64 that is above it.
+    largest = float(np.finfo(np.float32).max)
+    assert tensors('{"inputs": [3.4028235e+38, -3.4028235e+38]}', x=tf.float32)["x"].tolist() == [largest, -largest]
+
+
 @pytest.mark.parametrize(
     ("dtype", "value", "received"),
     [
         (tf.float32, "16777216", "an integer that is not exact"),
         (tf.float32, "-16777216", "an integer that is not exact"),
         (tf.float64, "9007199254740992", "an integer that is not exact"),
-        (tf.float32, "1e39", "a number beyond its range"),
+        (tf.float32, "3.4028236e+38", "a number beyond its range"),  # Nearer to 2**128 than to the largest float32.
+        (tf.float32, "-1e39", "a number beyond its range"),
         (tf.float32, "1e999", "a number beyond its range"),
         (tf.float64, "1e999", "a number beyond its range"),
         (tf.float64, "1" + "0" * 400, "a number beyond its range"),
@@ -355,6 +362,8 @@ def test_examples_take_the_kind_of_their_values_and_the_shared_context():
     alone = ExamplesRequest.parse(b'{"examples": [{"x": NaN, "y": -5, "z": 1.0}]}', MAX_BYTES)
     assert tf.train.Example.FromString(alone.examples[0]).features.feature["z"].float_list.value == [1.0]
     assert features(alone.examples[0])["y"] == [-5]
+    largest = ExamplesRequest.parse(b'{"examples": [{"x": [-3.4028235e+38, Infinity]}]}', MAX_BYTES)
+    assert features(largest.examples[0])["x"] == [-float(np.finfo(np.float32).max), np.inf]
 
 
 @pytest.mark.parametrize(
@@ -368,6 +377,7 @@ def test_examples_take_the_kind_of_their_values_and_the_shared_context():
         ('{"examples": [{"x": {"b64": "?"}}]}', "Received: text that is no base64"),
         ('{"examples": [{"x": 9223372036854775808}]}', "integers of type int64"),
         ('{"examples": [{"x": 1e39}]}', "numbers of type float32"),
+        ('{"examples": [{"x": [NaN, 1e999]}]}', "numbers of type float32"),
         ('{"context": {"u": null}, "examples": [{}]}', r"feature context\['u'\]"),
         ('{"context": [], "examples": [{}]}', "context must be an object"),
         ('{"examples": [{}, 5]}', r"examples\[1\] must be an object of features. Received: an integer"),

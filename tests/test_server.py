@@ -390,7 +390,7 @@ def test_the_model_service_tells_states_and_reloads_nothing(server):
 
 def test_metrics_count_requests_but_no_unknown_models(server, stub):
     stub.Predict(predict_request(model_spec("tiny"), examples=examples(1.0)))
-    refused(stub.Predict, predict_request(model_spec("user-4711"), examples=examples(1.0)))
+    refused(stub.Predict, predict_request(model_spec("absent-user"), examples=examples(1.0)))
 
     with urllib.request.urlopen(f"http://{server.rest_address}/metrics", timeout=10) as response:
         text = response.read().decode()
@@ -398,7 +398,7 @@ def test_metrics_count_requests_but_no_unknown_models(server, stub):
     assert re.search(r'clsd_requests_total{code="OK",method="Predict",model="tiny",protocol="grpc"} [1-9]', text)
     assert 'code="NOT_FOUND",method="Predict",model="other"' in text
     assert 'clsd_loaded_version{model="tiny",version="7"} 1.0' in text
-    assert "4711" not in text
+    assert "absent-user" not in text
 
 
 def test_health_is_not_serving_while_no_model_is_loaded(tmp_path, servable_dir):

@@ -100,9 +100,18 @@ def build_backbone(name: str, inputs: ModelInputs, **arguments: Any) -> tf.keras
     if allowed is not None and (unknown := sorted(arguments.keys() - allowed)):
         raise ValueError(
             f"backbone {name!r} takes no such argument. Received: {', '.join(unknown)}. "
-            f"Allowed: {', '.join(sorted(allowed))}"
+            f"Allowed: {', '.join(sorted(allowed))}{_hint_of_0_1(unknown)}"
         )
     return factory(inputs, **arguments)
+
+
+def _hint_of_0_1(unknown: list[str]) -> str:
+    if "embeddings" not in unknown:
+        return ""
+    return (
+        ". Since version 0.2 a factory takes embeddings, a clsd_tf.layers.embedding_config.EmbeddingConfig, in place "
+        "of embedding_dim: give FieldEmbeddings that, or read embeddings.dim"
+    )
 
 
 def _argument_names(factory: BackboneFactory) -> set[str] | None:

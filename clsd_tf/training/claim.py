@@ -24,9 +24,11 @@ def claim(work_dir: WorkDir, config: TrainConfig, dataset: DatasetDir, init_from
       init_from: the run to go on from. Without it, a run that has a checkpoint goes on whatever it began with.
 
     Raises:
-      ArtifactError: the directory belongs to another config, dataset or lineage.
+      ArtifactError: the directory belongs to another config, dataset or lineage, or a run that has read other files;
+        or those cannot be read.
     """
-    files, own_lineage = _files(config), lineage(dataset, init_from)
+    files = file_digests([path for run in config.teacher_runs for path in run.files])
+    own_lineage = lineage(dataset, init_from)
     resolved = {"train": config.to_dict(), "dataset_fingerprint": dataset.fingerprint}
     resolved |= {"files": files} if files else {}
     if not work_dir.config.exists():
@@ -59,15 +61,35 @@ def _last_fingerprint(ancestors: Sequence[Mapping[str, Any]]) -> str | None:
     return ancestors[-1]["work_fingerprint"] if ancestors else None
 
 
-def _files(config: TrainConfig) -> dict[str, str]:
-    """Path -> SHA-256 in hex, of the files that a run reads beside its dataset."""
-    return {path: file_sha256(pathlib.Path(path)) for run in config.teacher_runs for path in run.files}
+def file_digests(paths: Sequence[str]) -> dict[str, str]:
+    """Reads the files that a teacher takes its scores from.
+
+    Returns:
+      Path -> SHA-256 in hex.
+
+    Raises:
+      ArtifactError: one of them cannot be read.
+    """
+    digests = {}
+    for path in paths:
+        try:
+            digests[path] = file_sha256(pathlib.Path(path))
+        except OSError as error:
+            raise ArtifactError(
+                f"a file that a teacher reads must be there. Received: {path}: {error.strerror}. Put it there, or name "
+                "another one in the config"
+            ) from error
+    return digests
 
 
 def _require_same_files(work_dir: WorkDir, files: Mapping[str, str]) -> None:
-    there = work_dir.resolved_config.get("files", {})
+    resolved = work_dir.resolved_config
+    there = resolved.get("files", {})
     changed = [path for path, digest in files.items() if there.get(path) != digest]
-    if changed:
+    if changed and not (work_dir.has_checkpoint or work_dir.is_complete):
+        # Nothing was trained with the file that it was: it may have been refused, and corrected since.
+        write_json(work_dir.config, {**resolved, "files": files})
+    elif changed:
         raise ArtifactError(
             f"{work_dir.path} belongs to a run that has read another file. Received: {changed[0]} with SHA-256 "
             f"{files[changed[0]]}. Allowed: {there.get(changed[0])}. Put that file back, or choose another --work_dir"

@@ -7,10 +7,10 @@ import json
 import pathlib
 import shutil
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
-from clsd_tf.data.hashing import file_sha256
 from clsd_tf.data.input_pipeline import RowValues
 from clsd_tf.layers.calibration_config import CalibrationConfig
 from clsd_tf.methods.method import TeacherRun
@@ -18,6 +18,7 @@ from clsd_tf.methods.teachers import TEACHERS
 from clsd_tf.storage.dataset_dir import DatasetDir
 from clsd_tf.storage.files import ArtifactError, write_json
 from clsd_tf.storage.work_dir import WorkDir
+from clsd_tf.training.claim import file_digests
 from clsd_tf.training.config import TrainConfig, parse_config
 from clsd_tf.training.teachers.job import TeacherJob
 
@@ -66,23 +67,27 @@ def stored_scores(work_dir: WorkDir, dataset: DatasetDir) -> RowValues | None:
     Returns:
       A score for each training row; None if its teacher had none to store.
     """
-    config = parse_config(work_dir.resolved_config["train"], str(work_dir.config))
-    files = (scores_path(dataset, config, run) for run in config.teacher_runs)
+    resolved = work_dir.resolved_config
+    config, digests = parse_config(resolved["train"], str(work_dir.config)), resolved.get("files")
+    files = (scores_path(dataset, config, run, digests) for run in config.teacher_runs)
     return next((_read_scores(file) for file in files if file.exists()), None)
 
 
-def scores_path(dataset: DatasetDir, config: TrainConfig, run: TeacherRun) -> pathlib.Path:
+def scores_path(
+    dataset: DatasetDir, config: TrainConfig, run: TeacherRun, digests: Mapping[str, str] | None = None
+) -> pathlib.Path:
     """Names the file where a teacher's scores are kept, or will be.
 
     Args:
       dataset: as of ``scores_of``.
       config: likewise.
       run: likewise.
+      digests: path -> SHA-256 of the files that the teacher has read; None for those that are there now.
 
     Returns:
       A path that depends on all that the scores depend on.
     """
-    text = json.dumps(_identity(dataset, config, run), sort_keys=True)
+    text = json.dumps(_identity(dataset, config, run, digests), sort_keys=True)
     key = f"{run.teacher}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return dataset.teacher_scores / key / "scores.npz"
 
@@ -103,7 +108,9 @@ def _config_of(config: TrainConfig, run: TeacherRun) -> TrainConfig:
     return config.model_copy(update={"method": method, "calibration": CalibrationConfig(method="none")})
 
 
-def _identity(dataset: DatasetDir, config: TrainConfig, run: TeacherRun) -> dict[str, object]:
+def _identity(
+    dataset: DatasetDir, config: TrainConfig, run: TeacherRun, digests: Mapping[str, str] | None = None
+) -> dict[str, object]:
     """Everything that the scores depend on."""
     identity: dict[str, object] = {"dataset_fingerprint": dataset.fingerprint, "teacher": run.teacher, **run.settings}
     if run.teacher == "cross_fit":
@@ -111,5 +118,6 @@ def _identity(dataset: DatasetDir, config: TrainConfig, run: TeacherRun) -> dict
     if run.student is not None:
         identity["train"] = _config_of(config, run).result_settings
     if run.files:
-        identity["files"] = [file_sha256(pathlib.Path(path)) for path in run.files]
+        digests = digests or file_digests(run.files)
+        identity["files"] = [digests[path] for path in run.files]
     return identity

@@ -18,7 +18,6 @@ from export.server.json_format.tensors import decode_base64, signature_name_of
 from export.server.json_format.text import Constant, parse_object, shown, type_name
 from export.server.tensor_protos import with_context
 
-_MAX_FLOAT = float(np.finfo(np.float32).max)
 _KINDS = {
     str: "bytes_list",
     dict: "bytes_list",
@@ -97,9 +96,11 @@ def _fill(feature: tf.train.Feature, values: list) -> None:
             raise ValueError("integers of type int64. Received: one beyond it")
         feature.int64_list.value[:] = map(int, values)  # True is no number to protobuf.
     elif "float_list" in kinds:
-        if not all(type(value) is Constant or abs(value) <= _MAX_FLOAT for value in values):
+        with np.errstate(over="ignore"):
+            rounded = np.array(values, np.float64).astype(np.float32)
+        if any(type(values[index]) is not Constant for index in np.flatnonzero(np.isinf(rounded))):
             raise ValueError("numbers of type float32. Received: one beyond its range")
-        feature.float_list.value[:] = values
+        feature.float_list.value[:] = rounded.tolist()
 
 
 def _bytes_of(value: dict) -> bytes:

@@ -277,7 +277,7 @@ def _integers(flat: list, dtype: Any, error_at: _ErrorAt) -> np.ndarray:
 
 
 def _floats(flat: list, dtype: Any, error_at: _ErrorAt) -> np.ndarray:
-    """Integers must be exact in the dtype, and finite numbers within its range."""
+    """Integers must be exact in the dtype, and finite numbers must not round to infinity in it."""
     name = np.dtype(dtype).name
     _require_types(flat, {float, int, Constant}, f"must be a number of type {name}", error_at)
     try:
@@ -285,11 +285,13 @@ def _floats(flat: list, dtype: Any, error_at: _ErrorAt) -> np.ndarray:
     except OverflowError:  # An integer beyond the largest float64.
         numbers = np.array([float(value) if abs(value) < 2**1023 else np.inf for value in flat])
     exact = 2 ** _DIGITS[np.dtype(dtype)] - 1
-    largest = float(np.finfo(dtype).max)
+    with np.errstate(over="ignore"):
+        rounded = numbers.astype(dtype)
     for index in np.flatnonzero(~(np.abs(numbers) <= exact)).tolist():  # Few, mostly none.
         value = flat[index]
         if type(value) is int and -(2**63) <= value < 2**64:  # Larger integers are read as floats.
             raise error_at(index, f"must be a number of type {name}", "an integer that is not exact in it")
-        if type(value) is not Constant and not abs(value) <= largest:
+        # The shortest text of the largest float32, 3.4028235e+38, is a little above it, and rounds to it.
+        if type(value) is not Constant and np.isinf(rounded[index]):
             raise error_at(index, f"must be a number of type {name}", "a number beyond its range")
-    return numbers.astype(dtype)
+    return rounded
