@@ -55,8 +55,8 @@ def test_an_ad_gate_without_user_groups_or_of_an_item_feature_is_refused(feed_da
         build_model(tiny("method.ad_gate.features=[item_category]"), feed_dataset.inputs)
 
 
-def bce(target, pctr):
-    return -(target * np.log(pctr) + (1 - target) * np.log1p(-pctr))
+def bce(target, ctr):
+    return -(target * np.log(ctr) + (1 - target) * np.log1p(-ctr))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def bce(target, pctr):
         # Smoothing .2: the target is .9 for a click and .1 for none.
         (
             ["method.loss=label_smoothing", "method.label_smoothing=0.2"],
-            lambda label, pctr: bce(0.1 + 0.8 * label, pctr),
+            lambda label, ctr: bce(0.1 + 0.8 * label, ctr),
         ),
         # Gamma 2: a row counts by the square of what the model missed.
-        (["method.loss=focal", "method.focal_gamma=2.0"], lambda label, pctr: (label - pctr) ** 2 * bce(label, pctr)),
+        (["method.loss=focal", "method.focal_gamma=2.0"], lambda label, ctr: (label - ctr) ** 2 * bce(label, ctr)),
     ],
 )
 def test_the_loss_is_that_of_the_config(feed_dataset, tiny, assignments, expected):
@@ -78,10 +78,10 @@ def test_the_loss_is_that_of_the_config(feed_dataset, tiny, assignments, expecte
     features, label, _ = batch
     # An untrained model predicts about .5 everywhere: moved, so that rows differ in what it misses.
     model.backbone.set_weights([10 * weight - 0.1 for weight in model.backbone.get_weights()])
-    pctr = expit(model.logits(features).numpy().astype(np.float64))
-    assert pctr.std() > 0.02
+    ctr = expit(model.logits(features).numpy().astype(np.float64))
+    assert ctr.std() > 0.02
     received = float(model.train_step(batch)["loss"])
-    assert received == pytest.approx(expected(label.numpy(), pctr).mean(), rel=1e-5)
+    assert received == pytest.approx(expected(label.numpy(), ctr).mean(), rel=1e-5)
 
 
 def test_backbone_settings_reach_the_backbone(feed_dataset, tiny):
@@ -149,11 +149,11 @@ def test_a_loaded_model_has_the_best_weights(clsd_run, feed_dataset, validation)
 def test_a_loaded_model_predicts_with_the_calibration_of_its_run(clsd_run, feed_dataset, validation):
     _, _, age_group = validation
     model = load_model(clsd_run.work_dir, feed_dataset)
-    logits, pctr = (function(model, feed_dataset, "validation") for function in (predict_logits, predict))
+    logits, ctr = (function(model, feed_dataset, "validation") for function in (predict_logits, predict))
     stored = Calibration.from_dict(read_json(clsd_run.work_dir.calibration))
     assert stored.group.name == "age_group"
-    np.testing.assert_allclose(pctr, stored.apply(logits, age_group), rtol=0, atol=1e-6)
-    assert np.abs(pctr - expit(logits)).max() > 0.01
+    np.testing.assert_allclose(ctr, stored.apply(logits, age_group), rtol=0, atol=1e-6)
+    assert np.abs(ctr - expit(logits)).max() > 0.01
 
 
 def test_predictions_are_in_file_order_without_dropout(feed_dataset, tiny):

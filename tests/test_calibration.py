@@ -48,7 +48,7 @@ def test_platt_equals_an_unregularised_logistic_regression():
 
 
 def test_platt_solves_the_equations_of_maximum_likelihood():
-    # d/d intercept and d/d slope of the log likelihood: sum w (y - pctr) = 0 and sum w z (y - pctr) = 0.
+    # d/d intercept and d/d slope of the log likelihood: sum w (y - ctr) = 0 and sum w z (y - ctr) = 0.
     logits, labels = simulated_rows(500)
     weights = np.random.default_rng(1).uniform(0.2, 3, len(logits))
     residuals = weights * (labels - fit("platt", logits, labels, weights).apply(logits))
@@ -121,10 +121,10 @@ def test_the_scale_of_the_weights_does_not_matter(method):
 def test_pcoc_of_the_fitted_rows_becomes_1_and_log_loss_falls(method):
     logits, labels = simulated_rows()
     weights = np.random.default_rng(1).uniform(0.2, 3, len(logits))
-    pctr = fit(method, logits, labels, weights).apply(logits)
+    ctr = fit(method, logits, labels, weights).apply(logits)
     assert pointwise.pcoc(labels, expit(logits), weights) > 1.1
-    assert pointwise.pcoc(labels, pctr, weights) == pytest.approx(1, abs=1e-3)
-    assert pointwise.log_loss(labels, pctr, weights) < pointwise.log_loss(labels, expit(logits), weights) - 0.01
+    assert pointwise.pcoc(labels, ctr, weights) == pytest.approx(1, abs=1e-3)
+    assert pointwise.log_loss(labels, ctr, weights) < pointwise.log_loss(labels, expit(logits), weights) - 0.01
 
 
 _POINTS = st.lists(st.floats(-30, 30), min_size=2, max_size=20)
@@ -135,27 +135,27 @@ _POINTS = st.lists(st.floats(-30, 30), min_size=2, max_size=20)
 def test_platt_keeps_the_order_of_logits(points, seed):
     calibration = fit("platt", *simulated_rows(50, seed=seed))
     assert calibration.overall.slope > 0
-    pctr = calibration.apply(np.sort(points))
-    assert (np.diff(pctr) >= 0).all()
+    ctr = calibration.apply(np.sort(points))
+    assert (np.diff(ctr) >= 0).all()
     # Distinct logits stay distinct, away from the ends of what a float64 can tell apart.
-    assert (np.diff(pctr)[(np.diff(np.sort(points)) > 1e-3) & (pctr[1:] < 0.999)] > 0).all()
+    assert (np.diff(ctr)[(np.diff(np.sort(points)) > 1e-3) & (ctr[1:] < 0.999)] > 0).all()
 
 
 @settings(deadline=None)
 @given(_POINTS, st.integers(0, 3))
 def test_isotonic_never_reverses_the_order_of_logits(points, seed):
-    pctr = fit("isotonic", *simulated_rows(50, seed=seed)).apply(np.sort(points))
-    assert (np.diff(pctr) >= -1e-15).all()
-    assert pctr.min() >= 1e-6
-    assert pctr.max() <= 1 - 1e-6
+    ctr = fit("isotonic", *simulated_rows(50, seed=seed)).apply(np.sort(points))
+    assert (np.diff(ctr) >= -1e-15).all()
+    assert ctr.min() >= 1e-6
+    assert ctr.max() <= 1 - 1e-6
 
 
 def test_platt_of_separable_rows_is_finite_and_ranks():
     calibration = fit("platt", np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0.0, 0.0, 1.0, 1.0]))
-    pctr = calibration.apply(np.array([-2.0, -1.0, 0.0, 1.0, 2.0]))
+    ctr = calibration.apply(np.array([-2.0, -1.0, 0.0, 1.0, 2.0]))
     assert np.isfinite([calibration.overall.slope, calibration.overall.intercept]).all()
-    assert (np.diff(pctr) > 0).all()
-    assert pctr[2] == pytest.approx(0.5, abs=1e-6)
+    assert (np.diff(ctr) > 0).all()
+    assert ctr[2] == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_platt_fits_small_and_shifted_logits_as_well():
 def test_isotonic_of_equal_logits_is_the_click_rate():
     calibration = fit("isotonic", np.full(4, -5.0), np.array([0.0, 0.0, 1.0, 0.0]))
     assert calibration.apply(np.array([-9.0, -5.0, 9.0])) == pytest.approx([0.25] * 3)
-    assert layer_pctr(calibration, [-9.0, -5.0, 9.0]) == pytest.approx([0.25] * 3)
+    assert layer_ctr(calibration, [-9.0, -5.0, 9.0]) == pytest.approx([0.25] * 3)
 
 
 def test_method_none_is_the_sigmoid_and_needs_no_rows():
@@ -205,8 +205,8 @@ def test_a_planted_bias_of_a_group_is_repaired():
     logits, _ = simulated_rows(30_000)
     random = np.random.default_rng(1)
     group_ids = random.integers(0, 3, len(logits))
-    true_pctr = expit(logits + np.array([0.0, -0.8, 0.8])[group_ids])  # The model knows nothing of age.
-    labels = (random.random(len(logits)) < true_pctr).astype(np.float64)
+    true_ctr = expit(logits + np.array([0.0, -0.8, 0.8])[group_ids])  # The model knows nothing of age.
+    labels = (random.random(len(logits)) < true_ctr).astype(np.float64)
     for method in FITTED_METHODS:
         together = fit(method, logits, labels).apply(logits)
         apart = fit_by_age(method, logits, labels, group_ids, shrinkage_rows=100).apply(logits, group_ids)
@@ -215,7 +215,7 @@ def test_a_planted_bias_of_a_group_is_repaired():
         assert pointwise.pcoc(labels[old], together[old]) < 0.8
         for rows in (young, old):
             assert pointwise.pcoc(labels[rows], apart[rows]) == pytest.approx(1, abs=0.01)
-        assert np.abs(apart - true_pctr).mean() < 0.2 * np.abs(together - true_pctr).mean()
+        assert np.abs(apart - true_ctr).mean() < 0.2 * np.abs(together - true_ctr).mean()
 
 
 def test_shares_are_effective_rows_over_effective_rows_plus_shrinkage_by_hand():
@@ -263,7 +263,7 @@ def calibration(request):
     return fit_by_age(method, logits, labels, group_ids, shrinkage_rows=500)
 
 
-def layer_pctr(calibration, logits, group_ids=None):
+def layer_ctr(calibration, logits, group_ids=None):
     features = {} if group_ids is None else {"age": tf.constant(group_ids, tf.int64)}
     return CalibrationLayer(calibration)(tf.constant(logits, tf.float32), features).numpy()
 
@@ -281,7 +281,7 @@ def test_the_dict_survives_json(calibration):
 
 def test_the_graph_equals_numpy(calibration):
     logits, group_ids = served_rows()
-    received = layer_pctr(calibration, logits, group_ids)
+    received = layer_ctr(calibration, logits, group_ids)
     assert received.dtype == np.float32
     assert np.isfinite(received).all()
     np.testing.assert_allclose(received, calibration.apply(logits, group_ids), atol=1e-6)
@@ -312,14 +312,14 @@ def test_the_layer_survives_its_config(calibration):
 
 
 def test_the_graph_finds_steps_that_are_narrower_than_float32():
-    # Both curves jump within 1e-9 of pctr .5, where float32 has nothing between .5 and .50000006.
+    # Both curves jump within 1e-9 of ctr .5, where float32 has nothing between .5 and .50000006.
     curves = tuple(IsotonicCurve((0.2, 0.5, 0.5 + gap, 0.8), (0.1, 0.1, 0.9, 0.9)) for gap in (1e-9, 2e-9))
     calibration = Calibration("isotonic", curves[0], GroupInput("age", ("unknown", "young")), curves, (1.0, 1.0))
     logits, group_ids = np.float32([0.0, 2e-9, 6e-9, 6e-9, 1.0]), np.array([0, 0, 0, 1, 1])
-    # 6e-9 is pctr .5 + 1.5e-9: past the first jump, three quarters up the second.
+    # 6e-9 is ctr .5 + 1.5e-9: past the first jump, three quarters up the second.
     expected = [0.1, 0.1 + 0.8 * 0.5, 0.9, 0.1 + 0.8 * 0.75, 0.9]
     np.testing.assert_allclose(calibration.apply(logits, group_ids), expected, atol=1e-6)
-    np.testing.assert_allclose(layer_pctr(calibration, logits, group_ids), expected, atol=1e-6)
+    np.testing.assert_allclose(layer_ctr(calibration, logits, group_ids), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

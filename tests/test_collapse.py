@@ -21,7 +21,7 @@ def config_of(form, **changes):
 
 
 def fit_cells(rates, config, *, teacher=None, num_steps=1000):
-    """Gradient descent on the weighted loss; returns pctr of each cell. The model teaches itself unless told otherwise.
+    """Gradient descent on the weighted loss; returns ctr of each cell. The model teaches itself unless told otherwise.
 
     All cells are one user group, and AdGate is at its optimum.
     """
@@ -49,10 +49,10 @@ def fit_cells(rates, config, *, teacher=None, num_steps=1000):
 
 
 def test_raw_confidence_collapses_a_click_rate_of_point_3_and_bends_the_others():
-    # Odds settle at pctr * rate / (1 - rate): at pctr (2 * rate - 1) / rate above a rate of one half, at 0 below it.
-    pctr = fit_cells(RATES, config_of("raw", lambda_=1.0, mu=0.0))
-    assert pctr[0] < 0.005
-    assert pctr[1:] == pytest.approx((2 * RATES[1:] - 1) / RATES[1:], abs=1e-3)
+    # Odds settle at ctr * rate / (1 - rate): at ctr (2 * rate - 1) / rate above a rate of one half, at 0 below it.
+    ctr = fit_cells(RATES, config_of("raw", lambda_=1.0, mu=0.0))
+    assert ctr[0] < 0.005
+    assert ctr[1:] == pytest.approx((2 * RATES[1:] - 1) / RATES[1:], abs=1e-3)
 
 
 @pytest.mark.parametrize("form", NORMALIZED_FUNCTIONS)
@@ -71,24 +71,24 @@ def test_no_shipped_form_collapses_a_click_rate_of_point_3(form):
     ],
 )
 def test_a_model_that_teaches_itself_stays_near_the_click_rates(config, largest_gap):
-    pctr = fit_cells(RATES, config)
-    assert pctr[0] > 0.1  # No collapse.
-    assert list(pctr) == sorted(pctr)  # The ranking of the cells survives.
-    assert pctr.mean() == pytest.approx(RATES.mean(), abs=largest_gap)
+    ctr = fit_cells(RATES, config)
+    assert ctr[0] > 0.1  # No collapse.
+    assert list(ctr) == sorted(ctr)  # The ranking of the cells survives.
+    assert ctr.mean() == pytest.approx(RATES.mean(), abs=largest_gap)
 
 
 def test_the_lower_clip_is_the_floor_where_nothing_else_holds_a_cell_up():
     # lambda = 1 at full strength pushes the lowest cell down to odds of min_confidence * rate / (1 - rate).
-    pctr = fit_cells(RATES, config_of("ratio", lambda_=1.0, mu=0.0))
-    assert pctr[0] / (1 - pctr[0]) == pytest.approx(0.05 * 0.3 / 0.7, rel=0.01)
+    ctr = fit_cells(RATES, config_of("ratio", lambda_=1.0, mu=0.0))
+    assert ctr[0] / (1 - ctr[0]) == pytest.approx(0.05 * 0.3 / 0.7, rel=0.01)
 
 
 def test_self_teaching_ends_where_the_odds_are_confidence_times_those_of_the_click_rate():
-    # The gradient of a cell, (1 - rate) * pctr - confidence * rate * (1 - pctr), is 0 there. In float64, by hand.
-    pctr = fit_cells(RATES, MIXED)
-    mean = np.average(pctr, weights=RATES)
-    confidence = 0.5 * pctr / mean + 0.5 * (1 + pctr - mean)
-    assert pctr / (1 - pctr) == pytest.approx(confidence * RATES / (1 - RATES), rel=1e-3)
+    # The gradient of a cell, (1 - rate) * ctr - confidence * rate * (1 - ctr), is 0 there. In float64, by hand.
+    ctr = fit_cells(RATES, MIXED)
+    mean = np.average(ctr, weights=RATES)
+    confidence = 0.5 * ctr / mean + 0.5 * (1 + ctr - mean)
+    assert ctr / (1 - ctr) == pytest.approx(confidence * RATES / (1 - RATES), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_self_teaching_ends_where_the_odds_are_confidence_times_those_of_the_cli
     ],
 )
 def test_a_teacher_that_stays_as_it_is_feeds_nothing_back(form, confidence):
-    pctr = fit_cells(RATES, config_of(form, lambda_=0.5, mu=0.5), teacher=RATES)
-    assert pctr / (1 - pctr) == pytest.approx(confidence * RATES / (1 - RATES), rel=1e-3)
+    ctr = fit_cells(RATES, config_of(form, lambda_=0.5, mu=0.5), teacher=RATES)
+    assert ctr / (1 - ctr) == pytest.approx(confidence * RATES / (1 - RATES), rel=1e-3)
 
 
 @pytest.mark.parametrize("teacher", [None, RATES])
 def test_the_defaults_do_not_collapse(teacher):
-    pctr = fit_cells(RATES, ClsdConfig(), teacher=teacher)
-    assert pctr[0] > 0.1
-    assert list(pctr) == sorted(pctr)
+    ctr = fit_cells(RATES, ClsdConfig(), teacher=teacher)
+    assert ctr[0] > 0.1
+    assert list(ctr) == sorted(ctr)

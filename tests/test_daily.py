@@ -69,14 +69,14 @@ def test_each_day_is_measured_by_the_model_of_the_day_before(trained_days):
     earlier, day = days[1:]
     model = EarlierModel(earlier.work_dir, day.dataset)
     batches = [input_pipeline.batches(day.dataset, split, batch_size=64) for split in SPLITS]
-    pctr = np.concatenate([model.predict(batch) for batch in batches])
+    ctr = np.concatenate([model.predict(batch) for batch in batches])
     label = rows_of(day.dataset, "label")
     overall = found[2]["prequential"]["overall"]
-    assert overall["auc"] == pytest.approx(roc_auc_score(label, pctr), abs=1e-6)
-    assert overall["log_loss"] == pytest.approx(log_loss(label, pctr), rel=1e-5)
+    assert overall["auc"] == pytest.approx(roc_auc_score(label, ctr), abs=1e-6)
+    assert overall["log_loss"] == pytest.approx(log_loss(label, ctr), rel=1e-5)
     # A model that has seen the day is another one.
     own = load_model(day.work_dir, day.dataset).predict(batches[0], verbose=0)
-    assert np.abs(own - pctr[: len(own)]).max() > 1e-3
+    assert np.abs(own - ctr[: len(own)]).max() > 1e-3
 
 
 def test_new_values_are_out_of_vocabulary_for_the_earlier_model(trained_days, shop_content, tmp_path):

@@ -21,11 +21,11 @@ def evaluated(clsd_run, feed_dataset):
 
 
 def test_overall_and_group_auc_agree_with_scikit_learn(feed_dataset, evaluated):
-    evaluation, pctr = evaluated
+    evaluation, ctr = evaluated
     columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "intensity_label", "age_group", "user_hash"])
-    assert evaluation["overall"]["auc"] == pytest.approx(roc_auc_score(columns["label"], pctr), abs=1e-9)
+    assert evaluation["overall"]["auc"] == pytest.approx(roc_auc_score(columns["label"], ctr), abs=1e-9)
     clicked = columns["label"] == 1
-    among_clicks = roc_auc_score(columns["intensity_label"][clicked], pctr[clicked])
+    among_clicks = roc_auc_score(columns["intensity_label"][clicked], ctr[clicked])
     assert evaluation["overall"]["intensity_auc_among_clicks"] == pytest.approx(among_clicks, abs=1e-9)
     (group,) = [group for group in feed_dataset.inputs.groups if group.name == "age_group"]
     shown = evaluation["groups"]["age_group"]
@@ -35,7 +35,7 @@ def test_overall_and_group_auc_agree_with_scikit_learn(feed_dataset, evaluated):
         rows = own[label] if label in own else ~np.any(list(own.values()), axis=0)
         assert len(set(columns["user_hash"][rows])) >= 20
         assert entry["rows"] == rows.sum()
-        assert entry["auc"] == pytest.approx(roc_auc_score(columns["label"][rows], pctr[rows]), abs=1e-9)
+        assert entry["auc"] == pytest.approx(roc_auc_score(columns["label"][rows], ctr[rows]), abs=1e-9)
 
 
 def test_groups_cover_all_rows_once(evaluated):
@@ -45,10 +45,10 @@ def test_groups_cover_all_rows_once(evaluated):
 
 
 def test_calibrated_and_uncalibrated_predictions_are_measured_side_by_side(clsd_run, feed_dataset, evaluated):
-    evaluation, pctr = evaluated
+    evaluation, ctr = evaluated
     label = input_pipeline.read_columns(feed_dataset, "test", ["label"])["label"]
     logits = predict_logits(load_model(clsd_run.work_dir, feed_dataset), feed_dataset, "test")
-    for part, scores in (("overall", pctr), ("uncalibrated", expit(logits.astype(np.float64)))):
+    for part, scores in (("overall", ctr), ("uncalibrated", expit(logits.astype(np.float64)))):
         assert evaluation[part]["pcoc"] == pytest.approx(scores.mean() / label.mean(), rel=1e-5)
         assert evaluation[part]["log_loss"] == pytest.approx(log_loss(label, scores), rel=1e-5)
         # Scores that are equal in one precision only make a pair or two of 36,000.
@@ -109,7 +109,7 @@ def test_the_table_has_a_line_per_group_and_a_column_per_headline(evaluated):
 
 
 def history():
-    epoch = {"loss": 0.5, "bce": 0.6, "val_log_loss": 0.65, "val_auc": 0.7, "mean_pctr": 0.4}
+    epoch = {"loss": 0.5, "bce": 0.6, "val_log_loss": 0.65, "val_auc": 0.7, "mean_ctr": 0.4}
     groups = {"click_confidence/age_group/30-45": 1.0, "ad_gate/age_group/30-45": None}
     return [{"epoch": 0, **epoch, **groups}, {"epoch": 1, **epoch, **groups}]
 

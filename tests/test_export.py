@@ -66,8 +66,8 @@ def example(**features):
 
 
 def test_raw_values_through_the_servable_equal_records_through_the_model(feed_dataset, run, published, sample):
-    pctr = predict(load_model(run, feed_dataset), feed_dataset, "test")
-    by_row = dict(zip(read_columns(feed_dataset, "test", ["row_id"])["row_id"].tolist(), pctr, strict=True))
+    ctr = predict(load_model(run, feed_dataset), feed_dataset, "test")
+    by_row = dict(zip(read_columns(feed_dataset, "test", ["row_id"])["row_id"].tolist(), ctr, strict=True))
     expected = np.array([by_row[row_id] for row_id in sample.column("row_id").to_pylist()])
     received = LocalServable(published.path).score(sample)
     assert len(received) == feed_dataset.num_rows("test")

@@ -58,7 +58,7 @@ def test_a_work_directory_holds_all_that_later_jobs_need(clsd_run, feed_dataset)
 def test_history_has_finite_numbers_for_each_epoch(clsd_run):
     assert [entry["epoch"] for entry in clsd_run.history] == [0, 1]
     names = {
-        "loss", "bce", "mean_pctr", "ad_gate_loss", "effective_click_share", "min_click_confidence",
+        "loss", "bce", "mean_ctr", "ad_gate_loss", "effective_click_share", "min_click_confidence",
         "max_click_confidence", "val_auc", "val_log_loss",
     }  # fmt: skip
     for entry in clsd_run.history:
@@ -91,7 +91,7 @@ def test_tensorboard_events_show_what_happens_within_an_epoch(feed_dataset, tiny
         title=None,
     )
     events = EventAccumulator(str(WorkDir(tmp_path).tensorboard)).Reload()
-    for name in ("loss", "mean_pctr", "effective_click_share", "ad_gate_loss", "min_click_confidence"):
+    for name in ("loss", "mean_ctr", "effective_click_share", "ad_gate_loss", "min_click_confidence"):
         assert [event.step for event in events.Tensors(name)] == [5, 10, 13]
 
 

@@ -19,21 +19,21 @@ BATCH = 16
 
 
 class CellLogits(tf.keras.Model):
-    """A logit for each cell, all of which start at the same pctr."""
+    """A logit for each cell, all of which start at the same ctr."""
 
-    def __init__(self, initial_pctr, num_cells=1):
+    def __init__(self, initial_ctr, num_cells=1):
         super().__init__()
-        initial = tf.keras.initializers.Constant(np.log(initial_pctr / (1 - initial_pctr)))
+        initial = tf.keras.initializers.Constant(np.log(initial_ctr / (1 - initial_ctr)))
         self._logits = tf.keras.layers.Embedding(num_cells, 1, embeddings_initializer=initial)
 
     def call(self, features, training=False):
         return self._logits(features["cell"])
 
 
-def fit(config, labels, *, initial_pctr=0.25, optimizer="sgd", num_cells=1, batch_size=BATCH, **features):
+def fit(config, labels, *, initial_ctr=0.25, optimizer="sgd", num_cells=1, batch_size=BATCH, **features):
     """One epoch over rows of one cell and one tier, unless told otherwise; returns its history."""
     tf.keras.utils.set_random_seed(0)
-    model = ClsdModel(CellLogits(initial_pctr, num_cells), AdGate(INPUTS, config.ad_gate), config)
+    model = ClsdModel(CellLogits(initial_ctr, num_cells), AdGate(INPUTS, config.ad_gate), config)
     model.compile(optimizer)
     zeros = np.zeros(len(labels), np.int64)
     features = {"cell": zeros, "tier": zeros + 1, **features}
@@ -61,68 +61,68 @@ def frozen_for(num_steps):
     return tf.keras.optimizers.SGD(schedule)
 
 
-# Mean pctr.
+# Mean ctr.
 
 
 @pytest.mark.parametrize(
-    ("initial_pctr", "click_rate", "reference"),
+    ("initial_ctr", "click_rate", "reference"),
     [
         (0.25, 0.25, "0.2500"),
         (0.5, 0.25, "0.2500"),  # The click rate, where the model has not learnt it yet.
-        (0.125, 0.25, "0.1250"),  # Mean pctr, where it is below the click rate.
+        (0.125, 0.25, "0.1250"),  # Mean ctr, where it is below the click rate.
     ],
 )
-def test_a_collapse_of_predictions_ends_the_run(initial_pctr, click_rate, reference):
+def test_a_collapse_of_predictions_ends_the_run(initial_ctr, click_rate, reference):
     labels = clicks(click_rate, num_steps=100)
     config = collapsing(loss_warmup_steps=5)
-    with pytest.raises(ConfidenceGuardError, match=r"mean pctr must not fall below 0\.5 of what it was") as caught:
-        fit(config, labels, initial_pctr=initial_pctr, optimizer=frozen_for(5))
+    with pytest.raises(ConfidenceGuardError, match=r"mean ctr must not fall below 0\.5 of what it was") as caught:
+        fit(config, labels, initial_ctr=initial_ctr, optimizer=frozen_for(5))
     message = str(caught.value)
-    pctr, before, step = re.search(r"Received: (\S+) after (\S+), at step (\d+)\.", message).groups()
+    ctr, before, step = re.search(r"Received: (\S+) after (\S+), at step (\d+)\.", message).groups()
     assert before == reference
-    assert float(pctr) < 0.5 * float(reference)
+    assert float(ctr) < 0.5 * float(reference)
     assert int(step) % 20 == 0  # Not only at the end of the epoch, at step 100.
     assert int(step) < 100
     assert "lower method.kappa, method.lambda or method.mu, or use a cross_fit teacher" in message
 
 
-def test_the_limit_of_mean_pctr_is_the_configs():
+def test_the_limit_of_mean_ctr_is_the_configs():
     labels = clicks(0.25, num_steps=60)
-    config = collapsing(guards=GuardConfig(min_pctr_ratio=0.0))
-    assert fit(config, labels, optimizer=frozen_for(5))["mean_pctr"][0] < 0.1  # Collapsed, and nobody minded.
+    config = collapsing(guards=GuardConfig(min_ctr_ratio=0.0))
+    assert fit(config, labels, optimizer=frozen_for(5))["mean_ctr"][0] < 0.1  # Collapsed, and nobody minded.
     with pytest.raises(ConfidenceGuardError, match=r"below 0\.9 of"):
-        fit(collapsing(guards=GuardConfig(min_pctr_ratio=0.9)), labels, optimizer=frozen_for(5))
+        fit(collapsing(guards=GuardConfig(min_ctr_ratio=0.9)), labels, optimizer=frozen_for(5))
 
 
 @pytest.mark.parametrize("loss_warmup_steps", [0, 10])
 def test_an_untrained_model_that_learns_a_low_click_rate_is_no_collapse(loss_warmup_steps):
-    # pctr goes from .5 to 1/16 within a few steps, far below half of what it was.
+    # ctr goes from .5 to 1/16 within a few steps, far below half of what it was.
     config = clsd(loss_warmup_steps=loss_warmup_steps)
     labels = clicks(1 / 16, num_steps=150)
-    history = fit(config, labels, initial_pctr=0.5, optimizer=tf.keras.optimizers.SGD(2.0))
-    assert history["mean_pctr"][0] < 0.1
+    history = fit(config, labels, initial_ctr=0.5, optimizer=tf.keras.optimizers.SGD(2.0))
+    assert history["mean_ctr"][0] < 0.1
 
 
 @pytest.mark.parametrize("loss_warmup_steps", [0, 10])
 def test_one_batch_rich_in_clicks_does_not_become_the_reference(loss_warmup_steps):
-    # The first batch has 8 clicks, all others have 1: .09 on average over ten. pctr goes from .5 to 1/16, well above
+    # The first batch has 8 clicks, all others have 1: .09 on average over ten. ctr goes from .5 to 1/16, well above
     # half of that.
     labels = np.concatenate([clicks(0.5, 1), clicks(1 / 16, 149)])
     config, optimizer = clsd(loss_warmup_steps=loss_warmup_steps), tf.keras.optimizers.SGD(2.0)
-    assert fit(config, labels, initial_pctr=0.5, optimizer=optimizer)["mean_pctr"][0] < 0.1
+    assert fit(config, labels, initial_ctr=0.5, optimizer=optimizer)["mean_ctr"][0] < 0.1
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5])
 def test_guards_stand_only_where_confidence_weights_clicks(lambda_):
-    # Clicks stop coming, and pctr falls with them: plain BCE may do so.
+    # Clicks stop coming, and ctr falls with them: plain BCE may do so.
     labels = np.concatenate([clicks(0.5, 20), clicks(0.0, 100)])
-    arguments = {"initial_pctr": 0.5, "optimizer": tf.keras.optimizers.SGD(2.0)}
+    arguments = {"initial_ctr": 0.5, "optimizer": tf.keras.optimizers.SGD(2.0)}
     config = clsd(lambda_=lambda_, mu=0.0, global_weighting="mean_one")
     if lambda_:
-        with pytest.raises(ConfidenceGuardError, match="mean pctr"):
+        with pytest.raises(ConfidenceGuardError, match="mean ctr"):
             fit(config, labels, **arguments)
     else:
-        assert fit(config, labels, **arguments)["mean_pctr"][0] < 0.25
+        assert fit(config, labels, **arguments)["mean_ctr"][0] < 0.25
 
 
 # Effective click share.
@@ -173,7 +173,7 @@ def test_the_literal_objective_may_go_where_it_goes():
     config = clsd(teacher="cross_fit", ad_gate=AdGateConfig(objective="literal", bound=3.0, learning_rate=0.1))
     labels = clicks(0.5, num_steps=60)
     scores = np.full(len(labels), 0.25, np.float32)
-    history = fit(config, labels, teacher_score=scores, initial_pctr=0.5, optimizer=tf.keras.optimizers.SGD(0.0))
+    history = fit(config, labels, teacher_score=scores, initial_ctr=0.5, optimizer=tf.keras.optimizers.SGD(0.0))
     assert history["ad_gate/tier/low"][0] < -1.5
 
 
@@ -191,7 +191,7 @@ def test_a_healthy_run_reaches_its_end(config):
     history = fit(
         config,
         labels,
-        initial_pctr=0.5,
+        initial_ctr=0.5,
         optimizer=tf.keras.optimizers.Adam(0.05),
         num_cells=4,
         batch_size=64,
@@ -207,7 +207,7 @@ def test_a_healthy_run_reaches_its_end(config):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"min_pctr_ratio": 1.0}, "less than 1"),
+        ({"min_ctr_ratio": 1.0}, "less than 1"),
         ({"min_effective_click_share": -0.1}, "greater than or equal to 0"),
         ({"max_ad_gate_drift": 0.0}, "greater than 0"),
         ({"max_drift": 1.0}, "max_drift"),

@@ -41,7 +41,7 @@ def test_losses_have_no_reduction(loss):
 @pytest.mark.parametrize("label", [0.0, 1.0])
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
 def test_value_and_gradient_are_finite_at_extreme_logits(label, logit):
-    # At logit 1e4 pctr is 1: value 1e4 and gradient 1 - label for a non-click, 0 and 0 for a click; -1e4 mirrors it.
+    # At logit 1e4 ctr is 1: value 1e4 and gradient 1 - label for a non-click, 0 and 0 for a click; -1e4 mirrors it.
     value, gradient = value_and_gradient(lambda logits: bce_from_logits(tf.constant([label]), logits), [logit])
     is_wrong = (logit > 0) != (label > 0)
     assert value == pytest.approx([1e4 if is_wrong else 0.0])
@@ -52,7 +52,7 @@ def test_value_and_gradient_are_finite_at_extreme_logits(label, logit):
 
 
 def test_label_smoothed_bce_by_hand():
-    # With smoothing .2 a click is .9 of a click: -.9 * log(.8) - .1 * log(.2) at pctr .8, and the mirror image of it.
+    # With smoothing .2 a click is .9 of a click: -.9 * log(.8) - .1 * log(.2) at ctr .8, and the mirror image of it.
     expected = -0.9 * np.log(0.8) - 0.1 * np.log(0.2)
     received = label_smoothed_bce(*as_tensors([1, 0], [np.log(4), -np.log(4)]), smoothing=0.2)
     assert received.numpy() == pytest.approx([expected] * 2)
@@ -70,12 +70,12 @@ def test_smoothing_of_0_is_bce_bit_for_bit():
     np.testing.assert_array_equal(label_smoothed_bce(*rows, smoothing=0.0), bce_from_logits(*rows))
 
 
-@pytest.mark.parametrize(("label", "best_pctr"), [(1.0, 0.9), (0.0, 0.1)])
-def test_label_smoothing_is_least_where_pctr_is_not_quite_certain(label, best_pctr):
+@pytest.mark.parametrize(("label", "best_ctr"), [(1.0, 0.9), (0.0, 0.1)])
+def test_label_smoothing_is_least_where_ctr_is_not_quite_certain(label, best_ctr):
     def loss(logits):
         return label_smoothed_bce(tf.fill([3], label), logits, smoothing=0.2)
 
-    best = np.log(best_pctr / (1 - best_pctr))
+    best = np.log(best_ctr / (1 - best_ctr))
     value, gradient = value_and_gradient(loss, [best - 0.5, best, best + 0.5])
     assert value[1] < min(value[0], value[2])
     assert gradient[1] == pytest.approx(0.0, abs=1e-6)
@@ -85,14 +85,14 @@ def test_label_smoothing_is_least_where_pctr_is_not_quite_certain(label, best_pc
 
 
 def test_focal_loss_by_hand():
-    # pctr .9: a click is missed by .1, a non-click by .9; with gamma 2 their losses count .01 and .81 times.
+    # ctr .9: a click is missed by .1, a non-click by .9; with gamma 2 their losses count .01 and .81 times.
     received = focal_loss(*as_tensors([1, 0], [np.log(9), np.log(9)]), gamma=2.0)
     assert received.numpy() == pytest.approx([-0.01 * np.log(0.9), -0.81 * np.log(0.1)], rel=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
 def test_focal_loss_and_its_gradient_equal_the_definition_in_float64(gamma):
-    # With p the pctr of the label: d/dz (-(1 - p)^gamma log p) = sign * (1 - p)^gamma * (gamma p log p + p - 1), where
+    # With p the ctr of the label: d/dz (-(1 - p)^gamma log p) = sign * (1 - p)^gamma * (gamma p log p + p - 1), where
     # sign is 1 for a click and -1 for the rest (Lin et al. 2017, appendix B).
     sign = 2 * _CLICKS - 1
     p, missed = expit(sign * _LOGITS), expit(-sign * _LOGITS)

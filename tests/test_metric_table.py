@@ -16,11 +16,11 @@ from clsd_tf.study.tables import tests_table as table_of_tests  # Under its own 
 
 def scored(**columns):
     """Two users with three rows each; clicks are rows 0, 3 and 4."""
-    pctr = np.array([0.5, 0.4, 0.6, 0.8, 0.2, 0.1], np.float32)
+    ctr = np.array([0.5, 0.4, 0.6, 0.8, 0.2, 0.1], np.float32)
     defaults = {
         "label": np.array([1.0, 0, 0, 1, 1, 0], np.float32),
-        "pctr": pctr,
-        "uncalibrated": pctr / 2,
+        "ctr": ctr,
+        "uncalibrated": ctr / 2,
         "sample_weight": np.ones(6, np.float32),
         "user_hash": np.array([7, 7, 7, 9, 9, 9]),
         "row_id": np.arange(6),
@@ -41,7 +41,7 @@ FULL = {
 def test_selected_rows_keep_all_columns_together():
     rows = scored(**FULL).select(np.array([3, 0]))
     assert rows.row_id.tolist() == [3, 0]
-    assert rows.pctr.tolist() == pytest.approx([0.8, 0.5])
+    assert rows.ctr.tolist() == pytest.approx([0.8, 0.5])
     assert rows.intensity_label.tolist() == [1, 0]
     assert rows.group_ids["city"].tolist() == [1, 0]
     assert len(rows) == 2
@@ -53,7 +53,7 @@ def test_views_of_rows_change_the_label_the_predictions_or_the_rows_alone():
     assert rows.clicks().row_id.tolist() == [0, 3, 4]
     judged = rows.judged_by("genuine")
     assert judged.label.tolist() == rows.genuine.tolist()
-    assert rows.without_calibration().pctr.tolist() == rows.uncalibrated.tolist()
+    assert rows.without_calibration().ctr.tolist() == rows.uncalibrated.tolist()
     for view in (judged, rows.without_calibration()):
         assert view.user_hash.tolist() == rows.user_hash.tolist()
         assert view.group_ids == rows.group_ids
@@ -76,7 +76,7 @@ def test_every_metric_by_hand():
         "rows": 6,
         "clicks": 3,
         "click_rate": 0.5,
-        "mean_pctr": 2.6 / 6,
+        "mean_ctr": 2.6 / 6,
         # Of 9 pairs of a click and another row: .5 is above .4 and .1, .8 above all, .2 above .1.
         "auc": 6 / 9,
         # User 7: .5 is above one of .4 and .6; user 9: .8 and .2 are above .1.
@@ -106,14 +106,14 @@ def test_metrics_that_rows_do_not_define_are_none():
     assert {name for name, value in without.items() if value is None} == missing
     no_clicks = measure(scored(label=np.zeros(6, np.float32)), "evaluation")
     assert no_clicks["auc"] is no_clicks["gauc"] is no_clicks["pcoc"] is no_clicks["normalized_entropy"] is None
-    assert no_clicks["mean_pctr"] == pytest.approx(2.6 / 6)
+    assert no_clicks["mean_ctr"] == pytest.approx(2.6 / 6)
 
 
 # The table.
 
 
 def test_what_is_better_says_where_a_perfect_model_goes():
-    perfect = scored(pctr=np.array([0.999, 0.001, 0.001, 0.999, 0.999, 0.001]))
+    perfect = scored(ctr=np.array([0.999, 0.001, 0.001, 0.999, 0.999, 0.001]))
     before, after = (measure(rows, "evaluation") for rows in (scored(), perfect))
     judged = [metric for metric in metrics_in("evaluation") if metric.better and before[metric.name] is not None]
     assert len(judged) == 6
@@ -143,7 +143,7 @@ def precision():
     """A metric of a user's own: the share of clicks in the upper half of the scores."""
     metric = Metric(
         "precision",
-        lambda rows: float(rows.label[np.argsort(-rows.pctr)[: len(rows) // 2]].mean()),
+        lambda rows: float(rows.label[np.argsort(-rows.ctr)[: len(rows) // 2]].mean()),
         ("evaluation", "days", "study", "study_groups", "study_tests"),
         "precision of half",
         better="higher",

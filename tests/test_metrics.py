@@ -117,16 +117,16 @@ def test_gauc_of_no_rows_is_none():
 
 @given(_ROWS)
 def test_log_loss_equals_scikit_learn(rows):
-    labels, pctr, weights, _ = _columns(rows)
+    labels, ctr, weights, _ = _columns(rows)
     weights = weights + 0.25
-    expected = sklearn.metrics.log_loss(labels, pctr, sample_weight=weights, labels=[0, 1])
-    assert pointwise.log_loss(labels, pctr, weights) == pytest.approx(expected, rel=1e-9)
+    expected = sklearn.metrics.log_loss(labels, ctr, sample_weight=weights, labels=[0, 1])
+    assert pointwise.log_loss(labels, ctr, weights) == pytest.approx(expected, rel=1e-9)
 
 
 def test_log_loss_of_a_certain_and_wrong_prediction_is_finite():
-    # pctr is clipped to [1e-7, 1 - 1e-7]: -log(1e-7) = 16.118.
-    for label, pctr in ((1, 0.0), (0, 1.0)):
-        assert pointwise.log_loss(np.array([label]), np.array([pctr])) == pytest.approx(16.118, abs=1e-3)
+    # ctr is clipped to [1e-7, 1 - 1e-7]: -log(1e-7) = 16.118.
+    for label, ctr in ((1, 0.0), (0, 1.0)):
+        assert pointwise.log_loss(np.array([label]), np.array([ctr])) == pytest.approx(16.118, abs=1e-3)
 
 
 @pytest.mark.parametrize("weights", [None, np.array([1.0, 2.0, 3.0, 4.0])])
@@ -147,11 +147,11 @@ def test_normalized_entropy_of_one_class_is_none(label):
     assert pointwise.normalized_entropy(np.full(3, label), np.full(3, 0.5)) is None
 
 
-def test_pcoc_is_mean_pctr_over_click_rate():
-    # Mean pctr .3, click rate .25 -> 1.2. With weight 0 on the third row: (.2 + .2 + .2) / 3 over 1 / 3 = .6.
-    labels, pctr = np.array([1, 0, 0, 0]), np.array([0.2, 0.2, 0.6, 0.2])
-    assert pointwise.pcoc(labels, pctr) == pytest.approx(1.2)
-    assert pointwise.pcoc(labels, pctr, np.array([1.0, 1.0, 0.0, 1.0])) == pytest.approx(0.6)
+def test_pcoc_is_mean_ctr_over_click_rate():
+    # Mean ctr .3, click rate .25 -> 1.2. With weight 0 on the third row: (.2 + .2 + .2) / 3 over 1 / 3 = .6.
+    labels, ctr = np.array([1, 0, 0, 0]), np.array([0.2, 0.2, 0.6, 0.2])
+    assert pointwise.pcoc(labels, ctr) == pytest.approx(1.2)
+    assert pointwise.pcoc(labels, ctr, np.array([1.0, 1.0, 0.0, 1.0])) == pytest.approx(0.6)
 
 
 def test_pcoc_without_clicks_is_none():
@@ -159,26 +159,26 @@ def test_pcoc_without_clicks_is_none():
 
 
 def test_ece_is_the_mean_gap_of_the_bins():
-    # Two bins of two rows: pctr .1, click rate .5 -> gap .4; pctr .8, click rate 1 -> gap .2. Mean .3.
-    labels, pctr = np.array([1, 0, 1, 1]), np.array([0.1, 0.1, 0.7, 0.9])
-    assert pointwise.ece(labels, pctr, num_bins=2) == pytest.approx(0.3)
+    # Two bins of two rows: ctr .1, click rate .5 -> gap .4; ctr .8, click rate 1 -> gap .2. Mean .3.
+    labels, ctr = np.array([1, 0, 1, 1]), np.array([0.1, 0.1, 0.7, 0.9])
+    assert pointwise.ece(labels, ctr, num_bins=2) == pytest.approx(0.3)
 
 
 def test_ece_weighs_rows():
-    # Weights 3, 1, 2, 2 cut into masses 4 and 4. Bin 1: pctr (3 * .1 + .3) / 4 = .15, click rate 3 / 4 -> gap .6.
-    # Bin 2: pctr .8, click rate .5 -> gap .3. Mean .45.
-    labels, pctr = np.array([1, 0, 0, 1]), np.array([0.1, 0.3, 0.7, 0.9])
-    assert pointwise.ece(labels, pctr, np.array([3.0, 1.0, 2.0, 2.0]), num_bins=2) == pytest.approx(0.45)
+    # Weights 3, 1, 2, 2 cut into masses 4 and 4. Bin 1: ctr (3 * .1 + .3) / 4 = .15, click rate 3 / 4 -> gap .6.
+    # Bin 2: ctr .8, click rate .5 -> gap .3. Mean .45.
+    labels, ctr = np.array([1, 0, 0, 1]), np.array([0.1, 0.3, 0.7, 0.9])
+    assert pointwise.ece(labels, ctr, np.array([3.0, 1.0, 2.0, 2.0]), num_bins=2) == pytest.approx(0.45)
 
 
 def test_calibration_bins_are_sorted_and_of_equal_mass():
     random = np.random.default_rng(0)
-    pctr = random.random(1000)
-    labels = random.random(1000) < pctr
-    bins = pointwise.calibration_bins(labels, pctr, num_bins=20)
+    ctr = random.random(1000)
+    labels = random.random(1000) < ctr
+    bins = pointwise.calibration_bins(labels, ctr, num_bins=20)
     assert [entry["weight"] for entry in bins] == [50.0] * 20
-    assert [entry["pctr"] for entry in bins] == sorted(entry["pctr"] for entry in bins)
-    assert np.mean([entry["pctr"] for entry in bins]) == pytest.approx(pctr.mean())
+    assert [entry["ctr"] for entry in bins] == sorted(entry["ctr"] for entry in bins)
+    assert np.mean([entry["ctr"] for entry in bins]) == pytest.approx(ctr.mean())
     assert np.mean([entry["click_rate"] for entry in bins]) == pytest.approx(labels.mean())
 
 
@@ -189,19 +189,19 @@ def test_calibration_bins_of_equal_mass_with_weights():
     )
     assert [entry["weight"] for entry in bins] == [4.0, 4.0]
     assert [entry["click_rate"] for entry in bins] == [1.0, 0.5]
-    assert [entry["pctr"] for entry in bins] == pytest.approx([0.1, 0.35])
+    assert [entry["ctr"] for entry in bins] == pytest.approx([0.1, 0.35])
 
 
 def test_calibration_bins_of_fewer_rows_than_bins_leave_out_empty_bins():
     bins = pointwise.calibration_bins(np.array([1, 0]), np.array([0.8, 0.2]), num_bins=20)
     assert bins == [
-        {"pctr": 0.2, "click_rate": 0.0, "weight": 1.0},
-        {"pctr": 0.8, "click_rate": 1.0, "weight": 1.0},
+        {"ctr": 0.2, "click_rate": 0.0, "weight": 1.0},
+        {"ctr": 0.8, "click_rate": 1.0, "weight": 1.0},
     ]
 
 
 def test_calibration_ignores_rows_of_weight_0():
-    labels, pctr, weights = np.array([1, 0, 1]), np.array([0.2, 0.5, 0.9]), np.array([1.0, 0.0, 1.0])
+    labels, ctr, weights = np.array([1, 0, 1]), np.array([0.2, 0.5, 0.9]), np.array([1.0, 0.0, 1.0])
     kept = weights > 0
-    assert pointwise.calibration_bins(labels, pctr, weights) == pointwise.calibration_bins(labels[kept], pctr[kept])
-    assert pointwise.ece(labels, pctr, weights) == pytest.approx(pointwise.ece(labels[kept], pctr[kept]))
+    assert pointwise.calibration_bins(labels, ctr, weights) == pointwise.calibration_bins(labels[kept], ctr[kept])
+    assert pointwise.ece(labels, ctr, weights) == pytest.approx(pointwise.ece(labels[kept], ctr[kept]))

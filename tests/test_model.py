@@ -120,11 +120,11 @@ def test_loss_function_replaces_the_loss_in_training_while_bce_stays_plain(data)
     model = new_model(BCE, loss_function=functools.partial(label_smoothed_bce, smoothing=0.4))
     plain = plain_keras(model, tf.keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.4))
     features, labels = head(data, 1)
-    pctr = expit(model.logits(features).numpy().astype(np.float64))
+    ctr = expit(model.logits(features).numpy().astype(np.float64))
     first = fit(model, (features, labels), validation_data=(features, labels))
     expected = fit(plain, (features, labels))["loss"]
     assert first["loss"] == pytest.approx(expected, rel=1e-6)
-    assert first["bce"] == [pytest.approx(sklearn.metrics.log_loss(labels, pctr), rel=1e-5)]
+    assert first["bce"] == [pytest.approx(sklearn.metrics.log_loss(labels, ctr), rel=1e-5)]
     assert first["bce"] != pytest.approx(expected, rel=1e-3)
     # Validation compares runs of different losses: it is plain BCE, too.
     assert first["val_loss"] == [
@@ -191,8 +191,8 @@ def test_click_confidence_is_1_before_loss_warmup_ends(step):
 
 
 def test_a_step_follows_the_weighted_gradient_by_hand(data):
-    # A backbone of one layer, logits = w . x + b: the gradient is mean(confidence * (pctr - label) * (x, 1)), in which
-    # confidence is data. Self teacher, AdGate at 0: pctr / mean and pctr + 0, over their means over clicks.
+    # A backbone of one layer, logits = w . x + b: the gradient is mean(confidence * (ctr - label) * (x, 1)), in which
+    # confidence is data. Self teacher, AdGate at 0: ctr / mean and ctr + 0, over their means over clicks.
     features, labels = head(data, 1)
     tf.keras.utils.set_random_seed(7)
     layer = tf.keras.layers.Dense(1)
@@ -202,10 +202,10 @@ def test_a_step_follows_the_weighted_gradient_by_hand(data):
     model.compile(tf.keras.optimizers.SGD(0.5), run_eagerly=True)
     weights, bias = (weight.astype(np.float64) for weight in layer.get_weights())
     x = features["x"].astype(np.float64)
-    pctr = expit(x @ weights[:, 0] + bias)
+    ctr = expit(x @ weights[:, 0] + bias)
     clicks = labels == 1
-    confidence = np.where(clicks, 0.1 + 0.9 * pctr / pctr[clicks].mean(), 1.0)
-    error = confidence * (pctr - labels)
+    confidence = np.where(clicks, 0.1 + 0.9 * ctr / ctr[clicks].mean(), 1.0)
+    error = confidence * (ctr - labels)
     fit(model, (features, labels))
     expected = [weights - 0.5 * (error[:, None] * x).mean(axis=0)[:, None], bias - 0.5 * error.mean()]
     assert_close(layer.get_weights(), expected)
@@ -308,14 +308,14 @@ def test_predict_gives_one_probability_per_row(data):
     features, labels = data
     model = new_model(clsd(), run_eagerly=False)
     fit(model, data, epochs=5)
-    pctr = model.predict(features, batch_size=7, verbose=0)  # 160 rows: the last batch is smaller.
-    assert pctr.shape == labels.shape
-    assert pctr.dtype == np.float32
+    ctr = model.predict(features, batch_size=7, verbose=0)  # 160 rows: the last batch is smaller.
+    assert ctr.shape == labels.shape
+    assert ctr.dtype == np.float32
     outputs = {name: values.numpy() for name, values in model.debug_outputs(features).items()}
-    assert pctr == pytest.approx(expit(outputs["logit"]), rel=1e-5)
-    assert outputs["teacher_score"] == pytest.approx(pctr, rel=1e-5)
+    assert ctr == pytest.approx(expit(outputs["logit"]), rel=1e-5)
+    assert outputs["teacher_score"] == pytest.approx(ctr, rel=1e-5)
     assert outputs["ad_gate_correction"] == pytest.approx(model.ad_gate(features).numpy())
-    assert sklearn.metrics.roc_auc_score(labels, pctr) > 0.6
+    assert sklearn.metrics.roc_auc_score(labels, ctr) > 0.6
 
 
 def test_evaluate_reports_plain_bce_and_changes_nothing(data):
@@ -326,17 +326,17 @@ def test_evaluate_reports_plain_bce_and_changes_nothing(data):
     weights = np.random.default_rng(1).uniform(0, 2, len(labels)).astype(np.float32)
     served = {name: features[name] for name in ("x", "tier")}  # Evaluation needs no teacher scores.
     result = model.evaluate(served, labels, sample_weight=weights, verbose=0, return_dict=True)
-    pctr = model.predict(features, verbose=0)
-    assert set(result) == {"loss", "mean_pctr", "auc"}
-    expected = sklearn.metrics.log_loss(labels, pctr.astype(np.float64), sample_weight=weights)
+    ctr = model.predict(features, verbose=0)
+    assert set(result) == {"loss", "mean_ctr", "auc"}
+    expected = sklearn.metrics.log_loss(labels, ctr.astype(np.float64), sample_weight=weights)
     assert result["loss"] == pytest.approx(expected, rel=1e-4)
-    assert result["mean_pctr"] == pytest.approx(np.average(pctr, weights=weights), rel=1e-4)
+    assert result["mean_ctr"] == pytest.approx(np.average(ctr, weights=weights), rel=1e-4)
     # Keras' AUC is a sum over 200 thresholds.
-    assert result["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(labels, pctr), abs=0.02)
+    assert result["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(labels, ctr), abs=0.02)
     assert_same(weights_of(model.backbone) + weights_of(model.ad_gate), before)
 
 
-CALIBRATION = CalibrationLayer(Calibration("platt", PlattCurve(0.5, -1.0)))  # pctr = sigmoid(.5 * logits - 1).
+CALIBRATION = CalibrationLayer(Calibration("platt", PlattCurve(0.5, -1.0)))  # ctr = sigmoid(.5 * logits - 1).
 
 
 def test_calibration_changes_what_is_predicted_and_nothing_of_training(data):

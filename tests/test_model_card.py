@@ -91,15 +91,15 @@ def test_metrics_are_those_of_the_evaluation_overall_and_of_each_group(written, 
 def test_the_interval_of_auc_is_that_of_resampled_users(written, model, feed_dataset):
     """scikit-learn's AUC over users drawn with replacement, against the interval on the card."""
     columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "user_hash"])
-    pctr = predict(model, feed_dataset, "test")
+    ctr = predict(model, feed_dataset, "test")
     users, random = np.unique(columns["user_hash"]), np.random.default_rng(1)
     rows_of = {user: np.flatnonzero(columns["user_hash"] == user) for user in users}
     drawn = []
     for _ in range(300):
         rows = np.concatenate([rows_of[user] for user in random.choice(users, len(users))])
-        drawn.append(roc_auc_score(columns["label"][rows], pctr[rows]))
+        drawn.append(roc_auc_score(columns["label"][rows], ctr[rows]))
     found = written[1].overall.metrics["auc"]
-    assert found.value == pytest.approx(roc_auc_score(columns["label"], pctr))
+    assert found.value == pytest.approx(roc_auc_score(columns["label"], ctr))
     margin = stats.t.ppf(0.975, len(users) - 1) * np.std(drawn, ddof=1)
     assert found.interval == pytest.approx((found.value - margin, found.value + margin), abs=0.2 * margin)
 
@@ -148,7 +148,7 @@ def test_input_files_lose_their_directories(feed_dataset, clsd_run, model, tmp_p
             "method.lambda=0.25",
             "method.mu=0.5",
             "method.ad_gate.features=[age_group, gender]",
-            "method.guards.min_pctr_ratio=0",
+            "method.guards.min_ctr_ratio=0",
         ],
         ["backbone=my.module:factory", 'backbone_arguments={units: [3, 4], name: "it\'s $HOME; a b"}'],
         ["calibration.method=isotonic", "calibration.user_group=age group"],

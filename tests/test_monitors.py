@@ -138,10 +138,10 @@ CLSD = ClsdConfig(loss_warmup_steps=0, global_weighting="mean_one", lambda_=1.0,
 
 def test_history_is_a_mean_over_rows_or_clicks_of_the_epoch_by_hand():
     history = {name: values[0] for name, values in fit_frozen(CLSD, FEATURES, LABELS).items()}
-    # Confidence is (.2, .6) / .4 = (.5, 1.5) and, in the second batch, 1. pctr is .8 in the first row and .5 elsewhere.
+    # Confidence is (.2, .6) / .4 = (.5, 1.5) and, in the second batch, 1. ctr is .8 in the first row and .5 elsewhere.
     assert history.pop("loss") == pytest.approx((-0.5 * np.log(0.8) + (1.5 + 2 + 3) * np.log(2)) / 7)
     assert history.pop("bce") == pytest.approx((-np.log(0.8) + 6 * np.log(2)) / 7)
-    assert history.pop("mean_pctr") == pytest.approx((0.8 + 6 * 0.5) / 7)
+    assert history.pop("mean_ctr") == pytest.approx((0.8 + 6 * 0.5) / 7)
     # AdGate gives 0: the mean over clicks of (1 - teacher score)^2.
     assert history.pop("ad_gate_loss") == pytest.approx((0.8**2 + 0.4**2 + 0.7**2) / 3)
     # (.5 + 1.5)^2 / ((.25 + 2.25) * 2) = .8 for two clicks, and 1 for one.
@@ -167,19 +167,19 @@ def test_sample_weights_count_in_every_monitor():
     first, second = 0.2 / mean, 0.6 / mean
     assert history["bce"] == [pytest.approx((-np.log(0.8) + 3 * np.log(2)) / 4)]
     assert history["loss"] == [pytest.approx((-first * np.log(0.8) + (2 * second + 1) * np.log(2)) / 4)]
-    assert history["mean_pctr"] == [pytest.approx((0.8 + 3 * 0.5) / 4)]
+    assert history["mean_ctr"] == [pytest.approx((0.8 + 3 * 0.5) / 4)]
     assert history["ad_gate_loss"] == [pytest.approx((0.8**2 + 2 * 0.4**2) / 3)]
     assert history["effective_click_share"] == [pytest.approx(3**2 / (3 * (first**2 + 2 * second**2)))]
     assert history["max_click_confidence"] == [pytest.approx(second)]
     assert history["click_confidence/tier/low"] == [pytest.approx(first)]
 
 
-def test_validation_has_loss_and_mean_pctr_and_none_of_the_monitors():
+def test_validation_has_loss_and_mean_ctr_and_none_of_the_monitors():
     validation = {name: tf.constant(column) for name, column in FEATURES.items()}, tf.constant(LABELS)
     history = fit_frozen(CLSD, FEATURES, LABELS, validation_data=validation)
-    assert {name for name in history if name.startswith("val_")} == {"val_loss", "val_mean_pctr"}
+    assert {name for name in history if name.startswith("val_")} == {"val_loss", "val_mean_ctr"}
     assert history["val_loss"] == [pytest.approx((-np.log(0.8) + 6 * np.log(2)) / 7)]  # Plain BCE.
-    assert history["val_mean_pctr"] == [pytest.approx((0.8 + 6 * 0.5) / 7)]
+    assert history["val_mean_ctr"] == [pytest.approx((0.8 + 6 * 0.5) / 7)]
     # And what was watched in training is still there, though Keras resets metrics to evaluate.
     of_training = {name: values for name, values in history.items() if not name.startswith("val_")}
     alone = fit_frozen(CLSD, FEATURES, LABELS)
@@ -190,7 +190,7 @@ def test_validation_has_loss_and_mean_pctr_and_none_of_the_monitors():
 
 def test_without_weighting_there_is_nothing_of_it_to_watch():
     config = ClsdConfig(lambda_=0.0, mu=0.0, teacher="self")
-    assert set(fit_frozen(config, FEATURES, LABELS)) == {"loss", "bce", "mean_pctr"}
+    assert set(fit_frozen(config, FEATURES, LABELS)) == {"loss", "bce", "mean_ctr"}
 
 
 def test_monitors_start_afresh_in_each_epoch():

@@ -40,12 +40,12 @@ def test_noise_floor_finds_the_true_rates_of_accidental_clicks():
     random = np.random.default_rng(3)
     ids, items = random.integers(0, 3, 60_000), random.integers(0, 60, 60_000)
     interest = 1 / (1 + np.exp(-(random.normal(-3, 2.5, 60)[items] + popularity[ids])))
-    pctr = 1 - (1 - interest) * (1 - rates_of_slips[ids])
+    ctr = 1 - (1 - interest) * (1 - rates_of_slips[ids])
     groups = {"age_group": (ids, ("young", "middle", "old"))}
-    exact = [entry["floor"] for entry in click_noise_floor(pctr, groups)["age_group"].values()]
+    exact = [entry["floor"] for entry in click_noise_floor(ctr, groups)["age_group"].values()]
     assert all(0 <= floor - rate < 0.01 for floor, rate in zip(exact, rates_of_slips, strict=True))
     # A teacher of click rates per (group, item), taught on the other half of the rows.
-    clicked, cells, taught = random.random(60_000) < pctr, ids * 60 + items, np.arange(60_000) % 2 == 0
+    clicked, cells, taught = random.random(60_000) < ctr, ids * 60 + items, np.arange(60_000) % 2 == 0
     rates = np.bincount(cells[taught], clicked[taught], 180) / np.bincount(cells[taught], minlength=180)
     halves = {"age_group": (ids[~taught], ("young", "middle", "old"))}
     learnt = [entry["floor"] for entry in click_noise_floor(rates[cells[~taught]], halves)["age_group"].values()]

@@ -67,7 +67,7 @@ def test_clicks_that_count_three_times_raise_predictions_and_a_weight_of_1_is_bc
 
     bce, one = trained("bce", "method=bce"), trained("one", "method.weight=1")
     assert read_json(one.history) == read_json(bce.history)
-    of_bce, of_run = (read_json(work_dir.history)[-1]["mean_pctr"] for work_dir in (bce, run))
+    of_bce, of_run = (read_json(work_dir.history)[-1]["mean_ctr"] for work_dir in (bce, run))
     click_rate = feed_dataset.counts["splits"]["train"]["clicks"] / feed_dataset.num_rows("train")
     # Rows that count 3 times when clicked: the fixed point of odds is 3 times the odds of a click.
     expected = 3 * click_rate / (1 + 2 * click_rate)

@@ -107,7 +107,7 @@ def test_other_integers_and_floats_are_taken(dataset, tiny, cross_fit_scores, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ids, scores: (ids, scores, ("row_id", "pctr")), r"row_id \(int64\) and score \(float\)\. .*score"),
+        (lambda ids, scores: (ids, scores, ("row_id", "ctr")), r"row_id \(int64\) and score \(float\)\. .*score"),
         (lambda ids, scores: (ids, scores, ("row", "score")), r"row_id \(int64\) and score \(float\)\. .*row_id"),
         (lambda ids, scores: (ids, ["high"] * len(ids)), r"row_id \(int64\) and score \(float\)\. .*: 'high' as a"),
         (lambda ids, scores: (np.r_[ids, ids[:1]], np.r_[scores, 0.5]), "names each row once.* with a row twice$"),

@@ -236,10 +236,10 @@ def test_repeated_rows_do_not_narrow_the_interval_of_their_clusters():
 
 def test_the_interval_of_an_auc_contains_it():
     random = np.random.default_rng(0)
-    pctr = random.random(400)
-    labels = (random.random(400) < pctr).astype(float)
-    low, high = bootstrap_interval(pointwise.auc, [labels, pctr], num_resamples=200)
-    assert low < pointwise.auc(labels, pctr) < high
+    ctr = random.random(400)
+    labels = (random.random(400) < ctr).astype(float)
+    low, high = bootstrap_interval(pointwise.auc, [labels, ctr], num_resamples=200)
+    assert low < pointwise.auc(labels, ctr) < high
     assert high - low < 0.15
 
 

@@ -197,9 +197,9 @@ def test_a_cell_is_measured_as_evaluation_measures_its_run(finished, feed_datase
 def test_auc_within_groups_is_the_mean_of_the_groups_by_their_rows(finished, feed_dataset):
     cell, study_dir = finished
     columns = input_pipeline.read_columns(feed_dataset, "test", ["age_group", "label"])
-    pctr = predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
+    ctr = predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
     ids = columns["age_group"]
-    total = sum(np.sum(ids == i) * roc_auc_score(columns["label"][ids == i], pctr[ids == i]) for i in np.unique(ids))
+    total = sum(np.sum(ids == i) * roc_auc_score(columns["label"][ids == i], ctr[ids == i]) for i in np.unique(ids))
     assert values(cell, study_dir)[OVERALL, "group_auc"] == pytest.approx(total / len(ids), rel=1e-9)
 
 
@@ -226,10 +226,10 @@ def test_the_truth_is_joined_by_row_id(finished, feed_dataset, truth):
     cell, study_dir = finished
     is_genuine = {row["row_id"]: row["is_genuine"] for row in pa.parquet.read_table(truth).to_pylist()}
     row_ids = input_pipeline.read_columns(feed_dataset, "test", ["row_id"])["row_id"]
-    pctr = predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
+    ctr = predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test")
     genuine = np.array([is_genuine[row_id] for row_id in row_ids])
     # AUC: the share of pairs that are in the right order, ties counting half.
-    above, below = pctr[genuine][:, np.newaxis], pctr[~genuine]
+    above, below = ctr[genuine][:, np.newaxis], ctr[~genuine]
     expected = (above > below).mean() + (above == below).mean() / 2
     assert values(cell, study_dir)[OVERALL, "genuine_auc"] == pytest.approx(expected, abs=1e-9)
 
@@ -344,9 +344,9 @@ def paired(feed_dataset, quick, tmp_path_factory):
 def test_errors_over_users_are_those_of_what_the_runs_predicted(paired, feed_dataset):
     cells, study_dir = paired
     found = errors_over_users(cells, study_dir, dict.fromkeys(cells, str(feed_dataset.path)), "test")
-    pctr = [predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test") for cell in cells]
+    ctr = [predict(load_model(cell.work_dir(study_dir), feed_dataset), feed_dataset, "test") for cell in cells]
     columns = input_pipeline.read_columns(feed_dataset, "test", ["label", "user_hash"])
-    expected = auc_difference_error(columns["label"], pctr[2:], pctr[:2], columns["user_hash"])
+    expected = auc_difference_error(columns["label"], ctr[2:], ctr[:2], columns["user_hash"])
     assert found["feed", "lr", "global", "auc"] == pytest.approx(expected, rel=1e-6)
     assert set(found) == {
         ("feed", "lr", "global", metric) for metric in ("auc", "gauc", "intensity_auc", "intensity_auc_among_clicks")

@@ -298,7 +298,7 @@ def test_without_user_groups_there_is_no_group_table(rows):
 # Markdown and HTML.
 
 FACTS = {"command": "python -m pipelines.study", "seeds": "1 to 3, paired"}
-NOTES = ["feed lr both seed 2 was stopped: mean pctr must not fall"]
+NOTES = ["feed lr both seed 2 was stopped: mean ctr must not fall"]
 
 
 def cells_of(line):
@@ -320,7 +320,7 @@ def test_markdown_tables_keep_their_shape_and_their_text(lines):
 def test_markdown_has_facts_notes_and_the_tables_of_each_grid(rows):
     text = render_markdown(FACTS, [GridTables("First grid", rows, NOTES), GridTables("Second grid", overall(rows))])
     assert "* command: python -m pipelines.study" in text
-    assert text.count("* feed lr both seed 2 was stopped: mean pctr must not fall") == 1
+    assert text.count("* feed lr both seed 2 was stopped: mean ctr must not fall") == 1
     first, second = text.split("### First grid")[1].split("### Second grid")
     for part in (first, second):
         assert "| feed | lr | bce | 0.7100 (0.0100) | 1.0000 (0.1000) |" in part
@@ -341,7 +341,7 @@ def test_the_page_is_one_file_that_loads_nothing(rows):
     assert "<script" not in page
     assert not re.search(r"(src|href)=\"(https?:)?//", page)
     assert page.count("<svg") == 2  # AUC, the one tested metric, of each grid.
-    for text in ("mine", "1 to 3, paired", "First grid", "0.7100 (0.0100)", "was stopped: mean pctr must not fall"):
+    for text in ("mine", "1 to 3, paired", "First grid", "0.7100 (0.0100)", "was stopped: mean ctr must not fall"):
         assert text in page
     assert page.count("<h3>User groups</h3>") == 1
 

@@ -206,7 +206,7 @@ def test_scores_have_another_file_where_they_would_differ(dataset, cross_fit, as
     [
         "method.kappa=2.0", "method.lambda=0.1", "method.mu=0.1", "method.global_weighting=mean_one",
         "method.loss_warmup_steps=7", "method.placebo=shuffled_confidence",
-        "method.ad_gate.learning_rate=0.5", "method.guards.min_pctr_ratio=0.1",
+        "method.ad_gate.learning_rate=0.5", "method.guards.min_ctr_ratio=0.1",
         "checkpoint_every_steps=5", "checkpoint_every_minutes=null", "checkpoints_to_keep=9", "max_cache_bytes=0",
         "calibration.method=none", "method.loss=focal", "method.focal_gamma=2.0", "method.label_smoothing=0.2",
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clsd_tf.layers.calibration_config import CalibrationConfig
 from clsd_tf.layers.embedding_config import EmbeddingConfig
-from clsd_tf.methods.clsd.config import ClsdConfig
+from clsd_tf.methods.clsd.config import ClsdConfig, GuardConfig
 from clsd_tf.methods.pointwise.config import BceConfig
 from clsd_tf.spec.validation import SpecError
 from clsd_tf.training.config import TrainConfig, differences, load_config, parse_config
@@ -47,9 +47,9 @@ def test_lambda_is_assigned_under_its_own_name():
 
 
 def test_assignments_reach_every_depth():
-    config = load_config(None, ["method.ad_gate.features=[age_group]", "method.guards.min_pctr_ratio=0.25"])
+    config = load_config(None, ["method.ad_gate.features=[age_group]", "method.guards.min_ctr_ratio=0.25"])
     assert config.method.ad_gate.features == ("age_group",)
-    assert config.method.guards.min_pctr_ratio == 0.25
+    assert config.method.guards.min_ctr_ratio == 0.25
 
 
 def test_backbone_arguments_are_any_mapping():
@@ -114,7 +114,7 @@ def test_the_dict_form_is_complete_and_uses_the_names_of_the_command_line():
     [
         ("learning_rat=0.1", ["learning_rat: unknown key", "Received: 'learning_rat'", "learning_rate", "batch_size"]),
         ("method.lamda=0.1", ["method.lamda: unknown key", "Received: 'lamda'", "lambda, ", "loss_warmup_steps"]),
-        ("method.guards.min_ptcr=0", ["method.guards.min_ptcr: unknown key", "Allowed: ", "min_pctr_ratio"]),
+        ("method.guards.min_ptcr=0", ["method.guards.min_ptcr: unknown key", "Allowed: ", "min_ctr_ratio"]),
         ("calibration.group=age", ["calibration.group: unknown key", "Allowed: method, shrinkage_rows, user_group"]),
         ("batch_size=0", ["batch_size: ", "greater than or equal to 1", "Received: 0"]),
         ("dropout=1.0", ["dropout: ", "less than 1", "Received: 1.0"]),
@@ -259,7 +259,13 @@ def test_a_config_of_version_0_1_means_what_it_meant():
         "embedding_initializer": "uniform",
         "embedding_init_scale": 0.3,
         "unified_buckets": 9,
-        "clsd": {"mu": 0.5, "global_form": "standardised", "local_form": "ratio", "normaliser_momentum": 0.9},
+        "clsd": {
+            "mu": 0.5,
+            "global_form": "standardised",
+            "local_form": "ratio",
+            "normaliser_momentum": 0.9,
+            "guards": {"min_pctr_ratio": 0.25},
+        },
         "calibration": {"method": "none"},
     }
     assert parse_config(old, "old") == TrainConfig(
@@ -268,6 +274,7 @@ def test_a_config_of_version_0_1_means_what_it_meant():
             global_weighting="standardized",
             local_weighting="ratio",
             normalizer_momentum=0.9,
+            guards=GuardConfig(min_ctr_ratio=0.25),
             loss="focal",
             focal_gamma=2.0,
             clicks="intense",

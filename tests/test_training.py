@@ -49,7 +49,7 @@ def test_clsd_starts_as_bce_and_departs_from_it_after_loss_warmup(clsd_run, bce_
     bce = bce_run.history
     assert clsd_run.history[0]["bce"] != bce[0]["bce"]  # 13 steps, of which 5 are warm-up.
     clsd = run_of(tiny("method.loss_warmup_steps=13", "calibration.method=none"), "late").history  # All of epoch 1.
-    for name in ("loss", "bce", "mean_pctr", "val_log_loss"):
+    for name in ("loss", "bce", "mean_ctr", "val_log_loss"):
         assert clsd[0][name] == bce[0][name]
         assert clsd[1][name] != bce[1][name]
     assert clsd[0]["max_click_confidence"] == clsd[0]["min_click_confidence"] == 1.0
@@ -100,7 +100,7 @@ def test_intense_clicks_alone_train_as_if_weak_clicks_had_no_weight(
     expected = train(weightless, tiny("clicks=all", *sizes), WorkDir(tmp_path / "expected"), title=None)
     every = train(feed_dataset, tiny("clicks=all", *sizes), WorkDir(tmp_path / "every"), title=None)
     assert oracle == expected
-    assert oracle[1]["mean_pctr"] < every[1]["mean_pctr"] - 0.01
+    assert oracle[1]["mean_ctr"] < every[1]["mean_ctr"] - 0.01
 
 
 def test_intense_clicks_need_an_intensity_label(feed_dataset, tiny, tmp_path):
@@ -124,7 +124,7 @@ def validation(feed_dataset):
     return columns["label"], columns["sample_weight"], columns["age_group"]
 
 
-def test_after_platt_calibration_mean_pctr_is_the_click_rate_of_validation(bce_run, feed_dataset, validation):
+def test_after_platt_calibration_mean_ctr_is_the_click_rate_of_validation(bce_run, feed_dataset, validation):
     label, weight, _ = validation
     model = load_model(bce_run.work_dir, feed_dataset)
     assert pointwise.pcoc(label, predict(model, feed_dataset, "validation"), weight) == pytest.approx(1, abs=1e-3)
@@ -135,7 +135,7 @@ def test_after_platt_calibration_mean_pctr_is_the_click_rate_of_validation(bce_r
 def test_calibration_per_group_moves_each_group_towards_its_click_rate(clsd_run, feed_dataset, validation):
     label, _, group = validation
     model = load_model(clsd_run.work_dir, feed_dataset)
-    pctr = predict(model, feed_dataset, "validation")
+    ctr = predict(model, feed_dataset, "validation")
     stored = read_json(clsd_run.work_dir.calibration)
     assert (stored["method"], stored["group"]["name"]) == ("platt", "age_group")
     curve = stored["overall"]
@@ -145,7 +145,7 @@ def test_calibration_per_group_moves_each_group_towards_its_click_rate(clsd_run,
         rows, share = group == index, stored["group_shares"][index]
         assert 0 < share < 1
         expected = share * label[rows].mean() + (1 - share) * of_all[rows].mean()
-        assert pctr[rows].mean() == pytest.approx(expected, abs=1e-4)
+        assert ctr[rows].mean() == pytest.approx(expected, abs=1e-4)
 
 
 def test_without_calibration_none_is_stored_or_loaded(feed_dataset, tiny, tmp_path):

@@ -16,14 +16,14 @@ def columns():
     """3,000 rows of 150 users, who click more or less: with ties, weights, and users who never click."""
     random = np.random.default_rng(5)
     users = random.integers(150, size=3000)
-    pctr = np.round(random.beta(2, 5, 3000), 2).astype(np.float32)
+    ctr = np.round(random.beta(2, 5, 3000), 2).astype(np.float32)
     tendency = random.uniform(0.3, 1.4, 150)[users]
-    label = (random.random(3000) < np.clip(pctr * tendency, 0, 1) * (users > 3)).astype(np.float32)
+    label = (random.random(3000) < np.clip(ctr * tendency, 0, 1) * (users > 3)).astype(np.float32)
     return {
         "user_hash": users * 7919 - 10**6,
-        "pctr": pctr,
+        "ctr": ctr,
         "label": label,
-        "intensity_label": label * (random.random(3000) < 0.3 + 0.5 * pctr).astype(np.float32),
+        "intensity_label": label * (random.random(3000) < 0.3 + 0.5 * ctr).astype(np.float32),
         "sample_weight": random.choice([0.5, 1.0, 2.0], 3000).astype(np.float32),
     }
 
@@ -31,12 +31,12 @@ def columns():
 def single_rows(**columns):
     rows = len(columns["label"])
     defaults = {"user_hash": np.arange(rows), "sample_weight": np.ones(rows), "intensity_label": None}
-    return {**defaults, "pctr": np.full(rows, 0.25), **columns}
+    return {**defaults, "ctr": np.full(rows, 0.25), **columns}
 
 
 def measured(columns):
     """(rows, metric -> value)"""
-    rows = ScoredRows(**columns, uncalibrated=columns["pctr"], row_id=np.arange(len(columns["label"])))
+    rows = ScoredRows(**columns, uncalibrated=columns["ctr"], row_id=np.arange(len(columns["label"])))
     return rows, measure(rows, "evaluation")
 
 
@@ -51,10 +51,10 @@ def test_the_click_rate_of_single_rows_has_the_t_interval_of_a_mean():
 
 
 def test_the_log_loss_of_single_rows_has_the_t_interval_of_a_mean():
-    label, pctr = np.array([1.0, 0, 0, 1, 0]), np.array([0.5, 0.2, 0.6, 0.9, 0.1])
+    label, ctr = np.array([1.0, 0, 0, 1, 0]), np.array([0.5, 0.2, 0.6, 0.9, 0.1])
     losses = -np.log(np.array([0.5, 0.8, 0.4, 0.9, 0.9]))
     expected = stats.t.interval(0.95, 4, loc=losses.mean(), scale=stats.sem(losses))
-    found = intervals(single_rows(label=label, pctr=pctr))["log_loss"]
+    found = intervals(single_rows(label=label, ctr=ctr))["log_loss"]
     assert found == pytest.approx([max(expected[0], 0), expected[1]])
 
 
@@ -62,7 +62,7 @@ def test_pcoc_by_hand():
     """Two users: predicted 1 and 2 of 1 and 3 clicks. R = 3/4, influences (1 - .75) / 4 and (2 - 2.25) / 4."""
     rows = single_rows(
         label=np.array([1.0, 0, 1, 1, 1]),
-        pctr=np.array([0.5, 0.5, 0.5, 0.75, 0.75]),
+        ctr=np.array([0.5, 0.5, 0.5, 0.75, 0.75]),
         user_hash=np.array([1, 1, 2, 2, 2]),
     )
     error = np.sqrt(2 / 1 * 2 * (0.25 / 4) ** 2)
@@ -75,10 +75,10 @@ def test_gauc_of_equally_long_users_has_the_t_interval_of_the_mean_of_those_with
     random = np.random.default_rng(3)
     label = (random.random((26, 10)) < 0.4).astype(np.float64)
     label[6:] = 0
-    pctr = np.round(random.random((26, 10)), 2)
-    aucs = [auc(*user) for user in zip(label[:6], pctr[:6], strict=True)]
+    ctr = np.round(random.random((26, 10)), 2)
+    aucs = [auc(*user) for user in zip(label[:6], ctr[:6], strict=True)]
     expected = stats.t.interval(0.95, 5, loc=np.mean(aucs), scale=stats.sem(aucs))
-    rows = single_rows(label=label.ravel(), pctr=pctr.ravel(), user_hash=np.repeat(np.arange(26), 10))
+    rows = single_rows(label=label.ravel(), ctr=ctr.ravel(), user_hash=np.repeat(np.arange(26), 10))
     assert 0 < expected[0] < expected[1] < 1
     assert intervals(rows)["gauc"] == pytest.approx(expected)
 
@@ -92,7 +92,7 @@ def test_only_users_who_clicked_count_among_clicks():
         user_hash=np.array([1, 1, 2, 3, 4, 5, 6, 7, 8]),
         label=np.array([1.0, 1, 1, 1, 0, 0, 0, 0, 0]),
         intensity_label=np.array([1.0, 1, 1, 0, 0, 0, 0, 0, 0]),
-        pctr=np.array([0.5, 0.3, 0.4, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        ctr=np.array([0.5, 0.3, 0.4, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]),
     )
     low = 5 / 6 - 4.30265273 * np.sqrt(3 / 2 * 2 * (1 / 18) ** 2)  # t quantile with 2 degrees of freedom.
     assert intervals(rows)["intensity_auc_among_clicks"] == pytest.approx([low, 1.0])
@@ -122,7 +122,7 @@ def test_auc_of_single_rows_covers_the_truth_as_often_as_it_says():
         label = np.repeat([1.0, 0.0], 60)
         scores = random.normal(label)
         # AUC reads the order only; a logistic curve keeps it and makes probabilities.
-        low, high = intervals(single_rows(label=label, pctr=1 / (1 + np.exp(-scores))))["auc"]
+        low, high = intervals(single_rows(label=label, ctr=1 / (1 + np.exp(-scores))))["auc"]
         covered += low <= truth <= high
     assert 0.91 <= covered / 300 <= 0.98
 
@@ -138,9 +138,9 @@ def test_users_who_are_alike_make_intervals_wide():
 
 
 def test_intervals_stay_where_a_metric_can_be():
-    perfect = single_rows(label=np.array([0.0, 0, 1, 1]), pctr=np.array([0.1, 0.2, 0.7, 0.8]))
+    perfect = single_rows(label=np.array([0.0, 0, 1, 1]), ctr=np.array([0.1, 0.2, 0.7, 0.8]))
     found = intervals(perfect)
-    assert auc(perfect["label"], perfect["pctr"]) == 1
+    assert auc(perfect["label"], perfect["ctr"]) == 1
     assert found["auc"] == (1.0, 1.0)
     assert found["click_rate"][1] == 1.0
     assert all(low >= 0 for low, _ in filter(None, found.values()))

@@ -193,10 +193,10 @@ def test_guards_and_ema_teacher_begin_with_what_a_run_that_weighted_no_clicks_ha
     config = tiny(*settings, "method.lambda=0.5")
     model = build_model(config, shop_days[1].inputs)
     warm_start(model, config, shop_days[1], earlier)
-    seen = {"mean_pctr": tf.constant(0.01), "click_rate": tf.constant(0.4), "click_share": tf.constant(1.0)}
+    seen = {"mean_ctr": tf.constant(0.01), "click_rate": tf.constant(0.4), "click_share": tf.constant(1.0)}
     model.guard_state.update(**seen, drift=tf.constant(0.0), is_warming_up=tf.constant(False), has_warmup=True)
-    assert history[-1]["mean_pctr"] > 0.2
-    with pytest.raises(ConfidenceGuardError, match=f"Received: 0.0100 after {history[-1]['mean_pctr']:.4f}"):
+    assert history[-1]["mean_ctr"] > 0.2
+    with pytest.raises(ConfidenceGuardError, match=f"Received: 0.0100 after {history[-1]['mean_ctr']:.4f}"):
         model.guard_state.check(config.method.guards, 1)
     state = model.training_state
     for slow, fast in zip(state["EMA teacher"], state["backbone"], strict=True):

@@ -47,7 +47,7 @@ class EarlierModel:
           verbose: as of ``tf.keras.Model.predict``.
 
         Returns:
-          pctr, float32 [num_rows].
+          ctr, float32 [num_rows].
         """
         known = batches.map(lambda features, labels, weight: (self._as_known(features), labels, weight))
         return self._model.predict(known, verbose=verbose)

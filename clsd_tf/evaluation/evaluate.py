@@ -20,7 +20,7 @@ def evaluate(
     """Scores a split and measures it, with the model's calibration where it has one.
 
     Args:
-      model: maps features to pctr.
+      model: maps features to ctr.
       dataset: a complete dataset directory.
       split: train, validation or test.
       metrics: names in the table of metrics; None for all that an evaluation has.
@@ -66,7 +66,7 @@ def measure_with_groups(
 
 
 def _measure(rows: ScoredRows, metrics: Collection[str] | None) -> dict[str, Any]:
-    bins = pointwise.calibration_bins(rows.label, rows.pctr, rows.sample_weight, num_bins=10)
+    bins = pointwise.calibration_bins(rows.label, rows.ctr, rows.sample_weight, num_bins=10)
     return {**table.measure(rows, "evaluation", metrics), "calibration_bins": bins}
 
 

@@ -53,7 +53,7 @@ def _training_curves(history: list[dict[str, Any]]) -> Figure:
     panels: Sequence[tuple[str, list[tuple[str, str]]]] = (
         ("Loss", [("loss", "training, weighted"), ("bce", "training, BCE"), ("val_log_loss", "validation")]),
         ("Validation AUC", [("val_auc", "validation")]),
-        ("Mean pctr in training", [("mean_pctr", "mean pctr")]),
+        ("Mean ctr in training", [("mean_ctr", "mean ctr")]),
     )
     for axes, (title, series) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for (key, label), color in zip(series, COLORS, strict=False):
@@ -66,14 +66,14 @@ def _training_curves(history: list[dict[str, Any]]) -> Figure:
 
 
 def _calibration_curves(evaluation: dict[str, Any], group: str | None) -> Figure:
-    """Click rate against mean pctr in bins of equal mass: one small panel per user group, overall first."""
+    """Click rate against mean ctr in bins of equal mass: one small panel per user group, overall first."""
     curves = {"overall": evaluation["overall"], **(evaluation["groups"][group] if group else {})}
     figure, panels = panel_grid(len(curves), (2.4, 2.4))
     for axes, (label, entry) in zip(panels, curves.items(), strict=True):
         bins = entry["calibration_bins"]
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-        axes.plot([b["pctr"] for b in bins], [b["click_rate"] for b in bins], color=COLORS[0], **LINE_STYLE)
-        tidy(axes, f"{label} ({entry['rows']:,} rows)", "mean pctr", "click rate")
+        axes.plot([b["ctr"] for b in bins], [b["click_rate"] for b in bins], color=COLORS[0], **LINE_STYLE)
+        tidy(axes, f"{label} ({entry['rows']:,} rows)", "mean ctr", "click rate")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     return figure
 

@@ -24,7 +24,7 @@ def score_split(model: tf.keras.Model, dataset: DatasetDir, split: str, ground_t
     """Scores the rows of a split that have a weight above 0.
 
     Args:
-      model: maps features to pctr, with its calibration where it has one.
+      model: maps features to ctr, with its calibration where it has one.
       dataset: a complete dataset directory.
       split: train, validation or test.
       ground_truth: Parquet file of a simulated log, with ``row_id``, ascending, and ``is_genuine``.
@@ -41,7 +41,7 @@ def score_split(model: tf.keras.Model, dataset: DatasetDir, split: str, ground_t
     if dataset.spec.intensity_label is None:
         del columns["intensity_label"]
     rows = ScoredRows(
-        pctr=predict(model, dataset, split),
+        ctr=predict(model, dataset, split),
         # A sigmoid in float32 would make ties of scores that differ.
         uncalibrated=expit(predict_logits(model, dataset, split).astype(np.float64)),
         genuine=None if ground_truth is None else _genuine(ground_truth, columns["row_id"]),

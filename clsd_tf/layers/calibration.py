@@ -1,4 +1,4 @@
-"""Post-hoc calibration of pctr: fitted on the validation split in NumPy, applied inside the TensorFlow graph.
+"""Post-hoc calibration of ctr: fitted on the validation split in NumPy, applied inside the TensorFlow graph.
 
 Weighting clicks moves mean predictions; the curves of this room move them back and keep the ranking. Both sides compute
 in float64: a step of an isotonic curve may be narrower than float32 can tell apart.
@@ -23,12 +23,12 @@ from clsd_tf.spec.model_inputs import GroupInput
 Array = np.ndarray
 
 _MIN_SPREAD = 1e-3  # Of slope * logits, as a standard deviation: below it float32 predictions fall together.
-_MIN_PCTR = 1e-6  # An isotonic block without clicks has pctr 0, whose log loss is infinite.
+_MIN_CTR = 1e-6  # An isotonic block without clicks has ctr 0, whose log loss is infinite.
 
 
 @dataclasses.dataclass(frozen=True)
 class PlattCurve:
-    """pctr = sigmoid(slope * logits + intercept), slope > 0.
+    """ctr = sigmoid(slope * logits + intercept), slope > 0.
 
     Source: Platt (1999), "Probabilistic outputs for support vector machines", section 2, without smoothed targets.
     """
@@ -45,8 +45,8 @@ class IsotonicCurve:
     """Linear interpolation of ``values`` over ``knots`` at sigmoid(logits); constant beyond the first and last knot.
 
     Attributes:
-      knots: uncalibrated pctr, rising, at the corners of the curve.
-      values: calibrated pctr at the knots, non-decreasing, in [1e-6, 1 - 1e-6].
+      knots: uncalibrated ctr, rising, at the corners of the curve.
+      values: calibrated ctr at the knots, non-decreasing, in [1e-6, 1 - 1e-6].
 
     Source: Zadrozny and Elkan (2002), "Transforming classifier scores into accurate multiclass probability estimates".
     """
@@ -64,9 +64,9 @@ _CURVES = {"none": PlattCurve, "platt": PlattCurve, "isotonic": IsotonicCurve}
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """pctr = share_g * curve_g(logits) + (1 - share_g) * overall(logits) in user group g.
+    """ctr = share_g * curve_g(logits) + (1 - share_g) * overall(logits) in user group g.
 
-    Within a group a higher logit never gets a lower pctr; between groups the order may change, which is the purpose.
+    Within a group a higher logit never gets a lower ctr; between groups the order may change, which is the purpose.
 
     Attributes:
       method: of all curves.
@@ -83,7 +83,7 @@ class Calibration:
     group_shares: tuple[float, ...] = ()
 
     def apply(self, logits: Array, group_ids: Array | None = None) -> Array:
-        """Calibrates pctr.
+        """Calibrates ctr.
 
         Args:
           logits: [num_rows], finite.
@@ -96,14 +96,14 @@ class Calibration:
           ValueError: the user group's ids are missing, too few or out of range.
         """
         logits = np.asarray(logits, np.float64)
-        pctr = self.overall(logits)
+        ctr = self.overall(logits)
         if self.group is None:
-            return pctr
+            return ctr
         group_ids = _checked_ids(group_ids, self.group, len(logits))
         for index, (curve, share) in enumerate(zip(self.group_curves, self.group_shares, strict=True)):
             rows = group_ids == index
-            pctr[rows] = share * curve(logits[rows]) + (1 - share) * pctr[rows]
-        return pctr
+            ctr[rows] = share * curve(logits[rows]) + (1 - share) * ctr[rows]
+        return ctr
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what ``from_dict`` takes, ready for JSON."""
@@ -184,10 +184,10 @@ def _fit(method: str, logits: Array, labels: Array, weights: Array) -> Curve:
 
 
 def _fit_platt(logits: Array, labels: Array, weights: Array) -> PlattCurve:
-    """Maximum likelihood, so that mean pctr equals the click rate; a tiny ridge keeps separable rows finite.
+    """Maximum likelihood, so that mean ctr equals the click rate; a tiny ridge keeps separable rows finite.
 
     slope * sd(logits) below 0.001 says that rows of higher logits are not clicked more. Such a curve would reverse or
-    erase the ranking: the slope is then 1 and only the intercept is fitted; mean pctr still equals the click rate.
+    erase the ranking: the slope is then 1 and only the intercept is fitted; mean ctr still equals the click rate.
     """
     center, scale = logits.mean(), logits.std() or 1.0  # Standardized logits keep the Hessian well conditioned.
     model = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-10)
@@ -210,7 +210,7 @@ def _fit_intercept(logits: Array, labels: Array, weights: Array) -> PlattCurve:
 
 
 def _fit_isotonic(logits: Array, labels: Array, weights: Array) -> IsotonicCurve:
-    model = IsotonicRegression(y_min=_MIN_PCTR, y_max=1 - _MIN_PCTR, out_of_bounds="clip")
+    model = IsotonicRegression(y_min=_MIN_CTR, y_max=1 - _MIN_CTR, out_of_bounds="clip")
     model.fit(expit(logits), labels, weights)
     # scikit-learn keeps the corners only: a point between two of equal value is left out.
     return IsotonicCurve(tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
@@ -269,7 +269,7 @@ class CalibrationLayer(tf.keras.layers.Layer):
       calibration: the fitted curves.
 
     Returns:
-      ``call(logits, features)`` maps float32 [batch] to pctr, float32 [batch], equal to ``Calibration.apply`` within
+      ``call(logits, features)`` maps float32 [batch] to ctr, float32 [batch], equal to ``Calibration.apply`` within
       1e-6; ``features`` must hold the ids of ``calibration.group``, integers [batch], if there is one.
     """
 
@@ -280,12 +280,12 @@ class CalibrationLayer(tf.keras.layers.Layer):
     def call(self, logits: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         fitted = self.calibration
         logits = tf.cast(logits, tf.float64)
-        pctr = _evaluate([fitted.overall], tf.zeros_like(logits, tf.int32), logits)
+        ctr = _evaluate([fitted.overall], tf.zeros_like(logits, tf.int32), logits)
         if fitted.group is not None:
             group_ids = tf.cast(features[fitted.group.name], tf.int32)
             share = tf.gather(tf.constant(fitted.group_shares, tf.float64), group_ids)
-            pctr = share * _evaluate(fitted.group_curves, group_ids, logits) + (1 - share) * pctr
-        return tf.cast(pctr, tf.float32)
+            ctr = share * _evaluate(fitted.group_curves, group_ids, logits) + (1 - share) * ctr
+        return tf.cast(ctr, tf.float32)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "calibration": self.calibration.to_dict()}
@@ -307,13 +307,13 @@ def _evaluate(curves: Sequence[Curve], curve_ids: tf.Tensor, logits: tf.Tensor) 
     return tf.sigmoid(slopes * logits + intercepts)
 
 
-def _interpolate(curves: Sequence[IsotonicCurve], curve_ids: tf.Tensor, pctr: tf.Tensor) -> tf.Tensor:
+def _interpolate(curves: Sequence[IsotonicCurve], curve_ids: tf.Tensor, ctr: tf.Tensor) -> tf.Tensor:
     """Evaluates all curves over the union of their knots, which leaves each as it is: one search serves every group."""
-    # 0 and 1 close the table, so that every pctr lies between two knots; 1 itself counts to the last interval.
+    # 0 and 1 close the table, so that every ctr lies between two knots; 1 itself counts to the last interval.
     knots = np.unique(np.concatenate([[0.0, 1.0], *(curve.knots for curve in curves)]))
     values = tf.constant(np.stack([np.interp(knots, curve.knots, curve.values) for curve in curves]))
-    right = tf.minimum(tf.searchsorted(knots, pctr, side="right"), len(knots) - 1)
+    right = tf.minimum(tf.searchsorted(knots, ctr, side="right"), len(knots) - 1)
     left_knot, right_knot = tf.gather(knots, right - 1), tf.gather(knots, right)
     left_value = tf.gather_nd(values, tf.stack([curve_ids, right - 1], axis=1))
     right_value = tf.gather_nd(values, tf.stack([curve_ids, right], axis=1))
-    return left_value + (pctr - left_knot) / (right_knot - left_knot) * (right_value - left_value)
+    return left_value + (ctr - left_knot) / (right_knot - left_knot) * (right_value - left_value)

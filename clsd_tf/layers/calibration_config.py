@@ -10,10 +10,10 @@ from clsd_tf.spec.validation import StrictModel
 
 
 class CalibrationConfig(StrictModel):
-    """Settings of the calibration of pctr.
+    """Settings of the calibration of ctr.
 
     Attributes:
-      method: ``none``: pctr = sigmoid(logits). ``platt``: two numbers, enough for a shift and a stretch. ``isotonic``:
+      method: ``none``: ctr = sigmoid(logits). ``platt``: two numbers, enough for a shift and a stretch. ``isotonic``:
         any non-decreasing curve; it needs thousands of clicks and ties predictions that it cannot order.
       user_group: name of a user group to calibrate each group by its own curve; None: one curve for all rows.
       shrinkage_rows: effective rows at which a group's own curve counts half, >= 0; 0 trusts every group fully.

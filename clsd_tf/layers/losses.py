@@ -9,7 +9,7 @@ import tensorflow as tf
 
 
 def bce_from_logits(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Binary cross-entropy: -labels * log(pctr) - (1 - labels) * log(1 - pctr), pctr = sigmoid(logits).
+    """Binary cross-entropy: -labels * log(ctr) - (1 - labels) * log(1 - ctr), ctr = sigmoid(logits).
 
     Args:
       labels: float [batch], in [0, 1].
@@ -36,7 +36,7 @@ def label_smoothed_bce(labels: tf.Tensor, logits: tf.Tensor, smoothing: float) -
 
 
 def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float) -> tf.Tensor:
-    """(1 - pctr of the label)^gamma * bce_from_logits(labels, logits): easy rows count less.
+    """(1 - ctr of the label)^gamma * bce_from_logits(labels, logits): easy rows count less.
 
     The opposite of click confidence: it turns to the clicks that the model did not expect.
 
@@ -49,7 +49,7 @@ def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float) -> tf.Tensor:
       [batch]. Source: Lin et al. (2017), "Focal Loss for Dense Object Detection", section 3.2.
     """
     bce = bce_from_logits(labels, logits)
-    missed = -tf.math.expm1(-bce)  # 1 - exp(-bce) = 1 - pctr of the label, without cancellation.
+    missed = -tf.math.expm1(-bce)  # 1 - exp(-bce) = 1 - ctr of the label, without cancellation.
     # The smallest float keeps the gradient of x^gamma, gamma < 1, finite at x = 0.
     return tf.pow(tf.maximum(missed, 1e-30), gamma) * bce
 

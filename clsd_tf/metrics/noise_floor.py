@@ -18,9 +18,9 @@ def click_noise_floor(
     """Mean score of the ``share`` of impressions with the lowest scores: a rough sign of accidental clicks.
 
     If a click is genuine with probability eta(x), or else accidental with a rate eps_g that depends on the user group
-    alone, then pctr(x) = 1 - (1 - eta(x)) * (1 - eps_g) = eps_g + (1 - eps_g) * eta(x) >= eps_g, with equality where
+    alone, then ctr(x) = 1 - (1 - eta(x)) * (1 - eps_g) = eps_g + (1 - eps_g) * eta(x) >= eps_g, with equality where
     interest vanishes. So the lowest scores of a group bound eps_g from above, the closer the more impressions nobody
-    wants. This holds for a teacher that knows pctr: the noise of one that does not pulls the lowest scores down. In
+    wants. This holds for a teacher that knows ctr: the noise of one that does not pulls the lowest scores down. In
     docs/study.md a factorisation's floors lie 15 to 40 % below most of the simulation's rates, and above that of the
     group with the highest genuine interest: compare groups of like click rates.
 

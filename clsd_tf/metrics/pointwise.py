@@ -102,29 +102,29 @@ def mean(values: Array, weights: Array) -> float:
     return float(np.average(values, weights=weights))
 
 
-def log_loss(labels: Array, pctr: Array, weights: Array | None = None) -> float:
-    """Weighted mean of -labels * log(pctr) - (1 - labels) * log(1 - pctr); pctr clipped to [1e-7, 1 - 1e-7].
+def log_loss(labels: Array, ctr: Array, weights: Array | None = None) -> float:
+    """Weighted mean of -labels * log(ctr) - (1 - labels) * log(1 - ctr); ctr clipped to [1e-7, 1 - 1e-7].
 
     Args:
       labels: 0/1, [num_rows].
-      pctr: in [0, 1], [num_rows].
+      ctr: in [0, 1], [num_rows].
       weights: >= 0, [num_rows]; 1 by default.
 
     Returns:
       In nats, >= 0.
     """
     weights = _weights(weights, labels)
-    pctr = np.clip(np.asarray(pctr, np.float64), 1e-7, 1 - 1e-7)
-    losses = -(labels * np.log(pctr) + (1 - np.asarray(labels)) * np.log1p(-pctr))
+    ctr = np.clip(np.asarray(ctr, np.float64), 1e-7, 1 - 1e-7)
+    losses = -(labels * np.log(ctr) + (1 - np.asarray(labels)) * np.log1p(-ctr))
     return float(np.average(losses, weights=weights))
 
 
-def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
+def normalized_entropy(labels: Array, ctr: Array, weights: Array | None = None) -> float | None:
     """Log loss relative to that of the click rate r: log_loss / -(r * log(r) + (1 - r) * log(1 - r)).
 
     Args:
       labels: 0/1, [num_rows].
-      pctr: in [0, 1], [num_rows].
+      ctr: in [0, 1], [num_rows].
       weights: >= 0, [num_rows]; 1 by default.
 
     Returns:
@@ -135,15 +135,15 @@ def normalized_entropy(labels: Array, pctr: Array, weights: Array | None = None)
     rate = np.average(labels, weights=_weights(weights, labels))
     if rate in (0.0, 1.0):
         return None
-    return log_loss(labels, pctr, weights) / float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+    return log_loss(labels, ctr, weights) / float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
-def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | None:
-    """Predicted clicks over clicks: mean pctr / click rate.
+def pcoc(labels: Array, ctr: Array, weights: Array | None = None) -> float | None:
+    """Predicted clicks over clicks: mean ctr / click rate.
 
     Args:
       labels: 0/1, [num_rows].
-      pctr: in [0, 1], [num_rows].
+      ctr: in [0, 1], [num_rows].
       weights: >= 0, [num_rows]; 1 by default.
 
     Returns:
@@ -151,27 +151,27 @@ def pcoc(labels: Array, pctr: Array, weights: Array | None = None) -> float | No
     """
     weights = _weights(weights, labels)
     rate = np.average(labels, weights=weights)
-    return float(np.average(np.asarray(pctr, np.float64), weights=weights) / rate) if rate else None
+    return float(np.average(np.asarray(ctr, np.float64), weights=weights) / rate) if rate else None
 
 
 def calibration_bins(
-    labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20
+    labels: Array, ctr: Array, weights: Array | None = None, num_bins: int = 20
 ) -> list[dict[str, float]]:
-    """Sorts rows by pctr and cuts them into bins of equal mass.
+    """Sorts rows by ctr and cuts them into bins of equal mass.
 
     Args:
       labels: 0/1, [num_rows].
-      pctr: in [0, 1], [num_rows].
+      ctr: in [0, 1], [num_rows].
       weights: >= 0, [num_rows]; 1 by default.
       num_bins: >= 1.
 
     Returns:
-      Per non-empty bin: mean ``pctr``, ``click_rate`` and ``weight``.
+      Per non-empty bin: mean ``ctr``, ``click_rate`` and ``weight``.
     """
     weights = _weights(weights, labels)
-    order = np.argsort(pctr, kind="stable")
+    order = np.argsort(ctr, kind="stable")
     order = order[weights[order] > 0]
-    labels, pctr, weights = np.asarray(labels)[order], np.asarray(pctr, np.float64)[order], weights[order]
+    labels, ctr, weights = np.asarray(labels)[order], np.asarray(ctr, np.float64)[order], weights[order]
     middle = (np.cumsum(weights) - weights / 2) / weights.sum()  # Place of each row's mass in (0, 1).
     bins = np.minimum((middle * num_bins).astype(int), num_bins - 1)
     result = []
@@ -179,7 +179,7 @@ def calibration_bins(
         rows = bins == index
         result.append(
             {
-                "pctr": float(np.average(pctr[rows], weights=weights[rows])),
+                "ctr": float(np.average(ctr[rows], weights=weights[rows])),
                 "click_rate": float(np.average(labels[rows], weights=weights[rows])),
                 "weight": float(weights[rows].sum()),
             }
@@ -187,21 +187,21 @@ def calibration_bins(
     return result
 
 
-def ece(labels: Array, pctr: Array, weights: Array | None = None, num_bins: int = 20) -> float:
-    """Expected calibration error: mean over equal-mass bins, by weight, of |mean pctr - click rate|.
+def ece(labels: Array, ctr: Array, weights: Array | None = None, num_bins: int = 20) -> float:
+    """Expected calibration error: mean over equal-mass bins, by weight, of |mean ctr - click rate|.
 
     Args:
       labels: 0/1, [num_rows].
-      pctr: in [0, 1], [num_rows].
+      ctr: in [0, 1], [num_rows].
       weights: >= 0, [num_rows]; 1 by default.
       num_bins: >= 1.
 
     Returns:
       In [0, 1].
     """
-    bins = calibration_bins(labels, pctr, weights, num_bins)
+    bins = calibration_bins(labels, ctr, weights, num_bins)
     total = sum(entry["weight"] for entry in bins)
-    return sum(entry["weight"] * abs(entry["pctr"] - entry["click_rate"]) for entry in bins) / total
+    return sum(entry["weight"] * abs(entry["ctr"] - entry["click_rate"]) for entry in bins) / total
 
 
 def _weights(weights: Array | None, like: Array) -> Array:

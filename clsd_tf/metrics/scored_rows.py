@@ -17,8 +17,8 @@ class ScoredRows:
 
     Attributes:
       label: 1 for a click, else 0, [num_rows].
-      pctr: predictions by which the rows are measured, in [0, 1], [num_rows].
-      uncalibrated: predictions before the calibration, [num_rows]; those of ``pctr`` where there is none.
+      ctr: predictions by which the rows are measured, in [0, 1], [num_rows].
+      uncalibrated: predictions before the calibration, [num_rows]; those of ``ctr`` where there is none.
       sample_weight: above 0, [num_rows].
       user_hash: int64 [num_rows].
       row_id: int64 [num_rows].
@@ -30,7 +30,7 @@ class ScoredRows:
     """
 
     label: Array
-    pctr: Array
+    ctr: Array
     uncalibrated: Array
     sample_weight: Array
     user_hash: Array
@@ -82,7 +82,7 @@ class ScoredRows:
 
     def without_calibration(self) -> ScoredRows:
         """All rows, with the predictions before the calibration."""
-        return dataclasses.replace(self, pctr=self.uncalibrated)
+        return dataclasses.replace(self, ctr=self.uncalibrated)
 
     @classmethod
     def concatenated(cls, parts: Sequence[ScoredRows]) -> ScoredRows:

@@ -128,7 +128,7 @@ def measure(rows: ScoredRows, report: Report, names: Collection[str] | None = No
 
 def _pointwise(function: Callable[[Array, Array, Array], float | None]) -> Callable[[ScoredRows], float | None]:
     """A metric of ``clsd_tf.metrics.pointwise`` that takes labels, predictions and weights."""
-    return lambda rows: function(rows.label, rows.pctr, rows.sample_weight)
+    return lambda rows: function(rows.label, rows.ctr, rows.sample_weight)
 
 
 _auc, _log_loss, _pcoc = (_pointwise(function) for function in (pointwise.auc, pointwise.log_loss, pointwise.pcoc))
@@ -136,17 +136,17 @@ _ece = _pointwise(pointwise.ece)
 
 
 def _gauc(rows: ScoredRows) -> float | None:
-    return pointwise.gauc(rows.label, rows.pctr, rows.user_hash, rows.sample_weight)[0]
+    return pointwise.gauc(rows.label, rows.ctr, rows.user_hash, rows.sample_weight)[0]
 
 
 def _gauc_share(rows: ScoredRows) -> float | None:
-    return pointwise.gauc(rows.label, rows.pctr, rows.user_hash, rows.sample_weight)[1]
+    return pointwise.gauc(rows.label, rows.ctr, rows.user_hash, rows.sample_weight)[1]
 
 
 def _group_auc(rows: ScoredRows) -> float | None:
     """AUC within each label of the first user group."""
     ids = next(iter(rows.group_ids.values()))
-    return pointwise.gauc(rows.label, rows.pctr, ids, rows.sample_weight)[0]
+    return pointwise.gauc(rows.label, rows.ctr, ids, rows.sample_weight)[0]
 
 
 _ranking = functools.partial(Metric, better="higher", chance=0.5, at_most=1.0)  # All kinds of AUC.
@@ -163,7 +163,7 @@ _TABLE = (
         "click rate",
         at_most=1.0,
     ),
-    Metric("mean_pctr", lambda rows: pointwise.mean(rows.pctr, rows.sample_weight), ("evaluation",), at_most=1.0),
+    Metric("mean_ctr", lambda rows: pointwise.mean(rows.ctr, rows.sample_weight), ("evaluation",), at_most=1.0),
     _ranking(
         "auc",
         _auc,

@@ -59,7 +59,7 @@ def _interval(name: str, value: float | None, error: float | None, num_users: in
 
 def _num_users(rows: ScoredRows) -> Mapping[str, int]:
     """Metric -> number of users that enter it."""
-    _, aucs, _ = auc_by_user(rows.label, rows.pctr, rows.user_hash, rows.sample_weight)
+    _, aucs, _ = auc_by_user(rows.label, rows.ctr, rows.user_hash, rows.sample_weight)
     return collections.defaultdict(
         lambda: len(np.unique(rows.user_hash)),
         gauc=int(np.isfinite(aucs).sum()),
@@ -69,10 +69,10 @@ def _num_users(rows: ScoredRows) -> Mapping[str, int]:
 
 def _errors(rows: ScoredRows) -> dict[str, float | None]:
     found = {
-        **_ratio_errors(rows.label, rows.pctr, rows.user_hash, rows.sample_weight),
+        **_ratio_errors(rows.label, rows.ctr, rows.user_hash, rows.sample_weight),
         "auc": _auc_error(rows),
         "gauc": gauc_difference_error(
-            rows.label, rows.pctr[np.newaxis], _no_ranking(rows.pctr), rows.user_hash, rows.sample_weight
+            rows.label, rows.ctr[np.newaxis], _no_ranking(rows.ctr), rows.user_hash, rows.sample_weight
         ),
         "intensity_auc": None,
         "intensity_auc_among_clicks": None,
@@ -84,8 +84,8 @@ def _errors(rows: ScoredRows) -> dict[str, float | None]:
 
 
 def _auc_error(rows: ScoredRows) -> float | None:
-    scores = rows.pctr[np.newaxis]
-    return auc_difference_error(rows.label, scores, _no_ranking(rows.pctr), rows.user_hash, rows.sample_weight)
+    scores = rows.ctr[np.newaxis]
+    return auc_difference_error(rows.label, scores, _no_ranking(rows.ctr), rows.user_hash, rows.sample_weight)
 
 
 def _no_ranking(scores: Array) -> Array:
@@ -93,15 +93,15 @@ def _no_ranking(scores: Array) -> Array:
     return np.zeros([1, len(scores)])
 
 
-def _ratio_errors(label: Array, pctr: Array, users: Array, weight: Array) -> dict[str, float | None]:
+def _ratio_errors(label: Array, ctr: Array, users: Array, weight: Array) -> dict[str, float | None]:
     """Of the metrics that are functions of sums over users."""
     user_of = np.unique(users, return_inverse=True)[1]
 
     def by_user(values: Array) -> Array:
         return np.bincount(user_of, np.asarray(values, np.float64) * weight)
 
-    mass, clicks, predicted = by_user(np.ones(len(label))), by_user(label), by_user(pctr)
-    losses = by_user(_row_losses(label, pctr))
+    mass, clicks, predicted = by_user(np.ones(len(label))), by_user(label), by_user(ctr)
+    losses = by_user(_row_losses(label, ctr))
 
     def influence(above: Array, below: Array) -> Array:
         return (above - above.sum() / below.sum() * below) / below.sum()
@@ -118,6 +118,6 @@ def _ratio_errors(label: Array, pctr: Array, users: Array, weight: Array) -> dic
     return {name: None if values is None else influence_error(values) for name, values in found.items()}
 
 
-def _row_losses(label: Array, pctr: Array) -> Array:
-    pctr = np.clip(np.asarray(pctr, np.float64), 1e-7, 1 - 1e-7)
-    return -(label * np.log(pctr) + (1 - label) * np.log1p(-pctr))
+def _row_losses(label: Array, ctr: Array) -> Array:
+    ctr = np.clip(np.asarray(ctr, np.float64), 1e-7, 1 - 1e-7)
+    return -(label * np.log(ctr) + (1 - label) * np.log1p(-ctr))

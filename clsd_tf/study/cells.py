@@ -77,7 +77,7 @@ class Cell:
         return self.work_dir(study_dir).path / "result.json"
 
     def predictions(self, study_dir: pathlib.Path) -> pathlib.Path:
-        """Names the file below ``study_dir`` with row ids and pctr of the rows that were measured.
+        """Names the file below ``study_dir`` with row ids and ctr of the rows that were measured.
 
         Returns:
           A path, whether or not it is there.
@@ -233,7 +233,7 @@ def run_cell(cell: Cell, dataset_path: str, study_dir: pathlib.Path, split: str,
     try:
         train(dataset, cell.config, work_dir, title=None)
         rows = score_split(load_model(work_dir, dataset), dataset, split, truth)
-        np.savez(cell.predictions(study_dir), row_id=rows.row_id, pctr=rows.pctr)
+        np.savez(cell.predictions(study_dir), row_id=rows.row_id, ctr=rows.ctr)
         result["rows"] = list(measure_slices(rows, dataset.inputs.groups, method_of(cell.config.method).metrics))
     except (TrainingDivergedError, MethodGuardError) as error:
         result["stopped"] = str(error)  # A finding of the study, not a failure of it.
@@ -337,7 +337,7 @@ def errors_over_users(
             # All pairs or none: the error must be that of the difference it stands beside.
             is_kept = all(cell.predictions(study_dir).exists() for pair in pairs for cell in pair)
             if len(pairs) > 1 and len(paths) == 1 and is_kept:
-                scores = [np.stack([_pctr(cell, study_dir) for cell in side]) for side in zip(*pairs, strict=True)]
+                scores = [np.stack([_ctr(cell, study_dir) for cell in side]) for side in zip(*pairs, strict=True)]
                 found = difference_errors(measured_rows(*paths), *scores)
                 errors |= {(*place, method, metric): error for metric, error in found.items()}
     return errors
@@ -353,9 +353,9 @@ def _measured_rows(dataset_path: str, split: str) -> dict[str, np.ndarray]:
     return {name: values[counted] for name, values in columns.items()}
 
 
-def _pctr(cell: Cell, study_dir: pathlib.Path) -> np.ndarray:
+def _ctr(cell: Cell, study_dir: pathlib.Path) -> np.ndarray:
     with np.load(cell.predictions(study_dir), allow_pickle=False) as stored:
-        return stored["pctr"]
+        return stored["ctr" if "ctr" in stored.files else "pctr"]  # As version 0.1 called it.
 
 
 def run_seconds(cells: Sequence[Cell], study_dir: pathlib.Path) -> float:

@@ -127,7 +127,7 @@ def restored_model(work_dir: WorkDir, inputs: ModelInputs) -> MethodModel:
 
 
 def predict(model: MethodModel, dataset: DatasetDir, split: str) -> np.ndarray:
-    """Computes pctr of every row of a split.
+    """Computes ctr of every row of a split.
 
     Args:
       model: of a run on the dataset.

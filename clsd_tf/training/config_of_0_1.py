@@ -7,6 +7,7 @@
   clsd.global_form, clsd.local_form                  method.global_weighting, method.local_weighting
   clsd.normaliser_momentum                           method.normalizer_momentum
   standardised (a form)                              standardized
+  clsd.guards.min_pctr_ratio                         method.guards.min_ctr_ratio
   loss, label_smoothing, focal_gamma, clicks         method.loss, method.label_smoothing, ...
   embedding_dim, embedding_l2, embedding_l2_rows     embeddings.dim, embeddings.l2, embeddings.l2_rows
   embedding_initializer, embedding_init_scale        embeddings.initializer, embeddings.init_scale
@@ -34,6 +35,7 @@ _CLSD = {
     "local_form": "local_weighting",
     "normaliser_momentum": "normalizer_momentum",
 }
+_GUARDS = {"min_pctr_ratio": "min_ctr_ratio"}
 _VALUES = {"standardised": "standardized"}
 
 
@@ -51,6 +53,8 @@ def converted(content: Mapping[str, Any]) -> dict[str, Any]:
     # What is no mapping stays, and is refused where configs are checked.
     clsd = rest.pop("clsd") if isinstance(rest.get("clsd"), Mapping) else {}
     clsd = {_CLSD.get(key, key): _value(value) for key, value in clsd.items()}
+    if isinstance(clsd.get("guards"), Mapping):
+        clsd["guards"] = {_GUARDS.get(key, key): value for key, value in clsd["guards"].items()}
     method = {"name": rest["method"]} if isinstance(rest.get("method"), str) else rest.get("method", {})
     if isinstance(method, Mapping):
         is_clsd = method.get("name", "clsd") == "clsd"

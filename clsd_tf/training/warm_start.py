@@ -37,7 +37,7 @@ def warm_start(model: MethodModel, config: TrainConfig, dataset: DatasetDir, ear
     again. The learning rate itself is that of ``config``.
 
     Where weights and slots are of different epochs, slots of ``ftrl``, which determine the weights, are adjusted to
-    them. Where the earlier run weighted no clicks, its last mean pctr is what the guards compare with, and the EMA
+    them. Where the earlier run weighted no clicks, its last mean ctr is what the guards compare with, and the EMA
     teacher begins as the model.
 
     Args:

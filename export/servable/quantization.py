@@ -55,8 +55,8 @@ def quantize_tables(model: tf.keras.Model, dataset: DatasetDir, profile: Quantiz
         "max_ctr_difference": float(np.abs(after - before).max()),
     }
     for name, metric in (("auc", auc), ("log_loss", log_loss)):
-        for when, pctr in (("before", before), ("after", after)):
-            found[f"{name}_{when}"] = metric(rows["label"], pctr, rows["sample_weight"])
+        for when, ctr in (("before", before), ("after", after)):
+            found[f"{name}_{when}"] = metric(rows["label"], ctr, rows["sample_weight"])
     # Without clicks or without non-clicks there is no AUC that could fall.
     if (found["auc_before"] or 0.0) - (found["auc_after"] or 0.0) > profile.max_auc_loss:
         raise QuantizationError(

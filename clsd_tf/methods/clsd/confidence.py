@@ -79,7 +79,7 @@ def standardized(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kapp
 
 
 def raw(score: tf.Tensor, reference: tf.Tensor, spread: tf.Tensor, kappa: float) -> tf.Tensor:
-    """score itself: the trap. Where the click rate is below one half, the fixed point of training is pctr = 0.
+    """score itself: the trap. Where the click rate is below one half, the fixed point of training is ctr = 0.
 
     Args:
       score: as of ``mean_one``.

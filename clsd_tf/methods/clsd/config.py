@@ -54,13 +54,13 @@ class GuardConfig(StrictModel):
     """When training stops because confidence has gone wrong. Each is a mean over about the last 50 steps.
 
     Attributes:
-      min_pctr_ratio: mean pctr / mean pctr at the end of loss warm-up (without one: / click rate) must not fall below.
+      min_ctr_ratio: mean ctr / mean ctr at the end of loss warm-up (without one: / click rate) must not fall below.
       min_effective_click_share: effective sample size of the clicks, (sum w)^2 / sum w^2, over their number.
       max_ad_gate_drift: |mean correction - (1 - mean teacher_score)| over clicks; 0 at the optimum of the ``residual``
         objective, and not looked at with the other.
     """
 
-    min_pctr_ratio: float = pydantic.Field(0.5, ge=0, lt=1)
+    min_ctr_ratio: float = pydantic.Field(0.5, ge=0, lt=1)
     min_effective_click_share: float = pydantic.Field(0.2, ge=0, lt=1)
     max_ad_gate_drift: float = pydantic.Field(1.0, gt=0)
 

@@ -10,10 +10,10 @@ from clsd_tf.distributed.replicas import SAME_EVERYWHERE
 from clsd_tf.methods.clsd.config import GuardConfig
 from clsd_tf.methods.method import MethodGuardError
 
-_UNTRAINED_PCTR = 0.5
+_UNTRAINED_CTR = 0.5
 _MOMENTUM = 0.98  # Moving means over about the last 50 steps.
 _CHECK_EVERY_STEPS = 20
-_PCTR, _REFERENCE, _CLICK_SHARE, _DRIFT = range(4)
+_CTR, _REFERENCE, _CLICK_SHARE, _DRIFT = range(4)
 
 
 class ConfidenceGuardError(MethodGuardError):
@@ -23,7 +23,7 @@ class ConfidenceGuardError(MethodGuardError):
 class GuardState(tf.Module):
     """Moving means of what the guards look at, updated inside the training step.
 
-    The reference of mean pctr follows the smaller of mean pctr and click rate until loss warm-up ends, and then stays:
+    The reference of mean ctr follows the smaller of mean ctr and click rate until loss warm-up ends, and then stays:
     an untrained model that starts at 0.5 would otherwise seem to collapse while it learns a low click rate. Without
     loss warm-up it is the click rate throughout, or 0.5 where that is less.
     """
@@ -37,7 +37,7 @@ class GuardState(tf.Module):
     def update(
         self,
         *,
-        mean_pctr: tf.Tensor,
+        mean_ctr: tf.Tensor,
         click_rate: tf.Tensor,
         click_share: tf.Tensor,
         drift: tf.Tensor,
@@ -47,15 +47,15 @@ class GuardState(tf.Module):
         """Takes in a training step; tensors are scalars over the global batch.
 
         Args:
-          mean_pctr: in [0, 1].
+          mean_ctr: in [0, 1].
           click_rate: likewise.
           click_share: of ``effective_click_share``, in (0, 1].
           drift: distance of AdGate's mean correction from 1 - the mean teacher score, >= 0.
           is_warming_up: bool, whether the step came before loss warm-up ended.
           has_warmup: whether the run has a loss warm-up.
         """
-        reference = tf.minimum(click_rate, mean_pctr if has_warmup else _UNTRAINED_PCTR)
-        now = tf.stack([mean_pctr, reference, click_share, drift])
+        reference = tf.minimum(click_rate, mean_ctr if has_warmup else _UNTRAINED_CTR)
+        now = tf.stack([mean_ctr, reference, click_share, drift])
         # Sums over their weight, so that the first batch does not count for fifty.
         sums = self._sums.assign(_MOMENTUM * self._sums + (1.0 - _MOMENTUM) * now)
         weight = self._weight.assign(_MOMENTUM * self._weight + (1.0 - _MOMENTUM))
@@ -63,7 +63,7 @@ class GuardState(tf.Module):
         self._reference.assign(tf.where(follows, sums[_REFERENCE] / weight, self._reference))
 
     def begin(self, reference: float) -> None:
-        """Sets the ``reference`` of mean pctr, for training that begins behind loss warm-up."""
+        """Sets the ``reference`` of mean ctr, for training that begins behind loss warm-up."""
         self._reference.assign(reference)
 
     def check(self, limits: GuardConfig, step: int) -> None:
@@ -77,12 +77,12 @@ class GuardState(tf.Module):
           ConfidenceGuardError: names the limit, what was seen and what to do.
         """
         values = self._sums.numpy() / max(float(self._weight.numpy()), 1e-12)
-        pctr, reference = values[_PCTR], float(self._reference.numpy())
-        if pctr < limits.min_pctr_ratio * reference:
+        ctr, reference = values[_CTR], float(self._reference.numpy())
+        if ctr < limits.min_ctr_ratio * reference:
             raise ConfidenceGuardError(
-                f"mean pctr must not fall below {limits.min_pctr_ratio:g} of what it was at the end of loss warm-up "
+                f"mean ctr must not fall below {limits.min_ctr_ratio:g} of what it was at the end of loss warm-up "
                 "(without one: of the click rate). "
-                f"Received: {pctr:.4f} after {reference:.4f}, at step {step}. Weighting clicks pulls predictions "
+                f"Received: {ctr:.4f} after {reference:.4f}, at step {step}. Weighting clicks pulls predictions "
                 "down: lower method.kappa, method.lambda or method.mu, or use a cross_fit teacher"
             )
         if values[_CLICK_SHARE] < limits.min_effective_click_share:

@@ -126,7 +126,7 @@ class ClsdModel(PointwiseModel):
         Args:
           optimizer: trains the backbone.
           ad_gate_optimizer: trains AdGate; by default Adam with the config's learning rate.
-          kwargs: as there, ``metrics`` on (labels, pctr).
+          kwargs: as there, ``metrics`` on (labels, ctr).
 
         Raises:
           ValueError: a loss was given.
@@ -167,7 +167,7 @@ class ClsdModel(PointwiseModel):
         assert isinstance(earlier, ClsdModel), "a warm start is from a run of the same method"
         if not self.config.weights_clicks or earlier.config.weights_clicks:
             return
-        self.guard_state.begin(last_epoch["mean_pctr"])
+        self.guard_state.begin(last_epoch.get("mean_ctr", last_epoch.get("mean_pctr")))  # As version 0.1 called it.
         if self._teacher_backbone is not None:
             for slow, fast in zip(self._teacher_backbone.variables, self.backbone.variables, strict=True):
                 slow.assign(fast)
@@ -181,7 +181,7 @@ class ClsdModel(PointwiseModel):
           features: name -> [batch, ...].
 
         Returns:
-          ``logit``, ``teacher_score`` (uncalibrated pctr) and ``ad_gate_correction``, each float32 [batch].
+          ``logit``, ``teacher_score`` (uncalibrated ctr) and ``ad_gate_correction``, each float32 [batch].
         """
         logits = self.logits(features)
         correction = self.ad_gate(features) if self.ad_gate else tf.zeros_like(logits)
@@ -338,7 +338,7 @@ class ClsdModel(PointwiseModel):
 
     def _update_guards(self, seen: Mapping[str, Any], click_share: tf.Tensor, step: tf.Tensor) -> None:
         self.guard_state.update(
-            mean_pctr=seen["mean_pctr"],
+            mean_ctr=seen["mean_ctr"],
             click_rate=seen["click_rate"],
             click_share=click_share,
             drift=tf.abs(seen["drift"]),

@@ -15,7 +15,7 @@ from clsd_tf.methods.monitors import WeightedMeans
 from clsd_tf.methods.pointwise.config import BceConfig, PointwiseConfig
 
 LossFunction = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-_WATCHED = ("loss", "bce", "mean_pctr")
+_WATCHED = ("loss", "bce", "mean_ctr")
 
 
 class Batch(NamedTuple):
@@ -67,8 +67,8 @@ class PointwiseModel(MethodModel):
       loss_function: (labels, logits) -> loss of each row, [batch], instead of the config's.
 
     Returns:
-      ``call`` maps the feature dict to pctr, float32 [batch]: calibrated once ``calibration`` is set, a layer from
-      (logits, features) to pctr.
+      ``call`` maps the feature dict to ctr, float32 [batch]: calibrated once ``calibration`` is set, a layer from
+      (logits, features) to ctr.
     """
 
     config: PointwiseConfig
@@ -95,7 +95,7 @@ class PointwiseModel(MethodModel):
 
     @property
     def calibration(self) -> tf.keras.layers.Layer | None:
-        """From (logits, features) to calibrated pctr; None as long as there is none."""
+        """From (logits, features) to calibrated ctr; None as long as there is none."""
         return self._calibration
 
     @calibration.setter
@@ -116,7 +116,7 @@ class PointwiseModel(MethodModel):
 
         Args:
           optimizer: trains the backbone.
-          metrics: Keras metrics on (labels, pctr).
+          metrics: Keras metrics on (labels, ctr).
 
         Raises:
           ValueError: a loss was given.
@@ -223,7 +223,7 @@ class PointwiseModel(MethodModel):
         Returns:
           Name -> tensor, or tensors, that add up over replicas to the values of the global batch.
         """
-        of_rows = {"bce": batch.bce, "mean_pctr": tf.sigmoid(batch.logits)}
+        of_rows = {"bce": batch.bce, "mean_ctr": tf.sigmoid(batch.logits)}
         means = {
             name: weighted_mean(values, batch.sample_weight, weighed.total_weight) for name, values in of_rows.items()
         }
@@ -243,12 +243,12 @@ class PointwiseModel(MethodModel):
         """Evaluates with plain BCE: the loss of different weights would not be comparable."""
         features, labels, sample_weight = unpack(data)
         logits = self.logits(features)
-        bce, pctr = bce_from_logits(labels, logits), tf.sigmoid(logits)
-        sums = sample_weight * bce, sample_weight * pctr, sample_weight
-        sum_of_bce, sum_of_pctr, rows = sum_over_replicas([tf.reduce_sum(values) for values in sums])
-        mean_bce, mean_pctr = (tf.math.divide_no_nan(values, rows) for values in (sum_of_bce, sum_of_pctr))
+        bce, ctr = bce_from_logits(labels, logits), tf.sigmoid(logits)
+        sums = sample_weight * bce, sample_weight * ctr, sample_weight
+        sum_of_bce, sum_of_ctr, rows = sum_over_replicas([tf.reduce_sum(values) for values in sums])
+        mean_bce, mean_ctr = (tf.math.divide_no_nan(values, rows) for values in (sum_of_bce, sum_of_ctr))
         idle = [0.0] * (len(self.watched) - len(_WATCHED))
-        self._means.update_state([mean_bce, mean_bce, mean_pctr, *idle], [rows, rows, rows, *idle])
+        self._means.update_state([mean_bce, mean_bce, mean_ctr, *idle], [rows, rows, rows, *idle])
         metrics = self._updated_metrics(labels, logits, sample_weight)
         return {name: value for name, value in metrics.items() if name not in self._only_in_training}
 

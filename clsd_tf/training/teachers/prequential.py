@@ -56,8 +56,8 @@ def prequential(job: TeacherJob) -> RowValues:
             rows = np.random.default_rng((config.seed, day)).permutation(np.flatnonzero(days == day))
             features = {name: columns[name][rows] for name in names}
             if day > 0:
-                pctr = model.predict(features, batch_size=EVALUATION_BATCH_SIZE, verbose=0)
-                scores.scatter_nd_update(rows[:, np.newaxis], pctr)
+                ctr = model.predict(features, batch_size=EVALUATION_BATCH_SIZE, verbose=0)
+                scores.scatter_nd_update(rows[:, np.newaxis], ctr)
             model.fit(
                 features,
                 columns["label"][rows],
