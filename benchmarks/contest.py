@@ -79,7 +79,9 @@ OURS = (FLOAT32, HEADLINE, ADAGRAD, ROWWISE)
 FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "max_cache_bytes=0")
 BESIDE_MANY = (HEADLINE, FLOAT32)  # Train with few ids once more, in turn with those of many ids.
 PEERS = {
-    "deepctr-torch": Contender("deepctr-torch", "benchmarks.train_deepctr", "float32", "dense_adam", peer="deepctr-torch"),
+    "deepctr-torch": Contender(
+        "deepctr-torch", "benchmarks.train_deepctr", "float32", "dense_adam", peer="deepctr-torch"
+    ),
     "torch-rechub": Contender("torch-rechub", "benchmarks.train_rechub", "float32", "dense_adam", peer="torch-rechub"),
 }
 
