@@ -79,7 +79,9 @@ OURS = (FLOAT32, HEADLINE, ADAGRAD, ROWWISE)
 FROM_DISK = _ours("ours, bfloat16, lazy Adam, from disk", "bfloat16", "lazy_adam", "max_cache_bytes=0")
 BESIDE_MANY = (HEADLINE, FLOAT32)  # Train with few ids once more, in turn with those of many ids.
 PEERS = {
-    "deectr-torch": Contender("deectr-torch", "benchmarks.train_deectr", "float32", "dense_adam", peer="deectr-torch"),
+    "deepctr-torch": Contender(
+        "deepctr-torch", "benchmarks.train_deepctr", "float32", "dense_adam", peer="deepctr-torch"
+    ),
     "torch-rechub": Contender("torch-rechub", "benchmarks.train_rechub", "float32", "dense_adam", peer="torch-rechub"),
 }
 
@@ -272,7 +274,7 @@ def training_targets(of_few: Sequence[Result], of_many: Sequence[Result], few: i
       few: ids per feature.
       many: ids per feature.
     """
-    peer = PEERS["deectr-torch"]
+    peer = PEERS["deepctr-torch"]
     large, beside = ([entry for entry in of_many if entry.task.vocabulary_size == size] for size in (many, few))
     targets = []
     for size, found, bound in ((few, of_few, 2.5), (many, large, 10.0)):

@@ -12,7 +12,7 @@ REQUIREMENTS = {
     # FuxiCTR 2.3.10 asks polars.scan_csv for an argument that polars 1.30 dropped.
     "fuxictr": ("fuxictr==2.3.10", "polars<1.30"),
     # It imports requests, which it does not declare.
-    "deectr-torch": (_TORCH, "deectr-torch==0.3.0", "requests"),
+    "deepctr-torch": (_TORCH, "deepctr-torch==0.3.0", "requests"),
     "torch-rechub": (_TORCH, "torch-rechub==0.9.0"),
 }
 # Without it Beam's WriteToTFRecord refuses to write.

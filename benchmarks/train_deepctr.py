@@ -1,6 +1,6 @@
-"""DeeCTR-Torch as a competitor of benchmarks.training: its DeepFM, trained by its own ``fit`` with its Adam.
+"""DeepCTR-Torch as a competitor of benchmarks.training: its DeepFM, trained by its own ``fit`` with its Adam.
 
-Runs in an environment with deectr-torch. Its penalties are off and nothing else is changed, but the standard deviation
+Runs in an environment with deepctr-torch. Its penalties are off and nothing else is changed, but the standard deviation
 with which weights begin: with its own 1e-4 the MLP learns nothing in a benchmark. It has one for all: .05, as Glorot's
 rule gives our layers of 400 units; our embeddings begin with .01.
 """
@@ -9,8 +9,8 @@ import importlib.metadata
 
 import numpy as np
 import torch
-from deectr_torch.inputs import SparseFeat
-from deectr_torch.models import DeepFM
+from deepctr_torch.inputs import SparseFeat
+from deepctr_torch.models import DeepFM
 
 from benchmarks.rounds import Ready, Worker
 
@@ -41,7 +41,7 @@ def main() -> None:
         history = model.fit(inputs, labels, batch_size=task.batch_size, epochs=1, verbose=0)
         return len(labels), history.history["loss"][-1]
 
-    versions = {name: importlib.metadata.version(name) for name in ("deectr-torch", "torch")}
+    versions = {name: importlib.metadata.version(name) for name in ("deepctr-torch", "torch")}
     worker.serve(train, Ready(sum(weights.numel() for weights in model.parameters()), versions))
 
 

@@ -8,7 +8,7 @@ Everyone trains DeepFM with 26 categorical features, embeddings of 16 numbers an
 
   ours           what `pipelines.train` runs, without validation, checkpoints and progress bar, with several precisions
                  and optimizers of the tables
-  deectr-torch  DeeCTR-Torch's DeepFM and its `fit`
+  deepctr-torch  DeepCTR-Torch's DeepFM and its `fit`
   torch-rechub   Torch-RecHub's DeepFM, without batch normalization, and its CTRTrainer
 
 Ids are uniform, the hardest case for caches and sparse updates. Competitors are processes that train one pass over the
@@ -60,7 +60,7 @@ from benchmarks.floors import THREADS, measure_rates
 from benchmarks.generated_dataset import generated_dataset
 from benchmarks.rounds import keep_to_cores
 
-_PEERS = flags.DEFINE_list("peers", ["deectr-torch", "torch-rechub"], "Peers to train; empty for none.")
+_PEERS = flags.DEFINE_list("peers", ["deepctr-torch", "torch-rechub"], "Peers to train; empty for none.")
 _WORK_DIR = flags.DEFINE_string("work_dir", None, "Keeps rows and peers' environments; default: a temporary directory.")
 _PROFILE = flags.DEFINE_string("profile", None, "Directory for a TensorBoard trace of some of our steps.")
 _QUICK = flags.DEFINE_bool("quick", False, "A tiny model and few rows: shows that all runs, its numbers say nothing.")

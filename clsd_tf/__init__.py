@@ -4,12 +4,12 @@ The packages, lowest first; a package imports only packages above it in this lis
 
 * ``plugins``, ``commands``: names that a user's own modules may add to; how commands start, report and fail
 * ``metrics``, ``pages``: numbers of scored rows; plots and the layout of HTML reports
-* ``spec``: what a data set contains: types only, no TensorFlow
+* ``spec``: what a data set contains: types and rules, no TensorFlow
 * ``storage``: the directories that couple the jobs
 * ``layers``, ``optimizers``, ``backbones``: embeddings, losses and calibration; optimizers; feature dict -> logits
 * ``data``: raw columns -> ids -> tf.Example -> tf.data
 * ``distributed``, ``statistics``, ``serving``: replicas and strategies; summaries of columns; the loaded servable
-* ``methods``: what training optimizes, a folder a method
+* ``methods``: ways to learn from clicks, a folder each behind one contract
 * ``training``, ``evaluation``, ``continual``, ``study``: runs, and what is measured of them
 
 ``pipelines`` and ``export`` hold the commands; ``clsd --help`` lists them.

@@ -213,7 +213,7 @@ def result(contender, vocabulary_size, *rates, rows=100, model_bytes=320):
 
 
 def test_ratios_are_medians_of_rounds():
-    ours, peer = result(HEADLINE, 10, 80.0, 100.0, 40.0), result(PEERS["deectr-torch"], 10, 40.0, 20.0, 5.0)
+    ours, peer = result(HEADLINE, 10, 80.0, 100.0, 40.0), result(PEERS["deepctr-torch"], 10, 40.0, 20.0, 5.0)
     assert ours.times_as_fast_as(peer) == 5.0  # Of 2, 5 and 8: rounds are pairs. Of the medians it would be 4.
     assert ours.step_seconds == TASK.batch_size / 80.0
     assert ours.memory_share == 320 / 160
@@ -221,20 +221,20 @@ def test_ratios_are_medians_of_rounds():
 
 def test_the_table_is_markdown_with_a_ratio_for_each_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(contest, "floor_seconds", lambda contender, task, rates: 0.01)
-    found = [result(HEADLINE, 10, 80.0, 80.0), result(PEERS["deectr-torch"], 10, 40.0, 40.0)]
+    found = [result(HEADLINE, 10, 80.0, 80.0), result(PEERS["deepctr-torch"], 10, 40.0, 40.0)]
     text = contest.markdown_table(contest.result_columns(found), contest.result_rows(found, RATES))
     assert text.splitlines() == [
-        "| training | examples/s | over deectr-torch | ms per step | floor, ms | share of floor "
+        "| training | examples/s | over deepctr-torch | ms per step | floor, ms | share of floor "
         "| BCE of first and last round | parameters | memory / table |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| ours, bfloat16, lazy Adam | 80 | 2.00 | 25.0 | 10.0 | 40 % | 0.7000, 0.5000 | 1,234 | 2.00 |",
-        "| deectr-torch | 40 | 1.00 | 50.0 | 10.0 | 20 % | 0.7000, 0.5000 | 1,234 | 2.00 |",
+        "| deepctr-torch | 40 | 1.00 | 50.0 | 10.0 | 20 % | 0.7000, 0.5000 | 1,234 | 2.00 |",
     ]
     assert "tiny 1.0. Rates: 0 (float32), 0 (bfloat16) G multiply-adds/s" in contest.setting(found, RATES)
 
 
 def test_targets_compare_what_trained_in_the_same_rounds():
-    peer, disk = PEERS["deectr-torch"], contest.FROM_DISK
+    peer, disk = PEERS["deepctr-torch"], contest.FROM_DISK
     of_few = [
         result(HEADLINE, 10, 90.0), result(contest.FLOAT32, 10, 60.0), result(disk, 10, 45.0), result(peer, 10, 30.0)
     ]  # fmt: skip
@@ -245,10 +245,10 @@ def test_targets_compare_what_trained_in_the_same_rounds():
     ]  # fmt: skip
     targets = contest.training_targets(of_few, of_many, 10, 20)
     expected = {
-        "ours, bfloat16, lazy Adam: over deectr-torch (float32, dense Adam), 10 ids": ["3.00", ">= 2.50", "yes"],
-        "ours, float32, lazy Adam: over deectr-torch (float32, dense Adam), 10 ids": ["2.00", ">= 2.50", "NO"],
-        "ours, bfloat16, lazy Adam: over deectr-torch (float32, dense Adam), 20 ids": ["12.00", ">= 10.00", "yes"],
-        "ours, float32, lazy Adam: over deectr-torch (float32, dense Adam), 20 ids": ["8.00", ">= 10.00", "NO"],
+        "ours, bfloat16, lazy Adam: over deepctr-torch (float32, dense Adam), 10 ids": ["3.00", ">= 2.50", "yes"],
+        "ours, float32, lazy Adam: over deepctr-torch (float32, dense Adam), 10 ids": ["2.00", ">= 2.50", "NO"],
+        "ours, bfloat16, lazy Adam: over deepctr-torch (float32, dense Adam), 20 ids": ["12.00", ">= 10.00", "yes"],
+        "ours, float32, lazy Adam: over deepctr-torch (float32, dense Adam), 20 ids": ["8.00", ">= 10.00", "NO"],
         "ours, bfloat16, lazy Adam: step time with 20 ids over that with 10": ["1.10", "<= 1.25", "yes"],
         "ours, float32, lazy Adam: step time with 20 ids over that with 10": ["1.50", "<= 1.25", "NO"],
         "ours, bfloat16, lazy Adam: memory over the tables' bytes, 20 ids": ["5.00", "<= 3.00", "NO"],

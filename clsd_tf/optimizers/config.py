@@ -43,7 +43,7 @@ class TableOptimizerConfig(StrictModel):
     def _check(self) -> TableOptimizerConfig:
         if self.kind != "ftrl" and (self.l1 or self.l2):
             raise ValueError(
-                f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Choose it, or take embedding_l2 of the run"
+                f"l1 and l2 are for kind ftrl. Received: kind={self.kind}. Choose it, or take embeddings.l2 of the run"
             )
         if not self._sums_squares and self.initial_accumulator is not None:
             raise ValueError(

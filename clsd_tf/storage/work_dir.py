@@ -124,7 +124,7 @@ class WorkDir:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over what a finished run has become, see ``checkpoints.work_fingerprint``."""
+        """16 hex digits over what a finished run has become, see ``training.best_epoch.work_fingerprint``."""
         return read_json(self.success)["work_fingerprint"]
 
     @property
