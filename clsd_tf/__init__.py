@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # For editors and type checkers, the same names as below.
     from clsd_tf.training.config import load_config as load_config
     from clsd_tf.training.run import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "backbones": ("build_backbone", "register_backbone"),
