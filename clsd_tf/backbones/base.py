@@ -192,7 +192,7 @@ def declared_features(backbone: tf.keras.Model, features: Features) -> Features:
     Returns:
       A part of ``features``; for a subclassed model all of them.
     """
-    if not backbone.inputs:  # Subclassed: what it takes is in its code.
+    if not backbone.inputs or not isinstance(features, Mapping):  # Of a subclassed model, only its code tells.
         return features
     declared = backbone.input
     names = declared if isinstance(declared, Mapping) else backbone.input_names
