@@ -176,12 +176,12 @@ def test_planted_skew_in_the_documented_log_is_an_anomaly_and_what_is_left_out_i
 ):
     guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (log_dir,) = re.findall(r"`--request_log_dir=(\S+)", guide)
-    (documented,) = re.findall(r"^python -m (pipelines\.validate_data .*)$", guide, flags=re.MULTILINE)
+    (documented,) = re.findall(r"^clsd validate-data (.*)$", guide, flags=re.MULTILINE)
     older = pa.array([None if age is None else age + 30 for age in rows.column("age").to_pylist()], pa.int64())
     skewed = rows.set_column(rows.column_names.index("age"), "age", older)
     logged(servable_dir, tmp_path / log_dir, "serving_default", skewed, raw_inputs)
     here = documented.replace("movielens_100k", "feed").replace("demo/dataset", str(feed_dataset.path)).split()
-    done = run_command(*here, "--report_dir=report", cwd=tmp_path)
+    done = run_command("pipelines.validate_data", *here, "--report_dir=report", cwd=tmp_path)
     assert done.returncode == 1
     assert "error:" not in done.stderr
     assert "served requests leave out user_id: not compared" in done.stdout

@@ -87,10 +87,13 @@ def test_a_finished_run_is_left_as_it_is_by_the_config_that_it_had(run, old, fee
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("method.kappa=2.0", r"another config\. Received: \{'method': .*'kappa': 2\.0.*Allowed: .*'kappa': 1\.0"),
-        ("embeddings.dim=5", r"another config\. Received: \{'embeddings': \{'dim': 5, .*Allowed: .*'dim': 4, "),
+        (
+            "method.kappa=2.0",
+            r"another config\. Received: \{'method.kappa': 2\.0\}\. Allowed: \{'method.kappa': 1\.0\}",
+        ),
+        ("embeddings.dim=5", r"another config\. Received: \{'embeddings.dim': 5\}\. Allowed: \{'embeddings.dim': 4\}"),
         ("seed=9", r"another config\. Received: \{'seed': 9\}\. Allowed: \{'seed': 1\}"),
-        ("method=bce", r"another config\. Received: \{'method': .*'bce'.*Allowed: .*'clsd'"),
+        ("method=bce", r"another config\. Received: \{'method.name': 'bce', .*Allowed: \{'method.name': 'clsd', "),
     ],
 )
 def test_another_config_is_refused(old, feed_dataset, tiny, assignment, message):

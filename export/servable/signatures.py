@@ -57,7 +57,6 @@ def serving_signatures(
     def debug(examples: tf.Tensor) -> dict[str, tf.Tensor]:
         return debug_outputs(model, features_of(examples), spec, profile)
 
-    assert profile.signatures is not None, "resolved"
     rank = rank_function(spec, transform, model, profile.rank.top_k)
     raw_specs = raw_tensor_specs(spec.raw_inputs)
     functions = {
